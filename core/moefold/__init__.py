@@ -1,0 +1,63 @@
+"""moefold: compression pipelines for Mixture-of-Experts language models.
+
+The public names: plugins import from here (and from moefold_kernels) only. Importing it also registers the packed
+formats with transformers, so that `AutoModelForCausalLM.from_pretrained` loads what moefold saved.
+"""
+
+import moefold_kernels.transformers  # noqa: F401  (registers the formats with transformers)
+from moefold.artifacts import (
+    Activity,
+    Artifact,
+    Baseline,
+    Experts,
+    Groups,
+    Json,
+    MergedPair,
+    Metrics,
+    Packed,
+    PairMerge,
+    Routed,
+    Saved,
+    Similarity,
+    Text,
+)
+from moefold.checkpoint import Checkpoint, ExpertNames, Layer
+from moefold.codec import Codec, Coded
+from moefold.errors import MoefoldError
+from moefold.families import StreamedModel
+from moefold.hooks import hookimpl
+from moefold.stage import Context, Layers, Previous, Provenance, Stage, stage
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Activity",
+    "Artifact",
+    "Baseline",
+    "Checkpoint",
+    "Codec",
+    "Coded",
+    "Context",
+    "ExpertNames",
+    "Experts",
+    "Groups",
+    "Json",
+    "Layer",
+    "Layers",
+    "MergedPair",
+    "Metrics",
+    "MoefoldError",
+    "Packed",
+    "PairMerge",
+    "Previous",
+    "Provenance",
+    "Routed",
+    "Saved",
+    "Similarity",
+    "Stage",
+    "StreamedModel",
+    "Text",
+    "__version__",
+    "hookimpl",
+    "stage",
+]

@@ -1,0 +1,5 @@
+"""`python -m moefold` is the command `moefold`."""
+
+from moefold.cli import main
+
+main()

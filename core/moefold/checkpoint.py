@@ -1,0 +1,239 @@
+"""Checkpoints: safetensors files, read lazily, and cheap handles of their decoder layers.
+
+A `Checkpoint` is its path; headers and the model's skeleton are read when first asked for and never pickled, so a
+handle may travel to any worker that sees the same files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from moefold.artifacts import Experts, Json
+from moefold.errors import CheckpointError, suggest
+from moefold.shards import Entry, contents_digest, header_digest, read_entries, read_json, shards
+
+if TYPE_CHECKING:
+    from moefold.skeleton import Skeleton
+    from moefold_kernels.checkpoint import PackedLayer
+
+QUANT_METHOD = "moefold"
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory of safetensors files with a config.json."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, name: str, *, revision: str | None = None) -> Checkpoint:
+        """A local directory, or a model of the hub by its id; everything that headers can tell is checked here.
+
+        Raises CheckpointError when it is missing or incomplete, holds no safetensors, or is quantised already.
+        """
+        local = Path(name).expanduser()
+        if local.exists() or _looks_local(name):
+            if revision is not None:
+                raise CheckpointError(f"{name} is a local directory; drop the revision {revision!r} or name a hub id")
+            checkpoint = cls(local)
+        else:
+            checkpoint = cls(_download(name, revision))
+        checkpoint._refuse_foreign_quantisation()
+        _ = checkpoint._entries  # reads every header: truncated shards and an index that lies are found now
+        return checkpoint
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}  # what else the instance holds is read again where it is needed
+
+    @cached_property
+    def config(self) -> dict[str, Json]:
+        """config.json as it is."""
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path}: no such directory; give a checkpoint's directory or a hub id")
+        file = self.path / "config.json"
+        if not file.is_file():
+            raise CheckpointError(f"{self.path}: no config.json; give the directory that holds it beside the weights")
+        config = read_json(file)
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{file}: not a JSON object; copy the file from the model's source again")
+        return config
+
+    @cached_property
+    def weight_map(self) -> dict[str, str]:
+        """Tensor name -> shard file."""
+        return {name: entry.shard for name, entry in self._entries.items()}
+
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        """The model without weights, and which tensors fill which of its parameters."""
+        from moefold.skeleton import Skeleton  # transformers is slow to import, and not every stage needs it
+
+        return Skeleton(self)
+
+    @cached_property
+    def packed_layers(self) -> dict[int, PackedLayer]:
+        """The decoder layers that moefold has packed, with what reading them takes; none in a stock checkpoint."""
+        from moefold_kernels.checkpoint import read_config
+        from moefold_kernels.errors import FormatError
+
+        try:
+            return read_config(self.config["quantization_config"]) if "quantization_config" in self.config else {}
+        except FormatError as error:
+            raise CheckpointError(f"{self.path / 'config.json'}: {error}") from error
+
+    def fingerprint(self, strict: bool = False) -> str:
+        """A digest of config.json and every shard's header, size and modification time; `strict`: their contents."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for shard in shards(self.path):
+            file = self.path / shard
+            stat = file.stat()
+            facts = [contents_digest(file)] if strict else [stat.st_size, stat.st_mtime_ns, header_digest(file)]
+            digest.update(json.dumps([shard, facts]).encode())
+        return digest.hexdigest()
+
+    def tensor(self, name: str, device: str | torch.device = "cpu") -> Tensor:
+        """One tensor, read now."""
+        with self.reading() as read:
+            return read(name).to(device)
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[str], Tensor]]:
+        """A function from names to tensors on the CPU; each shard is opened once while the context lasts."""
+        with ExitStack() as stack:
+            files: dict[str, Any] = {}
+
+            def read(name: str) -> Tensor:
+                shard = self._entry(name).shard
+                if shard not in files:
+                    files[shard] = stack.enter_context(safe_open(self.path / shard, framework="pt"))
+                tensor: Tensor = files[shard].get_tensor(name)
+                return tensor
+
+            yield read
+
+    def header(self, name: str) -> tuple[list[int], torch.dtype]:
+        """Shape and dtype of one tensor; reads no data."""
+        entry = self._entry(name)
+        if entry.dtype not in _DTYPES:
+            raise CheckpointError(f"{self.path / entry.shard}: {name} is {entry.dtype}, which moefold cannot read")
+        return entry.shape, _DTYPES[entry.dtype]
+
+    def tokenizer(self) -> Any:
+        """The checkpoint's own tokenizer; code from the checkpoint is never run."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+        except (OSError, ValueError, ImportError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"{self.path}: no tokenizer that can be read without the model's own code ({first}); "
+                "put the model's tokenizer.json and tokenizer_config.json beside the weights"
+            ) from error
+
+    def layers(self) -> list[Layer]:
+        """The decoder layers that have routed experts, in order."""
+        return [Layer(self, number, position) for position, number in enumerate(self.skeleton.experts)]
+
+    def layer(self, number: int) -> Layer:
+        """A layer with experts, by the number of its decoder layer."""
+        for layer in self.layers():
+            if layer.number == number:
+                return layer
+        known = ", ".join(str(n) for n in self.skeleton.experts)
+        raise CheckpointError(f"{self.path}: decoder layer {number} has no routed experts; those that do: {known}")
+
+    @cached_property
+    def _entries(self) -> dict[str, Entry]:
+        return read_entries(self.path)
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            raise CheckpointError(f"{self.path}: no tensor {name}{suggest(name, self._near(name))}")
+        return self._entries[name]
+
+    def _near(self, name: str) -> list[str]:
+        stem = name.rpartition(".")[0]
+        return [known for known in self._entries if known.startswith(stem)][:50]
+
+    def _refuse_foreign_quantisation(self) -> None:
+        text = self.config.get("text_config")
+        nested = text.get("quantization_config") if isinstance(text, dict) else None
+        for found in (self.config.get("quantization_config"), nested):
+            method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found
+            if found is not None and method != QUANT_METHOD:
+                raise CheckpointError(
+                    f"{self.path}: already quantised by {method}; give the unquantised checkpoint "
+                    "(or load it with transformers and dequantize=True, save_pretrained it, and give that directory)"
+                )
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """Where a layer's routed experts are on disk, in the names of the source files."""
+
+    prefix: str
+    matrix: dict[str, str]
+    """`gate_proj`, `up_proj`, `down_proj` -> what the files call it per expert (Mixtral: w1, w3, w2)."""
+    keys: tuple[str, ...]
+    """The tensors that hold the expert weight matrices (not biases)."""
+    fused: bool
+    """One tensor for all experts on disk (gpt-oss), or one for each."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer with routed experts: a handle, nothing is read before it is asked for."""
+
+    checkpoint: Checkpoint
+    number: int
+    """Of the decoder layer."""
+    position: int
+    """0, 1, ... among the layers with experts."""
+
+    def experts(self, device: str | torch.device = "cpu") -> Experts:
+        """The routed experts in canonical order and the dtype of the files; packed ones are decoded."""
+        return self.checkpoint.skeleton.read_experts(self.number, device)
+
+    def names(self) -> ExpertNames:
+        """Where the routed experts are on disk."""
+        return self.checkpoint.skeleton.names(self.number)
+
+    def tensor(self, name: str, device: str | torch.device = "cpu") -> Tensor:
+        """Any tensor of the checkpoint by its full name."""
+        return self.checkpoint.tensor(name, device)
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") != 1 or "\\" in name
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:  # subfolders hold other formats of the same weights (gpt-oss: original/, metal/)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=["*/*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{name}: neither a local directory nor a model that the hub gives ({first}); "
+            "check the spelling, log in if it is gated, or give a directory"
+        ) from error

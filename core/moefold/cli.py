@@ -1,0 +1,249 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moefold import __version__, describe, doctor, report, shipped
+from moefold.errors import InputError, MoefoldError, PipelineError
+from moefold.session import Session
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Compress Mixture-of-Experts language models: merge, pack, save, reload.
+
+    **Start:** `moefold run quickstart` compresses the small model that ships with moefold and shows what was saved and
+    lost. `moefold run puzzlemoe --model DIR_OR_HUB_ID --to out/packed` does the same to yours.
+    """,
+)
+
+out = Console()
+err = Console(stderr=True)
+
+PipelineName = Annotated[
+    str, typer.Argument(metavar="PIPELINE", help="A YAML file, or the name of a shipped pipeline.")
+]
+Model = Annotated[str | None, typer.Option(help="Model in place of the pipeline's own: a directory or a hub id.")]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option("--text", metavar="GLOB", help="Files in place of the calibration text (repeatable)."),
+]
+To = Annotated[str | None, typer.Option(metavar="DIR", help="Where to save, in place of the pipeline's own.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="STAGE.OPTION=VALUE", help="One option in place of the pipeline's own (repeatable)."),
+]
+Work = Annotated[Path, typer.Option(metavar="DIR", help="Where results are kept, so that nothing is computed twice.")]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to standard output.")]
+Strict = Annotated[bool, typer.Option(help="Tell checkpoints apart by their contents, not by size and date.")]
+
+WORK = Path(".moefold")
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Errors of ours as one message and an exit code; the rest are bugs and keep their traceback."""
+    try:
+        yield
+    except PipelineError as error:
+        err.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        count = len(error.problems)
+        err.print(f"{count} problem{'s' if count > 1 else ''}; nothing was run", highlight=False)
+        raise typer.Exit(error.exit_code) from None
+    except MoefoldError as error:
+        err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        err.print("interrupted; what is finished is kept, and the same command goes on from there")
+        raise typer.Exit(130) from None
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+@app.command(
+    epilog="""
+    Examples:
+
+        moefold run quickstart
+
+        moefold run puzzlemoe --model Qwen/Qwen3-30B-A3B --to out/qwen3-packed
+
+        moefold run my.yaml --text 'notes/**/*.txt' --set puzzlemoe.threshold=0.3
+    """
+)
+def run(
+    pipeline: PipelineName,
+    model: Model = None,
+    text: Texts = None,
+    to: To = None,
+    settings: Settings = None,
+    work: Work = WORK,
+    executor: Annotated[str, typer.Option(metavar="NAME", help="inline, process, or what a plugin offers.")] = "inline",
+    workers: Annotated[int, typer.Option(min=1, help="Tasks at a time (process: one GPU each).")] = 1,
+    device: Device = "auto",
+    strict: Strict = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a pipeline: do what is not stored yet, then report what was saved and what was lost."""
+    with errors():
+        session = Session.open(pipeline, model, text, to, settings, work, device, strict)
+        result = session.run(executor, workers, err)
+        if as_json:
+            _print_json(result)
+        else:
+            report.show(result, out)
+
+
+@app.command(epilog="Example: `moefold plan quickstart --set puzzlemoe.threshold=0.3` shows what that would recompute.")
+def plan(
+    pipeline: PipelineName,
+    model: Model = None,
+    text: Texts = None,
+    to: To = None,
+    settings: Settings = None,
+    work: Work = WORK,
+    device: Device = "auto",
+    strict: Strict = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run would do: for each stage, what is stored and what is to run. Reads headers only."""
+    with errors():
+        session = Session.open(pipeline, model, text, to, settings, work, device, strict)
+        rows = session.outlook()
+        if as_json:
+            return _print_json(rows)
+        table = Table("stage", "uses", "reads", "tasks", "stored", "to run", title="Plan", title_justify="left")
+        for row in rows:
+            table.add_row(*(str(row[key]) for key in ("step", "uses", "reads", "tasks", "stored", "to_run")))
+        out.print(table)
+        return None
+
+
+@app.command(epilog="Example: `moefold validate my.yaml`")
+def validate(
+    pipeline: PipelineName, model: Model = None, text: Texts = None, to: To = None, settings: Settings = None
+) -> None:
+    """Check a pipeline: every problem with line, column and remedy; exit code 2 if there is one."""
+    with errors():
+        checked = Session.read(pipeline, model, text, to, settings)
+        out.print(f"{checked.source}: {len(checked.steps) - 1} stages, no problems", highlight=False)
+
+
+@app.command("list")
+def list_(as_json: AsJson = False) -> None:
+    """List pipelines, stages, codecs, kernel backends and models, with the distribution each came from."""
+    with errors():
+        sections = describe.everything()
+        if as_json:
+            return _print_json(sections)
+        for title, rows in sections.items():
+            table = Table("name", "what it does", "from", title=title, title_justify="left", show_edge=False)
+            for row in rows:
+                table.add_row(row["name"], row["summary"], row["source"])
+            out.print(table, "")
+        return None
+
+
+@app.command("describe", epilog="Examples: `moefold describe puzzlemoe`, `moefold describe quickstart`")
+def describe_(name: Annotated[str, typer.Argument(help="A stage, or a shipped pipeline.")]) -> None:
+    """Describe a stage (inputs, options, defaults, sources) or print a shipped pipeline."""
+    with errors():
+        out.print(describe.one(name), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: `moefold copy puzzlemoe my.yaml`, then edit my.yaml and `moefold run my.yaml`")
+def copy(
+    name: Annotated[str, typer.Argument(help="A shipped pipeline.")],
+    dest: Annotated[Path, typer.Argument(help="A file or a directory.")] = Path(),
+) -> None:
+    """Copy a shipped pipeline, to be edited."""
+    with errors():
+        source = shipped.find(name)
+        target = dest / source.name if dest.is_dir() else dest
+        if target.exists():
+            raise InputError(f"{target} exists; name another file")
+        try:
+            shutil.copyfile(source, target)
+        except OSError as error:
+            raise InputError(f"{target} cannot be written: {error.strerror}; name another place") from error
+        out.print(f"copied to {target}; run it with: moefold run {target}", highlight=False)
+
+
+@app.command("doctor")
+def doctor_(as_json: AsJson = False) -> None:
+    """Show versions, devices, plugins, and which kernel backend is chosen for each format, and why others refuse."""
+    with errors():
+        found = doctor.examine()
+        if as_json:
+            return _print_json(found)
+        for title, rows in found.items():
+            table = Table("", "", title=title, title_justify="left", show_header=False, show_edge=False)
+            for key, value in rows.items():
+                table.add_row(key, str(value))
+            out.print(table, "")
+        return None
+
+
+@app.command(epilog="Examples: `moefold evaluate out/packed`, `moefold evaluate out/packed --text 'book/*.txt' --json`")
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A directory (packed or not) or a hub id.")],
+    text: Texts = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each text.")] = 32,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a sample.")] = 512,
+    work: Work = WORK,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Loss and perplexity of a checkpoint on text, one layer in memory at a time."""
+    with errors():
+        rows = Session.evaluate(checkpoint, text, samples, length, work, device, err)
+        if as_json:
+            return _print_json(rows)
+        table = Table("text", "tokens", "loss (nats)", "perplexity", "bits per byte")
+        for row in rows:
+            table.add_row(
+                row["text"],
+                f"{row['tokens']:,}",
+                f"{row['loss']:.4f}",
+                f"{row['perplexity']:.3f}",
+                f"{row['bits_per_byte']:.4f}" if row["bits_per_byte"] else "-",
+            )
+        out.print(table)
+        return None
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"moefold {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(call: Callable[[], Any] = app) -> None:
+    """The entry point of the command `moefold`."""
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a log file may not be UTF-8
+    call()

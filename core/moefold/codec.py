@@ -1,0 +1,109 @@
+"""The codec protocol: pure tensors in, tensors out; each codec is also the stage `pack.<name>`.
+
+A codec is a frozen pydantic model: its fields are the options of its stage.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from moefold.artifacts import Experts, Json, MergedPair, Packed, PairMerge, as_index
+from moefold.errors import FormatError
+from moefold.stage import Port, Stage
+
+
+class Coded(NamedTuple):
+    """One merged matrix in a packed format, and how many positions were `clipped` or `flushed` on the way."""
+
+    words: Tensor  # [rows, columns] int16
+    counts: dict[str, int]
+
+
+class Codec(BaseModel):
+    """Turns merged pairs into words and back; the bits themselves are defined in moefold_kernels.layout."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+
+    def fit(self, matrix: str, weights: Tensor) -> Json:
+        """Settings for one matrix of a layer, learnt from its paired experts `[expert, rows, columns]`."""
+        raise NotImplementedError
+
+    def encode(self, pair: MergedPair, settings: Json) -> Coded:
+        """The words of one merged matrix; exact where the format can hold the value, counted where it cannot."""
+        raise NotImplementedError
+
+    def decode(self, words: Tensor, settings: Json, slot: int) -> Tensor:
+        """What expert `slot` (0 or 1) reads: `[rows, columns]` bfloat16."""
+        raise NotImplementedError
+
+    def size(self, rows: int, columns: int) -> int:
+        """Bytes of one pair's words for a matrix of this shape."""
+        raise NotImplementedError
+
+
+def pack(codec: Codec, merge: PairMerge) -> Packed:
+    """Encode every pair of a layer, one matrix of one pair at a time."""
+    words: dict[str, Tensor] = {}
+    settings: dict[str, Json] = {}
+    counts = dict.fromkeys(("weights", "shared", "own", "other", "zero", "clipped", "flushed"), 0)
+    paired = as_index([expert for pair in merge.pairs for expert in pair])
+    for matrix, weights in merge.experts.matrices().items():
+        if not merge.pairs:
+            break
+        settings[matrix] = codec.fit(matrix, weights if len(paired) == len(weights) else weights[paired])
+        out = torch.empty(len(merge.pairs), *weights.shape[1:], dtype=torch.int16)  # on the CPU: it is on its way out
+        for index, pair in enumerate(merge.merged(matrix)):
+            coded = codec.encode(pair, settings[matrix])
+            if coded.words.dtype != torch.int16:
+                raise FormatError(f"codec {codec.name} gave {coded.words.dtype} words; a codec gives int16")
+            out[index] = coded.words.cpu()
+            for key, value in (_masks(pair) | coded.counts).items():
+                counts[key] = counts.get(key, 0) + value
+        words[matrix] = out
+    return Packed(
+        format=codec.name,
+        pairs=merge.pairs,
+        dense=merge.alone,
+        words=words,
+        experts=_alone(merge.experts, merge.alone),
+        settings=settings,
+        counts=counts,
+    )
+
+
+def _masks(pair: MergedPair) -> dict[str, int]:
+    first, second = pair.keep[0], pair.keep[1]
+    shared = int((first & second).sum())
+    own, other = int(first.sum()) - shared, int(second.sum()) - shared
+    total = first.numel()
+    return {"weights": total, "shared": shared, "own": own, "other": other, "zero": total - shared - own - other}
+
+
+def _alone(experts: Experts, alone: list[int]) -> dict[str, Tensor]:
+    if not alone:
+        return {}
+    return {name: weights[as_index(alone)].cpu() for name, weights in experts.matrices().items()}
+
+
+def pack_stage(codec: type[Codec]) -> Stage[Any, Packed]:
+    """The stage `pack.<name>` of a codec: its options are the codec's fields."""
+
+    def run(merge: PairMerge, **options: Json) -> Packed:
+        return pack(codec(**options), merge)
+
+    run.__doc__ = codec.__doc__
+    return Stage(
+        name=f"pack.{codec.name}",
+        function=run,
+        ports={"merge": Port("merge", PairMerge, "one")},
+        injected={},
+        options=codec,
+        produces=Packed,
+        version=codec.version,
+    )

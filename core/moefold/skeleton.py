@@ -1,0 +1,235 @@
+"""The model without weights, of which a part at a time becomes real.
+
+Leans on functions of transformers that are importable but not promised (`initialization`, dtype plans; read at 5.17
+and 5.23); so does sources.py, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import initialization as init
+from transformers.core_model_loading import build_glob_alternation
+
+from moefold import fused
+from moefold.artifacts import Experts
+from moefold.checkpoint import Checkpoint, ExpertNames
+from moefold.errors import CheckpointError
+from moefold.sources import Device, Sources, split
+from moefold_kernels.checkpoint import PackedLayer, read_layer
+from moefold_kernels.errors import FormatError as KernelFormatError
+
+Wanted = Callable[[str], bool]
+SUPPORTED = (
+    "moefold reads the ForCausalLM models of transformers whose experts have its fused interface "
+    "(Mixtral, Qwen2/3-MoE, OLMoE, DeepSeek-V2/V3, GLM-4-MoE, GPT-OSS and others)"
+)
+
+
+class Skeleton:
+    """A model on `meta`; parts of it become real with `fill` and go back with `clear`.
+
+    `dtype` None: the checkpoint's. Raises CheckpointError for a model without experts that moefold can find.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype or _dtype(checkpoint)
+        self.model = _on_meta(checkpoint, self.dtype)
+        self.name = type(self.model).__name__
+        self.experts, self.layers = self._find_experts()
+        """Decoder layer -> path of its experts module; the path of the list of decoder layers."""
+        self._blank = dict(self._tensors())
+        self._sources = Sources(checkpoint, self.model)
+        self._plan: dict[str, torch.dtype] = self.model._get_dtype_plan(self.dtype)
+
+    def module(self, path: str) -> Any:
+        """A submodule by its path."""
+        return self.model.get_submodule(path)
+
+    def read_experts(self, number: int, device: Device = "cpu") -> Experts:
+        """One layer's routed experts, canonical, in the dtype of the files; packed ones decoded."""
+        path = self.experts[number]
+        module = self.module(path)
+        packed = self.checkpoint.packed_layers.get(number)
+        names = fused.parameters(module)
+        stored = names if packed is None else names[2:]  # a packed layer keeps the source's biases
+        own = {name: self._sources.read(f"{path}.{name}", device)[f"{path}.{name}"] for name in stored}
+        if packed is None:
+            return fused.canonical(module, own)
+        return fused.with_biases(module, self._decoded(packed, device), [own[name] for name in stored])
+
+    def names(self, number: int) -> ExpertNames:
+        """Where one layer's routed experts are on disk."""
+        packed = self.checkpoint.packed_layers.get(number)
+        if packed is not None:
+            keys = tuple(name for name, _ in packed.shapes(0, 0))
+            return ExpertNames(packed.prefix, dict(packed.matrix), keys, fused=False)
+        path = self.experts[number]
+        module = self.module(path)
+        sources = [self._sources.find(f"{path}.{name}") for name in fused.parameters(module)[:2]]
+        keys = tuple(key for source in sources for key in source.all_keys)
+        standard = fused.matrices(module)
+        if not all(source.stacks for source in sources):
+            return ExpertNames(path, {name: name for name in standard}, keys, fused=True)
+        first = [split(group[0]) for source in sources for group in source.keys.values()]
+        matrix = dict(zip(standard, (name for _, _, name in first), strict=True))
+        return ExpertNames(first[0][0], matrix, keys, fused=False)
+
+    def fill(self, device: Device, wanted: Wanted) -> None:
+        """Make the `wanted` parameters and buffers real, in the dtypes that stock loading gives them.
+
+        Raises CheckpointError when the checkpoint lacks one.
+        """
+        names = [name for name in self._blank if wanted(name)]
+        for name in names:
+            if not self._computed(name) and not self.is_real(name):
+                for target, tensor in self._sources.read(name, device, self.target_dtype(name)).items():
+                    self.place(target, tensor)
+        self._compute(device, [name for name in names if self._computed(name)])
+
+    def place(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor where the model has a parameter or buffer of this name."""
+        module, local = self._owner(name)
+        if local in module._parameters:
+            parameter: Any = nn.Parameter(tensor, requires_grad=False)
+            parameter._is_hf_initialized = True  # what `_init_weights` must leave alone
+            module._parameters[local] = parameter
+        else:
+            module._buffers[local] = tensor
+
+    def clear(self, wanted: Wanted) -> None:
+        """Free what is real and `wanted`."""
+        for name in filter(wanted, self._blank):
+            module, local = self._owner(name)
+            holder: dict[str, Any] = module._parameters if local in module._parameters else module._buffers
+            holder[local] = self._blank[name]
+
+    def is_real(self, name: str) -> bool:
+        """Whether a parameter or buffer holds values now."""
+        module, local = self._owner(name)
+        return not getattr(module, local).is_meta
+
+    def live_bytes(self) -> int:
+        """Bytes of everything that is real now."""
+        return sum(t.numel() * t.element_size() for _, t in self._tensors() if not t.is_meta)
+
+    def target_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which stock loading keeps a parameter (some stay in float32)."""
+        if self._plan:
+            pattern, groups, _ = build_glob_alternation(list(self._plan))
+            match = pattern.search(name)
+            if match is not None and match.lastgroup is not None:
+                return self._plan[groups[match.lastgroup]]
+        return self._blank[name].dtype
+
+    def _decoded(self, packed: PackedLayer, device: Device) -> Experts:
+        """A packed layer's weights; one matrix at a time, so that no second copy of the layer exists."""
+        gate_up, down, rows = None, None, 0
+        try:
+            with self.checkpoint.reading() as read:
+                for matrix, name in packed.matrix.items():
+                    one = read_layer(lambda key: read(key).to(device), replace(packed, matrix={matrix: name}))[matrix]
+                    if matrix == "down_proj":
+                        down = one
+                        continue
+                    if gate_up is None:
+                        gate_up = one.new_empty(one.shape[0], one.shape[1] * (1 + packed.gated), one.shape[2])
+                    gate_up[:, rows : rows + one.shape[1]] = one
+                    rows += one.shape[1]
+        except KernelFormatError as error:
+            raise CheckpointError(f"{self.checkpoint.path}: {error}") from error
+        if gate_up is None or down is None:
+            raise CheckpointError(f"{self.checkpoint.path}: {packed.prefix} names no up_proj or down_proj")
+        route = None if packed.route is None else torch.tensor(packed.route, device=device)
+        return Experts(gate_up, down, gated=packed.gated, route=route)
+
+    def _find_experts(self) -> tuple[dict[int, str], str]:
+        lists = [name for name, module in self.model.named_modules() if isinstance(module, nn.ModuleList)]
+        experts: dict[int, str] = {}
+        trunks: set[str] = set()
+        for path, module in self.model.named_modules():
+            if not fused.is_fused(module):
+                continue
+            trunk = min((name for name in lists if path.startswith(f"{name}.")), key=len, default="")
+            number = path.removeprefix(f"{trunk}.").partition(".")[0]
+            if not number.isdigit() or int(number) in experts:
+                raise CheckpointError(f"{self._where} has experts outside its decoder layers, or two kinds ({path})")
+            experts[int(number)] = path
+            trunks.add(trunk)
+        if not experts:
+            raise CheckpointError(f"{self._where} {self._why_no_experts()}; {SUPPORTED}")
+        if len(trunks) > 1:
+            raise CheckpointError(f"{self._where} has experts in several towers ({', '.join(sorted(trunks))})")
+        return dict(sorted(experts.items())), trunks.pop()
+
+    @property
+    def _where(self) -> str:
+        return f"{self.checkpoint.path}: {type(self.model).__name__}"
+
+    def _why_no_experts(self) -> str:
+        if any("expert" in key or "moe" in key for key in self.model.config.to_dict()):
+            return "keeps its routed experts in a form of its own, not in transformers' fused interface"
+        return "has no routed experts"
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.model.named_parameters(remove_duplicate=False)
+        yield from self.model.named_buffers(remove_duplicate=False)
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        path, _, local = name.rpartition(".")
+        return self.model.get_submodule(path), local
+
+    def _computed(self, name: str) -> bool:
+        """Whether the model computes it (rotary frequencies) instead of storing it."""
+        module, local = self._owner(name)
+        return local in module._non_persistent_buffers_set
+
+    def _compute(self, device: Device, names: list[str]) -> None:
+        """Fill buffers by the model's own initialisation; it leaves loaded parameters as they are."""
+        for name in names:
+            self.place(name, torch.empty_like(self._blank[name], device=device))
+        with torch.no_grad(), init.guard_torch_init_functions():
+            for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
+                self._initialiser(path)._init_weights(self.module(path))
+
+    def _initialiser(self, path: str) -> Any:
+        """The nearest model around a module: composite models initialise each part by its own rules."""
+        while not isinstance(self.module(path), PreTrainedModel):
+            path = path.rpartition(".")[0]
+        return self.module(path)
+
+
+def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model that config.json describes, without weights; code from the checkpoint is never run."""
+    make: Any = AutoModelForCausalLM.from_config
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # moefold's own (`Checkpoint.open` refuses others): experts are decoded here
+        with torch.device("meta"), init.no_init_weights(), init.meta_device_safe_creation_ops():
+            model: PreTrainedModel = make(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, OSError, ImportError, LookupError, AttributeError, TypeError) as error:
+        kind = checkpoint.config.get("model_type", "no model_type")
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        message = f"{checkpoint.path / 'config.json'}: {kind}: no model can be made of it ({first}); {SUPPORTED}"
+        raise CheckpointError(message) from error
+    model.train(False)
+    return model
+
+
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What `dtype="auto"` means in transformers: config.json's, or that of the first floating tensor."""
+    name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if isinstance(name, str):
+        found = getattr(torch, name.removeprefix("torch."), None)
+        if not isinstance(found, torch.dtype):
+            raise CheckpointError(f"{checkpoint.path / 'config.json'}: dtype {name!r} is none that torch has")
+        return found
+    dtypes = (checkpoint.header(key)[1] for key in checkpoint.weight_map)
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)

@@ -1,0 +1,20 @@
+"""Shared fixtures, and the skip of GPU tests with its reason."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "core")]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and torch finds none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

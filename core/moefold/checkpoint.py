@@ -24,11 +24,14 @@ from moefold.errors import CheckpointError, suggest
 from moefold.shards import Entry, contents_digest, header_digest, read_entries, read_json, shards
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from moefold.skeleton import Skeleton
     from moefold_kernels.checkpoint import PackedLayer
 
 QUANT_METHOD = "moefold"
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
+_ADD_TOKENIZER = "put the model's tokenizer.json and tokenizer_config.json beside the weights"
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -48,7 +51,7 @@ class Checkpoint:
 
         Raises CheckpointError when it is missing or incomplete, holds no safetensors, or is quantised already.
         """
-        local = Path(name).expanduser()
+        local = Path(name).expanduser().absolute()  # workers may run elsewhere
         if local.exists() or _looks_local(name):
             if revision is not None:
                 raise CheckpointError(f"{name} is a local directory; drop the revision {revision!r} or name a hub id")
@@ -135,18 +138,20 @@ class Checkpoint:
             raise CheckpointError(f"{self.path / entry.shard}: {name} is {entry.dtype}, which moefold cannot read")
         return entry.shape, _DTYPES[entry.dtype]
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's own tokenizer; code from the checkpoint is never run."""
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.path, trust_remote_code=False, local_files_only=True
+            )
         except (OSError, ValueError, ImportError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(
-                f"{self.path}: no tokenizer that can be read without the model's own code ({first}); "
-                "put the model's tokenizer.json and tokenizer_config.json beside the weights"
-            ) from error
+            raise CheckpointError(f"{self.path}: no tokenizer that can be read ({first}); {_ADD_TOKENIZER}") from error
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes an empty one of no files at all
+            raise CheckpointError(f"{self.path}: the tokenizer has no vocabulary; {_ADD_TOKENIZER}")
+        return tokenizer
 
     def layers(self) -> list[Layer]:
         """The decoder layers that have routed experts, in order."""
@@ -207,6 +212,11 @@ class Layer:
     """Of the decoder layer."""
     position: int
     """0, 1, ... among the layers with experts."""
+
+    @property
+    def expert_count(self) -> int:
+        """How many routed experts it has; reads no weights."""
+        return self.checkpoint.skeleton.expert_count(self.number)
 
     def experts(self, device: str | torch.device = "cpu") -> Experts:
         """The routed experts in canonical order and the dtype of the files; packed ones are decoded."""

@@ -35,9 +35,10 @@ class StreamedModel:
         self._skeleton = Skeleton(checkpoint, dtype)
         self._model = self._skeleton.module("")  # Any: much of PreTrainedModel is untyped
         self._layers: list[Any] = list(self._skeleton.module(self._skeleton.layers))
-        self._ends: dict[str, Any] = {
-            "embed": self._model.get_input_embeddings(),
-            "head": self._model.get_output_embeddings(),
+        self._embedding = self._model.get_input_embeddings()
+        self._ends = {
+            "embed": self._names_in(self._embedding),
+            "head": self._names_in(self._model.get_output_embeddings()),
         }
         self._open: dict[int, bool] = {}  # loaded decoder layer -> whether its experts are real too
         self.dtype = self._skeleton.dtype
@@ -114,8 +115,8 @@ class StreamedModel:
 
     def forget(self) -> None:
         """Free the embedding and the head; they are read again when they are needed."""
-        for name in self._ends:
-            self._skeleton.clear(self._end_names(name).__contains__)
+        for names in self._ends.values():
+            self._skeleton.clear(names.__contains__)
 
     def live_bytes(self) -> int:
         """Bytes of parameters and buffers that are real now."""
@@ -125,17 +126,15 @@ class StreamedModel:
 
     def _is_shell(self, name: str) -> bool:
         """Whether a parameter is outside decoder layers, embedding and head: final norm, rotary buffers."""
-        ends = self._end_names("embed") | self._end_names("head")
-        return not name.startswith(f"{self._skeleton.layers}.") and name not in ends
+        return not name.startswith(f"{self._skeleton.layers}.") and not any(name in end for end in self._ends.values())
 
-    def _end_names(self, end: str) -> set[str]:
-        if self._ends[end] is None:
-            return set()  # its weights then count as shell
-        path = next(path for path, module in self._model.named_modules() if module is self._ends[end])
-        return {f"{path}.{name}" for name, _ in self._ends[end].named_parameters()}
+    def _names_in(self, part: Any) -> set[str]:
+        """Full names of a module's parameters; none when the model has no such part (they then count as shell)."""
+        paths = [path for path, module in self._model.named_modules() if module is part]
+        return {f"{path}.{name}" for path in paths for name, _ in part.named_parameters()}
 
     def _fill_end(self, end: str) -> None:
-        self._skeleton.fill(self.device, self._end_names(end).__contains__)
+        self._skeleton.fill(self.device, self._ends[end].__contains__)
 
     def _expert_names(self, number: int) -> set[str]:
         """Full names of a layer's expert weights and biases; none when it has no routed experts."""
@@ -194,11 +193,11 @@ class StreamedModel:
                 stand_in = special.get(number, lambda *args, **kwargs: self._wrap(hidden_of(args, kwargs)))
                 stack.enter_context(replaced(layer, stand_in))
             if embedding is not None:
-                stack.enter_context(replaced(self._ends["embed"], self._constant(embedding)))
+                stack.enter_context(replaced(self._embedding, self._constant(embedding)))
             yield
 
     def _constant(self, value: float) -> Forward:
-        width = self._ends["embed"].weight.shape[1]
+        width = self._embedding.weight.shape[1]
         return lambda ids: torch.full((*ids.shape, width), value, dtype=self.dtype, device=self.device)
 
     def _probe(self) -> Callable[[Tensor], Any]:
@@ -206,19 +205,20 @@ class StreamedModel:
 
         Twice, with other values: whatever a layer gets beside hidden states must not depend on them.
         """
-        problems: list[str] = []
+        problems: list[Exception] = []
         for wrap in (bare, tupled):
             try:
                 first, second = (self._trace(wrap, value) for value in (0.0, 1.0))
                 for one, other in zip(first, second, strict=True):
                     compare(one, other)
             except (Unfit, TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-                problems.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
+                problems.append(error)
             else:
                 return wrap
+        why = next((problem for problem in problems if isinstance(problem, Unfit)), problems[-1])
         raise CheckpointError(
             f"{self.checkpoint.path}: {self._skeleton.name} passes more than hidden states from one decoder layer to "
-            f"the next, so moefold cannot run it layer by layer ({problems[-1]})"
+            f"the next, so moefold cannot run it layer by layer ({why})"
         )
 
     def _trace(self, wrap: Callable[[Tensor], Any], value: float) -> list[dict[str, Any]]:

@@ -139,7 +139,7 @@ class Registry:
         try:
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
-            known = [name for name in dir(self._manager.hook) if name.startswith("moefold_")]
+            known = [name for name in vars(_this_module()) if name.startswith("moefold_")]
             word = str(error).split("'")[1] if "'" in str(error) else ""
             raise PluginError(f"{error}{suggest(word, known)}") from error
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moefold.artifacts import Json
+from moefold.artifacts import Artifact, Json
 from moefold.checkpoint import Checkpoint, Layer
 from moefold.errors import InputError
 from moefold.pipeline import Pipeline, Step
@@ -64,9 +64,14 @@ class Plan:
     order: Mapping[str, int] = field(default_factory=dict)
 
     def missing(self, store: Store) -> dict[str, Task]:
-        """Work back from the ends: the tasks to run because the store lacks their results."""
+        """Work back from the ends: the tasks to run because the store lacks their results.
+
+        What points outside the store counts as an end: a checkpoint that was deleted is written again, also when
+        everything that reads it is stored.
+        """
         found: dict[str, Task] = {}
-        waiting = list(self.ends)
+        outside = [key for key, task in self.tasks.items() if self.kind(task).intact is not Artifact.intact]
+        waiting = [*self.ends, *outside]
         seen: set[str] = set()
         while waiting:
             key = waiting.pop()

@@ -116,7 +116,7 @@ def _short(numbers: Iterable[int], most: int = 12) -> str:
 def show(report: Mapping[str, Json], console: Console) -> None:
     """Print the report's summary: bytes, losses, masks, exponents, experts, seconds, memory, how to load."""
     for line in report["warnings"]:
-        console.print(f"[yellow]warning[/]: {line}", highlight=False)
+        console.print(f"[yellow]warning[/]: {line}", highlight=False, soft_wrap=True)
     saved = [facts for layers in report["saved"].values() for facts in layers.values()]
     if saved:
         console.print(_size_table(saved[0]))
@@ -141,13 +141,13 @@ def _size_table(facts: Mapping[str, Json]) -> Table:
         before, after = facts[key]["before"], facts[key]["after"]
         table.add_row(label, size(before), size(after), f"{after / before:.3f}x")
     table.add_section()
-    weights = facts["masks"].get("weights", 0)
     for label, key in (("shared by both", "shared"), ("first expert's", "own"), ("second expert's", "other")):
-        share = facts["masks"].get(key, 0) / weights if weights else 0.0
-        table.add_row(f"mask: {label}", "", f"{share:.1%}", "")
+        table.add_row(f"mask: {label}", "", f"{facts['masks'][key]:.1%}", "")
     table.add_row("exponents clipped / flushed to zero", "", f"{facts['clipped']:,} / {facts['flushed']:,}", "")
-    starved = sum(len(experts) for experts in facts["starved"].values())
-    table.add_row("experts that saw too few tokens", "", str(starved), "")
+    starved = facts["starved"]
+    told = "not calibrated" if starved is None else str(sum(len(experts) for experts in starved.values()))
+    table.add_row("experts that saw too few tokens", "", told, "")
+    table.add_row("layers packed", str(facts["layers"]), str(facts["packed_layers"]), "")
     return table
 
 

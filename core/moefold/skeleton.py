@@ -52,6 +52,11 @@ class Skeleton:
         """A submodule by its path."""
         return self.model.get_submodule(path)
 
+    def expert_count(self, number: int) -> int:
+        """How many routed experts a decoder layer has."""
+        module = self.module(self.experts[number])
+        return int(getattr(module, fused.parameters(module)[1]).shape[0])
+
     def read_experts(self, number: int, device: Device = "cpu") -> Experts:
         """One layer's routed experts, canonical, in the dtype of the files; packed ones decoded."""
         path = self.experts[number]
@@ -210,8 +215,7 @@ def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     make: Any = AutoModelForCausalLM.from_config
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # moefold's own (`Checkpoint.open` refuses others): experts are decoded here
+        vars(config).pop("quantization_config", None)  # moefold's own: experts are decoded here
         with torch.device("meta"), init.no_init_weights(), init.meta_device_safe_creation_ops():
             model: PreTrainedModel = make(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, OSError, ImportError, LookupError, AttributeError, TypeError) as error:

@@ -1,0 +1,32 @@
+"""Packed experts: where each bit is, what each operation means, and who carries it out. Needs torch only.
+
+`import moefold_kernels.transformers` lets stock transformers load packed checkpoints.
+"""
+
+from moefold_kernels.backend import Answer, Backend, Need, Reference, ask, builtin, choose
+from moefold_kernels.checkpoint import PackedLayer, fuse, read_config, read_layer, write_config
+from moefold_kernels.errors import BackendError, FormatError, KernelsError
+from moefold_kernels.reference import PackedExperts, decode, decode_pairs, encode, experts
+
+__all__ = [
+    "Answer",
+    "Backend",
+    "BackendError",
+    "FormatError",
+    "KernelsError",
+    "Need",
+    "PackedExperts",
+    "PackedLayer",
+    "Reference",
+    "ask",
+    "builtin",
+    "choose",
+    "decode",
+    "decode_pairs",
+    "encode",
+    "experts",
+    "fuse",
+    "read_config",
+    "read_layer",
+    "write_config",
+]

@@ -1,0 +1,15 @@
+"""What the kernels package raises on purpose: a tree of its own, because it imports nothing of moefold."""
+
+from __future__ import annotations
+
+
+class KernelsError(Exception):
+    """The root of this package's errors."""
+
+
+class FormatError(KernelsError, ValueError):
+    """Words, a window, or a checkpoint's description do not follow their format."""
+
+
+class BackendError(KernelsError):
+    """No backend, or not the one asked for, can do what is asked; the message has every reason."""

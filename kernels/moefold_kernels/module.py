@@ -1,0 +1,149 @@
+"""A stock experts module whose weights are packed: the stock names decode when they are read.
+
+`pack_module` gives an instance of any class under transformers' `use_experts_implementation` integer parameters and
+moves it to a subclass on which `gate_up_proj` (`up_proj` where there is no gate) and `down_proj` are properties, in
+the module's own layout. So every stock experts implementation stays correct; it is only slow.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from moefold_kernels.checkpoint import PackedLayer
+from moefold_kernels.errors import FormatError
+from moefold_kernels.reference import PackedExperts
+
+GATE_UP_PACKED, DOWN_PACKED = "gate_up_packed", "down_packed"
+GATE_UP_DENSE, DOWN_DENSE = "gate_up_dense", "down_dense"
+
+
+class PackedModule(nn.Module):
+    """What a packed experts module has beside its stock class; never instantiated by itself."""
+
+    stock_class: type[nn.Module]
+    packed_layer: PackedLayer
+    gate_up_packed: Tensor  # [pair, 2 * inner, hidden] int16, gate rows before up rows
+    down_packed: Tensor  # [pair, hidden, inner] int16
+    gate_up_dense: Tensor  # [expert left alone, 2 * inner, hidden]; only where there are such experts
+    down_dense: Tensor  # [expert left alone, hidden, inner]
+    dtype_like: Tensor  # [0]: a buffer that follows the dtype the model is moved to
+    is_transposed: bool
+    is_concatenated: bool
+    arrived: set[str]
+    """The packed parameters that a checkpoint has filled."""
+    _decoded: dict[str, Tensor] | None
+
+    def packed_experts(self) -> PackedExperts:
+        """The layer as the kernels see it; the matrices are views of the parameters."""
+        layer, inner = self.packed_layer, self.down_packed.shape[2]
+        words = _views(self.gate_up_packed, self.down_packed, layer.gated, inner)
+        dense = _views(self.gate_up_dense, self.down_dense, layer.gated, inner) if layer.dense else {}
+        return PackedExperts(words, dense, layer.window, layer.pairs, layer.dense)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock forward; what it reads is decoded once (the eager implementation reads once per expert)."""
+        self._decoded = {}
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._decoded = None
+
+    def stock_gate_up(self) -> Tensor:
+        """Gate and up projections of every expert, in the stock module's own layout."""
+        packed = self.packed_experts()
+        if not self.packed_layer.gated:
+            return self._stock("up_proj", lambda rows: packed.unpack("up_proj", rows), self.gate_up_packed)
+        return self._stock("gate_up_proj", lambda rows: self._fill(packed, rows), self.gate_up_packed)
+
+    def stock_down(self) -> Tensor:
+        """Down projections of every expert, in the stock module's own layout."""
+        packed = self.packed_experts()
+        return self._stock("down_proj", lambda rows: packed.unpack("down_proj", rows), self.down_packed)
+
+    def _fill(self, packed: PackedExperts, rows: Tensor) -> None:
+        inner = self.down_packed.shape[2]
+        gate, up = (rows[:, :inner], rows[:, inner:]) if self.is_concatenated else (rows[:, 0::2], rows[:, 1::2])
+        packed.unpack("gate_proj", gate)
+        packed.unpack("up_proj", up)
+
+    @torch.no_grad()
+    def _stock(self, name: str, fill: Any, words: Tensor) -> Tensor:
+        if self._decoded is not None and name in self._decoded:
+            return self._decoded[name]
+        rows, columns = words.shape[1:]
+        shape = (columns, rows) if self.is_transposed else (rows, columns)
+        out = torch.empty(self.packed_layer.experts, *shape, dtype=self.dtype_like.dtype, device=words.device)
+        fill(out.transpose(1, 2) if self.is_transposed else out)
+        if self._decoded is not None:
+            self._decoded[name] = out
+        return out
+
+
+def pack_module(module: nn.Module, layer: PackedLayer, where: str) -> None:
+    """Replace the weights of a stock experts module (on any device, meta included) by empty packed ones.
+
+    Raises FormatError when the module and the checkpoint's entry do not fit each other.
+    """
+    flags: Any = module
+    if bool(flags.has_gate) != layer.gated:
+        raise FormatError(f"{where}: the checkpoint is {'' if layer.gated else 'not '}gated, the model is otherwise")
+    down: Tensor = flags.down_proj
+    del module._parameters[gate_up_name(layer)], module._parameters["down_proj"]
+    experts, inner, hidden = stock_sizes(flags.is_transposed, down)
+    if experts != layer.experts:
+        raise FormatError(f"{where}: the checkpoint lists {layer.experts} experts, the model has {experts}")
+    rows = (2 if layer.gated else 1) * inner
+    shapes = {GATE_UP_PACKED: (len(layer.pairs), rows, hidden), DOWN_PACKED: (len(layer.pairs), hidden, inner)}
+    for name, shape in shapes.items():
+        words = torch.empty(shape, dtype=torch.int16, device=down.device)
+        module.register_parameter(name, nn.Parameter(words, requires_grad=False))
+    dense = {GATE_UP_DENSE: (len(layer.dense), rows, hidden), DOWN_DENSE: (len(layer.dense), hidden, inner)}
+    for name, shape in dense.items() if layer.dense else ():
+        module.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=down.dtype, device=down.device)))
+    module.register_buffer("dtype_like", torch.empty(0, dtype=down.dtype, device=down.device), persistent=False)
+    module.__class__ = _packed_class(cast(Any, type(module)), gate_up_name(layer))
+    flags.packed_layer, flags.arrived, flags._decoded = layer, set(), None
+    flags._is_hf_initialized = True  # stock initialisation would write normal numbers over the words
+
+
+def unpack_module(module: PackedModule, dtype: torch.dtype | None = None) -> None:
+    """Make a packed module a stock one again, with decoded weights (in `dtype`, default the module's)."""
+    stock = {gate_up_name(module.packed_layer): module.stock_gate_up(), "down_proj": module.stock_down()}
+    for name in (GATE_UP_PACKED, DOWN_PACKED, GATE_UP_DENSE, DOWN_DENSE):
+        module._parameters.pop(name, None)
+    del module._buffers["dtype_like"]
+    module._non_persistent_buffers_set.discard("dtype_like")
+    for name in ("packed_layer", "arrived", "_decoded"):
+        del module.__dict__[name]
+    module.__class__ = module.stock_class  # type: ignore[assignment]  # back to what pack_module found
+    for name, weight in stock.items():
+        parameter = nn.Parameter(weight.to(dtype or weight.dtype))
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark
+        module.register_parameter(name, parameter)
+
+
+def gate_up_name(layer: PackedLayer) -> str:
+    """What the stock module calls its gate and up projections."""
+    return "gate_up_proj" if layer.gated else "up_proj"
+
+
+def stock_sizes(is_transposed: bool, down: Tensor) -> tuple[int, int, int]:
+    """(experts, inner, hidden) of a stock module by its down projection."""
+    experts, rows, columns = down.shape
+    return (experts, rows, columns) if is_transposed else (experts, columns, rows)
+
+
+def _views(gate_up: Tensor, down: Tensor, gated: bool, inner: int) -> dict[str, Tensor]:
+    if not gated:
+        return {"up_proj": gate_up, "down_proj": down}
+    return {"gate_proj": gate_up[:, :inner], "up_proj": gate_up[:, inner:], "down_proj": down}
+
+
+@functools.cache
+def _packed_class(stock: type[nn.Module], gate_up: str) -> type[nn.Module]:
+    names = {gate_up: property(PackedModule.stock_gate_up), "down_proj": property(PackedModule.stock_down)}
+    return type(f"Packed{stock.__name__}", (PackedModule, stock), {"stock_class": stock, **names})

@@ -1,0 +1,147 @@
+"""What each operation means, in plain torch, on any device; kernels are tested against this file.
+
+On meta tensors the shapes come out and values cannot be checked, so counts are empty there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moefold_kernels import layout
+from moefold_kernels.errors import FormatError
+
+
+def encode(magnitude: Tensor, negative: Tensor, keep: Tensor, top: int) -> tuple[Tensor, dict[str, int]]:
+    """The words of a merged matrix, and what its positions hold.
+
+    `magnitude` [...] is float and not negative, `negative` and `keep` [2, ...] are bool. It is rounded to bf16 once, to
+    nearest even. A magnitude that a slot keeps is flushed when it is positive and below the window (both keep bits are
+    cleared), and clipped when it rounds above the window, carries included. Rounding is monotone: when `top` is the
+    exponent of the largest magnitude *after* rounding, nothing is clipped. Counts: weights = shared + own + other +
+    zero as coded, and beside them flushed (a part of zero) and clipped.
+    """
+    _check_merged(magnitude, negative, keep)
+    smallest, largest = layout.smallest(top), layout.largest(top)
+    bits = magnitude.to(torch.bfloat16).view(torch.int16)  # the sign bit is clear
+    wanted = keep[0] | keep[1]
+    below = bits < smallest
+    clipped = wanted & (bits > largest)
+    flushed = wanted & below & (magnitude > 0)
+    kept = keep & ~below
+    words = torch.where(kept[0] | kept[1], bits.clamp(smallest, largest) - smallest, 0)
+    for slot in range(layout.SLOTS):
+        words = words | _flag(kept[slot], layout.KEEP_SHIFT[slot])
+        words = words | _flag(kept[slot] & negative[slot], layout.SIGN_SHIFT[slot])
+    return words, _count(kept, clipped, flushed)
+
+
+def decode(words: Tensor, top: int, slot: int) -> Tensor:
+    """One slot's bf16 values: `(-1) ** sign * 2 ** (exponent - 127) * 1.fraction` where it is kept, +0 elsewhere."""
+    if slot not in range(layout.SLOTS):
+        raise FormatError(f"slot {slot!r}: a pair has slots 0 and 1")
+    if words.dtype != torch.int16:
+        raise FormatError(f"words of format {layout.EXPONENT} are int16, not {words.dtype}")
+    sign = (words << slot) & -0x8000
+    magnitude = (words & layout.MAGNITUDE_BITS) + layout.smallest(top)
+    kept = (words >> layout.KEEP_SHIFT[slot]) & 1
+    return ((sign | magnitude) * kept).view(torch.bfloat16)
+
+
+def decode_pairs(words: Tensor, top: int) -> Tensor:
+    """Both slots of `words` [pair, ...] as bf16 [pair, 2, ...]."""
+    return torch.stack([decode(words, top, slot) for slot in range(layout.SLOTS)], dim=1)
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """One layer's experts in format `exponent`, in the canonical layout, with the experts that were left alone."""
+
+    words: Mapping[str, Tensor]  # "gate_proj" (where gated), "up_proj", "down_proj" -> [pair, rows, columns] int16
+    dense: Mapping[str, Tensor]  # the same names -> [len(alone), rows, columns]; empty where none is alone
+    window: Mapping[str, int]
+    """The window's top per matrix."""
+    pairs: Sequence[Sequence[int]]
+    alone: Sequence[int]
+
+    def unpack(self, matrix: str, out: Tensor) -> None:
+        """Write one matrix of every expert into `out` [expert, rows, columns], in its dtype (it may be a view)."""
+        for slot in range(layout.SLOTS):
+            members = _index([pair[slot] for pair in self.pairs], out)
+            out[members] = decode(self.words[matrix], self.window[matrix], slot).to(out.dtype)
+        if self.alone:
+            out[_index(self.alone, out)] = self.dense[matrix].to(out.dtype)
+
+    def unpacked(self, matrix: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """One matrix of every expert: [expert, rows, columns]."""
+        words = self.words[matrix]
+        out = words.new_empty(layout.SLOTS * len(self.pairs) + len(self.alone), *words.shape[1:], dtype=dtype)
+        self.unpack(matrix, out)
+        return out
+
+
+def experts(
+    packed: PackedExperts,
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    activate: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """The routed experts' output [token, hidden] in float32: decode, then one matmul per expert.
+
+    `hidden` [token, hidden], `top_k_index` and `top_k_weights` [token, top_k]; `activate(gate, up)` gives the hidden
+    activations. Decoded weights, inputs and activations have the dtype of `hidden`; products are summed in float32,
+    and activations are rounded to that dtype once, before the down projection.
+    """
+    gate, up, down = (packed.unpacked(name, hidden.dtype).float() for name in ("gate_proj", "up_proj", "down_proj"))
+    out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    for expert in range(down.shape[0]):
+        token, position = torch.where(top_k_index == expert)
+        x = hidden[token].float()
+        inner = activate(x @ gate[expert].T, x @ up[expert].T).to(hidden.dtype).float()
+        scale = top_k_weights[token, position].float()[:, None]
+        out.index_add_(0, token, inner @ down[expert].T * scale)
+    return out
+
+
+def _check_merged(magnitude: Tensor, negative: Tensor, keep: Tensor) -> None:
+    expected = (layout.SLOTS, *magnitude.shape)
+    if not magnitude.is_floating_point():
+        raise FormatError(f"magnitudes are floating point, not {magnitude.dtype}")
+    for name, flags in (("negative", negative), ("keep", keep)):
+        if flags.dtype != torch.bool or tuple(flags.shape) != expected:
+            raise FormatError(f"{name} is {tuple(flags.shape)} {flags.dtype}; write bool of shape {expected}")
+    if magnitude.is_meta or not magnitude.numel():
+        return
+    least, most = torch.aminmax(magnitude)  # NaN propagates through both
+    if not (least >= 0 and most < torch.inf):
+        raise FormatError(f"magnitudes lie in {least.item()} .. {most.item()}: they must be finite and not negative")
+
+
+def _flag(flags: Tensor, shift: int) -> Tensor:
+    return flags.to(torch.int16) << shift
+
+
+def _count(kept: Tensor, clipped: Tensor, flushed: Tensor) -> dict[str, int]:
+    if kept.is_meta:
+        return {}
+    both, either = kept[0] & kept[1], kept[0] | kept[1]
+    sums = torch.stack([x.sum() for x in (both, kept[0], kept[1], either, clipped, flushed)]).tolist()  # one transfer
+    shared, first, second, held, high, lost = sums
+    total = kept[0].numel()
+    return {
+        "weights": total,
+        "shared": shared,
+        "own": first - shared,
+        "other": second - shared,
+        "zero": total - held,
+        "clipped": high,
+        "flushed": lost,
+    }
+
+
+def _index(values: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64, device=like.device)

@@ -1,0 +1,209 @@
+"""Lets stock transformers load packed checkpoints: importing this module registers the quantization method.
+
+    import moefold_kernels.transformers
+    model = AutoModelForCausalLM.from_pretrained(directory)
+
+It rests on functions that transformers does not promise (5.17 to 5.23 read and tried); they are used here only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moefold_kernels.checkpoint import METHOD, VERSION, PackedLayer, read_config
+from moefold_kernels.conversion import Place, converters, gate_up_name
+from moefold_kernels.errors import FormatError
+from moefold_kernels.module import PackedModule, pack_module, stock_sizes, unpack_module
+
+
+class MoefoldConfig(QuantizationConfigMixin):
+    """config.json's entry; `MoefoldConfig(dequantize=True)`, given to from_pretrained, asks for a stock dense model."""
+
+    def __init__(
+        self,
+        quant_method: str = METHOD,
+        version: int = VERSION,
+        layers: Mapping[str, Any] | None = None,
+        dequantize: bool = False,
+    ) -> None:
+        self.quant_method = quant_method  # type: ignore[assignment]  # an enum of transformers' own methods there
+        self.version = version
+        self.layers = dict(layers or {})
+        self.dequantize = dequantize
+
+    @classmethod
+    def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Read and check the entry; FormatError names the place in it."""
+        read_config({key: value for key, value in config_dict.items() if key != "dequantize"})
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry as it was read."""
+        return {"quant_method": self.quant_method, "version": self.version, "layers": self.layers}
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What a caller may choose about a checkpoint whose entry says the rest."""
+        return {"dequantize": self.dequantize}
+
+    def packed_layers(self) -> dict[int, PackedLayer]:
+        """The packed decoder layers by number."""
+        return read_config(self.to_dict())
+
+
+class MoefoldQuantizer(HfQuantizer):
+    """Puts packed experts modules into a model before its weights are read, and checks that all of them came."""
+
+    requires_calibration = True  # it loads what moefold packed; it packs nothing
+    quantization_config: MoefoldConfig
+
+    def __init__(self, quantization_config: MoefoldConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.places: list[Place] = []
+        self.dtypes: dict[str, torch.dtype] = {}
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        _refuse_expert_parallelism(model)
+        self.places = [_find(model, layer) for layer in self.quantization_config.packed_layers().values()]
+        found = _headers(kwargs.get("checkpoint_files"))
+        for place in self.places:
+            module = model.get_submodule(place.module)
+            if found is not None:
+                _check_tensors(place.layer, module, found)
+            pack_module(module, place.layer, place.module)
+        tripwires = [name for place in self.places for name in place.tripwires()]
+        ignored = [f"{re.escape(name)}$" for name in tripwires]
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
+        self.dtypes = _wanted_dtypes(model, kwargs.get("dtype"))
+        return model
+
+    def _process_model_after_weight_loading(
+        self,
+        model: PreTrainedModel,
+        **kwargs: Any,  # noqa: ARG002  (the interface's)
+    ) -> PreTrainedModel:
+        for place in self.places:
+            place.check_loaded(model)
+        for name, parameter in model.named_parameters():
+            # transformers 5.17 leaves renamed float tensors of prequantised checkpoints in the file's dtype
+            if name in self.dtypes and parameter.dtype != self.dtypes[name] and not parameter.is_meta:
+                parameter.data = parameter.data.to(self.dtypes[name])
+        return self._dequantize(model) if self.quantization_config.dequantize else model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for module in [module for module in model.modules() if isinstance(module, PackedModule)]:
+            unpack_module(module, dtype)
+        if hasattr(model, "_weight_conversions"):
+            del model._weight_conversions  # so that saving takes the stock ones
+        return model
+
+    def update_weight_conversions(
+        self,
+        weight_conversions: list[Any],
+        model: Any = None,  # noqa: ARG002  (5.17 does not pass it)
+    ) -> list[Any]:
+        """Ours first: the names of experts left alone in a packed layer match the stock converters, too."""
+        return [converter for place in self.places for converter in converters(place)] + weight_conversions
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:  # noqa: ARG002  (the interface's)
+        """The packed parameters are split as the dense ones are (transformers from 5.20 on)."""
+        plan.update(_packed_styles(plan))
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """The same for transformers up to 5.19, where the plan is still in the configuration."""
+        for part in {id(part): part for part in (config, config.get_text_config())}.values():
+            plan = getattr(part, "base_model_tp_plan", None)
+            if plan:
+                part.base_model_tp_plan = {**plan, **_packed_styles(plan)}
+        return config
+
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]  (the base has no body)
+        """save_pretrained writes the same per-pair names, tripwire and configuration again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]  (the base has no body)
+        return False
+
+
+def register() -> None:
+    """Make transformers know the method; done at import, and harmless when repeated."""
+    if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config(METHOD)(MoefoldConfig)
+        auto.register_quantizer(METHOD)(MoefoldQuantizer)
+        # without this, transformers drops what `quantization_config=MoefoldConfig(dequantize=True)` asks for
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, MoefoldConfig)  # type: ignore[assignment]  # a tuple of fixed length there
+
+
+def _find(model: PreTrainedModel, layer: PackedLayer) -> Place:
+    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    stock = gate_up_name(layer)
+    converted, _ = rename_source_key(f"{layer.prefix}.{stock}", renamings, [])
+    names = model.state_dict()
+    name, _ = rename_source_key(f"{layer.prefix}.{stock}", renamings, [], model.base_model_prefix, names)
+    module = name.removesuffix(f".{stock}")
+    flags = ("has_gate", "is_transposed", "is_concatenated", "_apply_gate")
+    if name not in names or not all(hasattr(model.get_submodule(module), flag) for flag in flags):
+        raise FormatError(
+            f"quantization_config: {layer.prefix} is no experts module of {type(model).__name__} that transformers' "
+            "experts interface runs; was config.json edited, or is this another architecture?"
+        )
+    return Place(layer, module, converted.removesuffix(f".{stock}"))
+
+
+def _headers(files: Sequence[str] | None) -> dict[str, tuple[int, ...]] | None:
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        return None
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+    return shapes
+
+
+def _check_tensors(layer: PackedLayer, module: nn.Module, found: Mapping[str, tuple[int, ...]]) -> None:
+    stock: Any = module
+    _, inner, hidden = stock_sizes(stock.is_transposed, stock.down_proj)
+    for name, shape in layer.shapes(inner, hidden):
+        if name not in found:
+            raise FormatError(f"{name} is not in the checkpoint's files; save or download it again")
+        if found[name] != shape:
+            raise FormatError(f"{name} is {list(found[name])} in the checkpoint's files, not {list(shape)}")
+
+
+def _wanted_dtypes(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    floats = {name: value.dtype for name, value in model.named_parameters() if value.is_floating_point()}
+    special = model._get_dtype_plan(dtype) if dtype is not None else {}
+    for pattern, other in special.items():
+        expression = re.compile(pattern.replace("*", ".*"))
+        floats.update({name: other for name in floats if expression.search(name)})
+    return floats
+
+
+def _packed_styles(plan: Mapping[str, str]) -> dict[str, str]:
+    styles: dict[str, str] = {}
+    for name, style in plan.items():
+        for stock, packed in (("gate_up_proj", "gate_up"), ("up_proj", "gate_up"), ("down_proj", "down")):
+            if name.endswith(f".experts.{stock}"):  # with the dot: not shared_experts
+                styles |= {f"{name.removesuffix(stock)}{packed}_{kind}": style for kind in ("packed", "dense")}
+    return styles
+
+
+def _refuse_expert_parallelism(model: PreTrainedModel) -> None:
+    settings = getattr(model.config, "distributed_config", None)
+    if getattr(settings, "enable_expert_parallel", False) or (getattr(settings, "ep_size", None) or 1) > 1:
+        raise FormatError("expert parallelism would separate the experts of a pair; use tensor parallelism (tp_plan)")
+
+
+register()

@@ -1,0 +1,104 @@
+"""How well a model predicts text, before and after."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from moefold import Baseline, Checkpoint, Context, Metrics, Saved, Stage, StreamedModel, Text, hookimpl, stage
+from moefold.errors import TextError
+
+Batch = Annotated[int, Field(ge=1, description="samples in one forward pass")]
+
+
+def losses(checkpoint: Checkpoint, texts: dict[str, Tensor], device: torch.device, batch: int) -> dict[str, float]:
+    """Mean negative log-likelihood of each text in nats per token, one decoder layer in memory at a time.
+
+    `texts` are `[sample, length]` token ids; the first token of a sample predicts and is not predicted.
+    """
+    streamed = StreamedModel(checkpoint, device)
+    parts = [(name, ids.long()) for name, tokens in texts.items() for ids in tokens.split(batch)]
+    hidden = [streamed.embed(ids.to(device)).cpu() for _, ids in parts]
+    for number in range(streamed.layer_count):
+        with streamed.loaded(number):
+            hidden = [
+                streamed.through(number, ids.to(device), h.to(device)).cpu()
+                for (_, ids), h in zip(parts, hidden, strict=True)
+            ]
+    sums = dict.fromkeys(texts, 0.0)
+    counts = dict.fromkeys(texts, 0)
+    for (name, ids), h in zip(parts, hidden, strict=True):
+        for row, state in zip(ids, h, strict=True):  # a sample at a time: logits are [length, vocabulary] in float32
+            logits = streamed.head(state[None].to(device))[0, :-1].float()
+            target = row[1:].to(device)
+            sums[name] += float(F.cross_entropy(logits, target, reduction="sum").double())
+            counts[name] += len(target)
+    return {name: sums[name] / counts[name] for name in texts}
+
+
+@stage("evaluate.baseline")
+def evaluate_baseline(
+    checkpoint: Checkpoint, texts: tuple[Text, ...], context: Context, *, batch: Batch = 8
+) -> Baseline:
+    """The uncompressed model's loss on each text; kept, so that every method compared with it costs only its own."""
+    tokens = {text.name: text.tokens for text in texts}
+    if len(tokens) != len(texts):
+        raise TextError(f"two texts have one name ({', '.join(t.name for t in texts)}); evaluate each once")
+    return Baseline(losses(checkpoint, tokens, context.device, batch), tokens, {t.name: t.bytes for t in texts})
+
+
+@stage("evaluate.perplexity")
+def evaluate_perplexity(saved: Saved, baseline: Baseline, context: Context, *, batch: Batch = 8) -> Metrics:
+    """The saved checkpoint's loss and perplexity on each text, read back from disk, beside the uncompressed model's.
+
+    The figures also go into the checkpoint's model card.
+    """
+    after = losses(Checkpoint.open(saved.path), baseline.texts, context.device, batch)
+    rows = [_row(name, baseline, after[name]) for name in baseline.losses]
+    _write_into_card(Path(saved.path) / "README.md", rows)
+    return Metrics("loss and perplexity", rows)
+
+
+def _write_into_card(card: Path, rows: list[dict[str, Any]]) -> None:
+    """Put the section of this heading at the end of the card, in place of an earlier one."""
+    heading = "## What was lost"
+    lines = [
+        f"| {r['text']} | {r['tokens']:,} | {r['loss_before']:.4f} | {r['loss_after']:.4f} | "
+        f"{r['perplexity_before']:.3f} | {r['perplexity_after']:.3f} |"
+        for r in rows
+    ]
+    head = "| text | tokens | loss before | after | perplexity before | after |\n|---|---|---|---|---|---|"
+    kept = card.read_text(encoding="utf-8").partition(heading)[0].rstrip() if card.exists() else ""
+    section = "\n".join([head, *lines])
+    card.write_text(
+        f"{kept}\n\n{heading}\n\nLoss in nats per token, on text that was not calibrated on.\n\n{section}\n"
+    )
+
+
+def _row(name: str, baseline: Baseline, after: float) -> dict[str, Any]:
+    before = baseline.losses[name]
+    samples, length = baseline.texts[name].shape
+    size = baseline.bytes[name]
+    bits = samples * (length - 1) / math.log(2) / size if size else None
+    return {
+        "text": name,
+        "tokens": samples * length,
+        "loss_before": before,
+        "loss_after": after,
+        "loss_increase": after - before,
+        "perplexity_before": math.exp(before),
+        "perplexity_after": math.exp(after),
+        "bits_per_byte_before": bits and before * bits,
+        "bits_per_byte_after": bits and after * bits,
+    }
+
+
+@hookimpl
+def moefold_stages() -> list[Stage[Any, Any]]:
+    return [evaluate_baseline, evaluate_perplexity]

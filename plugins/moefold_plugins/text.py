@@ -1,0 +1,209 @@
+"""Calibration and evaluation text: from the standard library, files, Hugging Face datasets, or a mix of them."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from moefold import Checkpoint, Stage, Text, hookimpl, stage
+from moefold.errors import TextError
+from moefold_plugins.demo import stdlib
+
+Samples = Annotated[int, Field(ge=1, description="how many samples")]
+Length = Annotated[int, Field(ge=2, description="tokens in a sample")]
+Seed = Annotated[int, Field(description="order in which documents are taken")]
+
+Document = tuple[str, str]
+"""The name and the text of one document."""
+
+
+def _digest(documents: Iterable[Document]) -> str:
+    found = hashlib.sha256()
+    for name, text in documents:
+        found.update(f"{name}\0{text}\0".encode("utf-8", "surrogatepass"))
+    return found.hexdigest()
+
+
+def sampled(
+    name: str, documents: Sequence[Document], checkpoint: Checkpoint, samples: int, length: int, seed: int
+) -> Text:
+    """Tokenise documents in a random order and cut them into samples of equal length.
+
+    Documents are joined by the tokenizer's end-of-text token where it has one; a sample may span several. Takes
+    fewer samples than asked for when the text ends, and says so in `sources`; raises TextError when not one is full.
+    """
+    tokenizer = checkpoint.tokenizer()
+    order = random.Random(seed).sample(range(len(documents)), len(documents))
+    tokens: list[int] = []
+    used = 0
+    while used < len(order) and len(tokens) < samples * length:
+        tokens += _tokens(tokenizer, documents[order[used]][1])
+        used += 1
+    found = min(samples, len(tokens) // length)
+    if found == 0:
+        raise TextError(
+            f"{name}: {len(tokens)} tokens in {len(documents)} documents do not fill one sample of {length}; "
+            "give more text, or a smaller length"
+        )
+    cut = torch.tensor(tokens[: found * length], dtype=torch.int32).view(found, length)
+    size = sum(len(tokenizer.decode(row).encode()) for row in cut.tolist())
+    return Text(name, cut, size, [{"name": name, "documents": used, "samples": found, "wanted": samples}])
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+
+
+def _stdlib_reads(part: stdlib.Part, **_: Any) -> str:
+    return _digest(stdlib.modules(part))
+
+
+@stage("text.stdlib", reads=_stdlib_reads)
+def text_stdlib(
+    checkpoint: Checkpoint,
+    *,
+    part: Annotated[
+        stdlib.Part, Field(description="which modules: the demo model was trained on `train` and saw no other")
+    ] = "calibrate",
+    samples: Samples = 128,
+    length: Length = 512,
+    seed: Seed = 0,
+) -> Text:
+    """Source code of this Python's standard library, split by a hash of the module's name."""
+    return sampled(f"stdlib {part}", stdlib.modules(part), checkpoint, samples, length, seed)
+
+
+def _prose_reads(**_: Any) -> str:
+    return _digest(stdlib.prose())
+
+
+@stage("text.prose", reads=_prose_reads)
+def text_prose(checkpoint: Checkpoint, *, samples: Samples = 32, length: Length = 512, seed: Seed = 0) -> Text:
+    """English prose that every Python carries: the language reference in pydoc_data.topics."""
+    return sampled("prose", stdlib.prose(), checkpoint, samples, length, seed)
+
+
+def _read_files(files: Sequence[str], field: str) -> list[Document]:
+    # glob.glob and not Path.glob: patterns are absolute as often as not
+    found = [sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True)) for pattern in files]  # noqa: PTH207
+    paths = [Path(p) for p in dict.fromkeys(p for matches in found for p in matches) if Path(p).is_file()]
+    if not paths:
+        raise TextError(f"no file matches {', '.join(files)}; quote a pattern so that the shell leaves it alone")
+    return [document for path in paths for document in _read_file(path, field)]
+
+
+def _read_file(path: Path, field: str) -> Iterator[Document]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(f"{path} cannot be read as UTF-8 text: {error}; leave it out, or convert it") from error
+    if path.suffix != ".jsonl":
+        yield str(path), text
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            yield f"{path}:{number}", str(json.loads(line)[field])
+        except (ValueError, KeyError, TypeError) as error:
+            raise TextError(f"{path}:{number}: not a JSON object with the field {field!r}; set `field`") from error
+
+
+def _files_reads(files: Sequence[str], field: str, **_: Any) -> str:
+    return _digest(_read_files(files, field))
+
+
+@stage("text.files", reads=_files_reads)
+def text_files(
+    checkpoint: Checkpoint,
+    *,
+    files: Annotated[list[str], Field(min_length=1, description="paths or glob patterns (** crosses folders)")],
+    field: Annotated[str, Field(description="which field of a line is the text, in .jsonl files")] = "text",
+    samples: Samples = 128,
+    length: Length = 2048,
+    seed: Seed = 0,
+) -> Text:
+    """Text from UTF-8 files; each file is a document, in .jsonl files each line."""
+    return sampled(", ".join(files), _read_files(files, field), checkpoint, samples, length, seed)
+
+
+@stage("text.dataset")
+def text_dataset(
+    checkpoint: Checkpoint,
+    *,
+    name: Annotated[str, Field(description="dataset id on the hub, or a local directory")],
+    config: Annotated[str | None, Field(description="which configuration of the dataset")] = None,
+    split: Annotated[str, Field(description="which split")] = "train",
+    revision: Annotated[str | None, Field(description="a commit or tag; pin it for runs to be repeated")] = None,
+    field: Annotated[str, Field(description="which column is the text")] = "text",
+    documents: Annotated[int, Field(ge=1, description="read at most so many rows, from the first")] = 20_000,
+    samples: Samples = 128,
+    length: Length = 2048,
+    seed: Seed = 0,
+) -> Text:
+    """Text from a Hugging Face dataset, streamed (needs `pip install 'moefold[dataset]'`)."""
+    try:
+        import datasets
+    except ImportError:
+        raise TextError("text.dataset needs the package datasets: pip install 'moefold[dataset]'") from None
+    try:
+        rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
+        found = [(f"{name}#{i}", str(row[field])) for i, row in enumerate(rows.take(documents))]
+    except KeyError as error:
+        raise TextError(
+            f"{name} has no column {field!r}; set `field` to one of {sorted(rows.features or [])}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise TextError(f"dataset {name} cannot be read: {error}; check name, config and split") from error
+    return sampled(f"{name} {split}", found, checkpoint, samples, length, seed)
+
+
+@stage("text.mix")
+def text_mix(
+    texts: tuple[Text, ...],
+    *,
+    shares: Annotated[
+        list[Annotated[float, Field(gt=0)]] | None, Field(description="weight of each text, in the order of needs")
+    ] = None,
+    samples: Samples = 128,
+    seed: Seed = 0,
+) -> Text:
+    """Samples from several texts, in shares; calibration text matters more than the method."""
+    weights = shares or [1.0] * len(texts)
+    if len(weights) != len(texts):
+        raise TextError(f"{len(weights)} shares for {len(texts)} texts; write one share for each text in needs")
+    if len({text.tokens.shape[1] for text in texts}) != 1:
+        lengths = ", ".join(f"{t.name}: {t.tokens.shape[1]}" for t in texts)
+        raise TextError(f"the samples differ in length ({lengths}); give all texts the same length")
+    parts, sources, size = [], [], 0
+    for index, (text, count) in enumerate(zip(texts, _portions(weights, samples), strict=True)):
+        have = text.tokens.shape[0]
+        if have < count:
+            raise TextError(f"{text.name} has {have} samples, and its share is {count}; raise its samples to {count}")
+        chosen = sorted(random.Random(f"{seed} {index}").sample(range(have), count))
+        parts.append(text.tokens[chosen])
+        sources.append({"name": text.name, "samples": count, "wanted": count})
+        size += round(text.bytes * count / have)
+    return Text(" + ".join(f"{s['samples']} {s['name']}" for s in sources), torch.cat(parts), size, sources)
+
+
+def _portions(weights: Sequence[float], samples: int) -> list[int]:
+    """Whole numbers of samples that add up, by the largest remainder."""
+    exact = [samples * w / sum(weights) for w in weights]
+    counts = [int(e) for e in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    for index in by_remainder[: samples - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
+@hookimpl
+def moefold_stages() -> list[Stage[Any, Any]]:
+    return [text_stdlib, text_prose, text_files, text_dataset, text_mix]

@@ -1,0 +1,117 @@
+"""Calibration text: whole samples, repeatable, honest about what it took."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny
+from moefold import Checkpoint, Text
+from moefold.errors import TextError
+from moefold_plugins.text import text_dataset, text_files, text_mix, text_prose, text_stdlib
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A model whose tokens are bytes."""
+    return Checkpoint.open(str(tiny("qwen3_moe", tmp_path_factory.mktemp("model"))))
+
+
+def text(name: str, samples: int, length: int = 4, first: int = 0) -> Text:
+    tokens = torch.arange(first, first + samples * length, dtype=torch.int32).view(samples, length)
+    return Text(name, tokens, samples * length)
+
+
+def test_files_documents_and_bytes(checkpoint, tmp_path: Path):
+    (tmp_path / "a.txt").write_text("héllo " * 50, encoding="utf-8")
+    found = text_files(checkpoint, files=[str(tmp_path / "*.txt")], samples=3, length=20)
+    assert found.tokens.shape == (3, 20)
+    assert found.tokens.dtype == torch.int32
+    tokenizer = checkpoint.tokenizer()
+    assert tokenizer.decode(found.tokens.flatten().tolist()).startswith("héllo héllo")
+    assert 55 <= found.bytes <= 62  # a sample may cut a character in two
+    assert found.sources[0]["samples"] == 3
+
+
+def test_documents_are_joined_by_the_end_of_text(checkpoint, tmp_path: Path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name * 5)
+    found = text_files(checkpoint, files=[str(tmp_path / "*")], samples=1, length=18)
+    assert (found.tokens == checkpoint.tokenizer().eos_token_id).sum() == 3
+
+
+def test_fewer_samples_than_wanted_are_said(checkpoint, tmp_path: Path):
+    (tmp_path / "a.txt").write_text("x" * 45)
+    found = text_files(checkpoint, files=[str(tmp_path / "a.txt")], samples=10, length=20)
+    assert found.tokens.shape[0] == 2
+    assert found.sources == [{"name": str(tmp_path / "a.txt"), "documents": 1, "samples": 2, "wanted": 10}]
+
+
+def test_lines_of_jsonl(checkpoint, tmp_path: Path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(json.dumps({"body": f"line {i} " * 5}) for i in range(4)))
+    assert text_files(checkpoint, files=[str(file)], field="body", samples=2, length=30).sources[0]["documents"] <= 4
+    with pytest.raises(TextError, match=r"a.jsonl:1: not a JSON object with the field 'text'"):
+        text_files(checkpoint, files=[str(file)], samples=2, length=30)
+
+
+def test_bad_files(checkpoint, tmp_path: Path):
+    with pytest.raises(TextError, match="no file matches"):
+        text_files(checkpoint, files=[str(tmp_path / "*.none")])
+    (tmp_path / "short.txt").write_text("x")
+    with pytest.raises(TextError, match="do not fill one sample of 2048"):
+        text_files(checkpoint, files=[str(tmp_path / "short.txt")])
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(TextError, match="cannot be read as UTF-8"):
+        text_files(checkpoint, files=[str(tmp_path / "binary.txt")])
+
+
+def test_content_is_in_the_key(tmp_path: Path):
+    assert text_files.reads is not None
+    (tmp_path / "a.txt").write_text("one")
+    options = text_files.options(files=[str(tmp_path / "a.txt")]).model_dump()
+    first = text_files.reads(**options)
+    assert first == text_files.reads(**options)
+    (tmp_path / "a.txt").write_text("two")
+    assert first != text_files.reads(**options)
+
+
+def test_stdlib_parts_differ_and_seeds_too(checkpoint):
+    one = text_stdlib(checkpoint, part="calibrate", samples=4, length=64)
+    assert torch.equal(one.tokens, text_stdlib(checkpoint, part="calibrate", samples=4, length=64).tokens)
+    assert not torch.equal(one.tokens, text_stdlib(checkpoint, part="evaluate", samples=4, length=64).tokens)
+    assert not torch.equal(one.tokens, text_stdlib(checkpoint, part="calibrate", samples=4, length=64, seed=1).tokens)
+    assert text_prose(checkpoint, samples=2, length=64).tokens.shape == (2, 64)
+
+
+def test_mix_takes_shares():
+    mixed = text_mix((text("a", 10), text("b", 10, first=1000)), shares=[3, 1], samples=8)
+    assert mixed.tokens.shape == (8, 4)
+    assert int((mixed.tokens[:, 0] >= 1000).sum()) == 2
+    assert mixed.name == "6 a + 2 b"
+    assert mixed.bytes == 32
+    assert len({tuple(row) for row in mixed.tokens.tolist()}) == 8
+    third = text_mix((text("a", 9), text("b", 9), text("c", 9)), samples=10)
+    assert sorted(s["samples"] for s in third.sources) == [3, 3, 4]
+
+
+def test_mix_refuses_what_does_not_fit():
+    with pytest.raises(TextError, match="differ in length"):
+        text_mix((text("a", 4), text("b", 4, length=5)), samples=4)
+    with pytest.raises(TextError, match="raise its samples to 9"):
+        text_mix((text("a", 4),), samples=9)
+    with pytest.raises(TextError, match="2 shares for 1 texts"):
+        text_mix((text("a", 4),), shares=[1, 2], samples=2)
+
+
+def test_dataset_from_a_directory(checkpoint, tmp_path: Path):
+    pytest.importorskip("datasets", reason="the extra `dataset` is not installed")
+    (tmp_path / "data").mkdir()
+    rows = "\n".join(json.dumps({"text": f"row {i} " * 20}) for i in range(9))
+    (tmp_path / "data" / "train.jsonl").write_text(rows)
+    found = text_dataset(checkpoint, name=str(tmp_path / "data"), samples=3, length=50)
+    assert found.tokens.shape == (3, 50)
+    with pytest.raises(TextError, match="no column 'body'"):
+        text_dataset(checkpoint, name=str(tmp_path / "data"), field="body", samples=3, length=50)

@@ -1,0 +1,177 @@
+"""The commands as a user types them: what they print, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from models import tiny
+from moefold.cli import app
+from typer.testing import CliRunner
+
+PIPELINE = """\
+model: {model}
+stages:
+  - {{id: calibration, uses: text.files, with: {{files: [{text}], samples: 4, length: 32}}}}
+  - {{uses: forward, needs: {{text: calibration}}}}
+  - {{uses: observe, with: {{minimum: 1}}}}
+  - uses: pair.random
+  - uses: puzzlemoe
+  - uses: pack.exponent
+  - {{uses: save, with: {{to: packed}}}}
+  - {{id: other, uses: text.files, with: {{files: [{text}], samples: 2, length: 16, seed: 5}}}}
+  - {{uses: evaluate.baseline, needs: {{texts: [other]}}}}
+  - uses: evaluate.perplexity
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a tiny model, a text and a pipeline `p.yaml`."""
+    monkeypatch.chdir(tmp_path)
+    tiny("qwen3_moe", tmp_path / "model")
+    (tmp_path / "text.txt").write_text("Nothing is computed twice, and nothing is lost. " * 40)
+    (tmp_path / "p.yaml").write_text(PIPELINE.format(model=tmp_path / "model", text=tmp_path / "text.txt"))
+    return tmp_path
+
+
+def moefold(*arguments: str, code: int = 0) -> str:
+    done = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+    assert done.exit_code == code, (done.output, done.exception)
+    return done.output
+
+
+def report(*arguments: str) -> dict:
+    done = CliRunner().invoke(app, ["run", *arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_run_reports_and_a_second_run_does_nothing(folder):
+    first = report("p.yaml")
+    saved = first["saved"]["save"]["all"]
+    assert saved["expert_bytes"]["after"] == saved["expert_bytes"]["before"] / 2
+    assert all(took["to_run"] == took["tasks"] for took in first["stages"].values())
+    second = report("p.yaml")
+    assert all(took["to_run"] == 0 for took in second["stages"].values() if took["tasks"] != 3 or took["ran"])
+    assert sum(took["ran"] for took in second["stages"].values()) == 0
+    assert second["metrics"] == first["metrics"]
+    assert json.loads((folder / ".moefold" / "report.json").read_text())["saved"] == second["saved"]
+
+
+def test_a_changed_threshold_costs_packing_and_what_follows(folder):
+    report("p.yaml")
+    rows = {r["step"]: r for r in json.loads(moefold("plan", "p.yaml", "--set", "puzzlemoe.threshold=0.3", "--json"))}
+    to_run = {step: row["to_run"] for step, row in rows.items() if row["to_run"] not in (0, "where it is read")}
+    assert to_run == {"pack.exponent": 3, "save": 1, "evaluate.perplexity": 1}
+    changed = report("p.yaml", "--set", "puzzlemoe.threshold=0.3")
+    assert {s: t["ran"] for s, t in changed["stages"].items() if t["ran"]} == to_run
+
+
+def test_a_deleted_output_is_written_again(folder):
+    import shutil
+
+    report("p.yaml")
+    shutil.rmtree(folder / "packed")
+    again = report("p.yaml")
+    assert {s for s, t in again["stages"].items() if t["ran"]} == {"save"}
+    assert (folder / "packed" / "config.json").is_file()
+
+
+def test_the_table_for_people(folder):
+    printed = moefold("run", "p.yaml")
+    for part in (
+        "expert bytes", "0.500x", "whole checkpoint", "perplexity", "mask: shared by both", "clipped", "saw too few",
+        "seconds", "peak memory", "from_pretrained(", "import moefold",
+    ):  # fmt: skip
+        assert part in printed
+
+
+def test_model_text_and_to_replace_the_pipelines_own(folder):
+    tiny("mixtral", folder / "other", seed=3)
+    (folder / "mine.txt").write_text("my own text, which I know best. " * 60)
+    found = report("p.yaml", "--model", str(folder / "other"), "--text", "mine*.txt", "--to", "elsewhere")
+    assert found["pipeline"]["model"] == str(folder / "other")
+    assert found["texts"]["calibration"]["all"]["sources"][0]["name"] == "mine*.txt"
+    assert found["texts"]["calibration"]["all"]["samples"] == 4
+    config = json.loads((folder / "elsewhere" / "config.json").read_text())
+    assert config["model_type"] == "mixtral"
+    assert not (folder / "packed").exists()
+
+
+def test_processes_give_the_same_bytes(folder):
+    one = report("p.yaml", "--work", "w1")
+    two = report("p.yaml", "--work", "w2", "--to", "packed2", "--executor", "process", "--workers", "2")
+    assert one["packed"] == two["packed"]
+    assert (folder / "packed" / "model.safetensors").read_bytes() == (
+        folder / "packed2" / "model.safetensors"
+    ).read_bytes()
+    assert one["metrics"] == two["metrics"]
+
+
+def test_warnings_name_starved_experts_and_short_texts(folder):
+    printed = moefold("run", "p.yaml", "--set", "observe.minimum=1000", "--set", "calibration.samples=400")
+    assert "experts 0, 1, 2, 3, 4, 5, 6, 7 saw fewer than 1000 calibration tokens" in printed
+    assert "samples of 400 asked for" in printed
+
+
+def test_evaluate_reads_packed_and_dense(folder):
+    report("p.yaml")
+    for checkpoint in ("model", "packed"):
+        rows = json.loads(
+            moefold("evaluate", checkpoint, "--text", "text.txt", "--samples", "2", "--length", "64", "--json")
+        )
+        assert rows[0]["tokens"] == 128
+        assert 0 < rows[0]["loss"] < 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "p.yaml", "--executor", "proces"], "no plugin gives the executor proces"),
+        (["run", "p.yaml", "--device", "gpu"], "no device gpu; write auto, cpu or cuda"),
+        (["run", "p.yaml", "--text", "none*"], "no file matches none*"),
+        (["run", "p.yaml", "--to", "model"], "is the source checkpoint itself"),
+        (["run", "p.yaml", "--set", "puzzlemoe.threshold=2"], "--set puzzlemoe.threshold=2"),
+        (["run", "nowhere.yaml"], "no file nowhere.yaml"),
+        (["evaluate", "nowhere"], "nowhere is no directory"),
+        (["describe", "puzzelmoe"], "did you mean puzzlemoe?"),
+        (["copy", "quickstart", "p.yaml"], "p.yaml exists; name another file"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(folder, arguments, message):
+    printed = moefold(*arguments, code=2)
+    assert message in printed.replace("\n", "")
+    assert "Traceback" not in printed
+
+
+def test_no_cuda_is_said():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert "no CUDA device" in moefold("plan", "quickstart", "--device", "cuda", code=2)
+
+
+def test_list_describe_copy_doctor(folder):
+    listed = moefold("list")
+    for name in ("quickstart", "puzzlemoe", "pair.by_usage", "exponent", "reference", "demo", "text.mix"):
+        assert name in listed
+    described = moefold("describe", "puzzlemoe")
+    assert "threshold (number >= 0, <= 1, default 0.4)" in described
+    assert "activity: Activity" in described
+    assert "random pairs" in moefold("describe", "quickstart").lower() or "at random" in moefold(
+        "describe", "quickstart"
+    )
+    moefold("copy", "puzzlemoe", "mine.yaml")
+    assert "no problems" in moefold("validate", "mine.yaml")
+    doctor = moefold("doctor")
+    assert "exponent on cpu" in doctor
+    assert "reference" in doctor
+
+
+def test_help_has_examples():
+    for command in ("run", "plan", "validate", "copy", "evaluate", "describe"):
+        assert "Example" in moefold(command, "--help")
+    assert "0.1.0" in moefold("--version")

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
 from moefold import Activity, Checkpoint
 from moefold.artifacts import Metrics
 from moefold.executors import InlineExecutor
@@ -20,8 +23,6 @@ from moefold.run import Event, run
 from moefold.store import Store
 from moefold_plugins import demo
 from moefold_plugins.evaluate import losses
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 PIPELINE = """
 model: demo

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
 from models import tiny
 from moefold.cli import app
-from typer.testing import CliRunner
 
 PIPELINE = """\
 model: {model}
@@ -79,6 +80,17 @@ def test_a_deleted_output_is_written_again(folder):
     assert (folder / "packed" / "config.json").is_file()
 
 
+def test_an_output_that_another_run_wrote_over_is_written_again(folder):
+    """Both thresholds give files of the same sizes; the report of the first must not stand for the second's bytes."""
+    report("p.yaml")
+    first = (folder / "packed" / "model.safetensors").read_bytes()
+    report("p.yaml", "--set", "puzzlemoe.threshold=0.1")
+    assert (folder / "packed" / "model.safetensors").read_bytes() != first
+    again = report("p.yaml")
+    assert {s for s, t in again["stages"].items() if t["ran"]} == {"save"}
+    assert (folder / "packed" / "model.safetensors").read_bytes() == first
+
+
 def test_the_table_for_people(folder):
     printed = moefold("run", "p.yaml")
     for part in (
@@ -111,8 +123,8 @@ def test_processes_give_the_same_bytes(folder):
 
 
 def test_warnings_name_starved_experts_and_short_texts(folder):
-    printed = moefold("run", "p.yaml", "--set", "observe.minimum=1000", "--set", "calibration.samples=400")
-    assert "experts 0, 1, 2, 3, 4, 5, 6, 7 saw fewer than 1000 calibration tokens" in printed
+    printed = moefold("run", "p.yaml", "--set", "observe.minimum=100000", "--set", "calibration.samples=400")
+    assert "experts 0, 1, 2, 3, 4, 5, 6, 7 saw fewer than 100000 calibration tokens" in printed
     assert "samples of 400 asked for" in printed
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
 from moefold import Checkpoint
 from moefold.cli import app
 from moefold_plugins.text import text_stdlib
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 SMALL = [
     "--set", "calibration.samples=16", "--set", "unseen.samples=8", "--set", "prose.samples=4",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from moefold.cli import app
 from typer.testing import CliRunner
+
+from moefold.cli import app
 
 GOOD = """\
 model: demo
@@ -32,7 +33,8 @@ BROKEN = {
     "wrong type": (
         ("- uses: pair.random", "- uses: pair.random\n    with: {seed: often}"),
         [
-            "7:12: stages[3].with.seed: input should be a valid integer, unable to parse string as an integer, not 'often'"
+            "7:12: stages[3].with.seed: input should be a valid integer, "
+            "unable to parse string as an integer, not 'often'"
         ],
     ),
     "out of range": (
@@ -46,7 +48,8 @@ BROKEN = {
     "ambiguous input": (
         ("- uses: pair.random", "- uses: pair.random\n  - uses: pair.by_usage"),
         [
-            "8:5: stages[5].needs.pairs: Groups is made by pair.random and pair.by_usage; say which: needs: {pairs: pair.random}"
+            "8:5: stages[5].needs.pairs: Groups is made by pair.random and pair.by_usage; "
+            "say which: needs: {pairs: pair.random}"
         ],
     ),
     "circle": (
@@ -68,7 +71,8 @@ BROKEN = {
     "missing model": (
         ("model: demo", "model: ./nowhere"),
         [
-            "1:1: model: ./nowhere is no directory, no hub id (OWNER/NAME), and no model that a plugin ships; known: demo"
+            "1:1: model: ./nowhere is no directory, no hub id (OWNER/NAME), "
+            "and no model that a plugin ships; known: demo"
         ],
     ),
 }

@@ -4,7 +4,7 @@ The public names: plugins import from here (and from moefold_kernels) only. Impo
 formats with transformers, so that `AutoModelForCausalLM.from_pretrained` loads what moefold saved.
 """
 
-import moefold_kernels.transformers  # noqa: F401  (registers the formats with transformers)
+import moefold_kernels  # noqa: F401  (registers the formats with transformers)
 from moefold.artifacts import (
     Activity,
     Artifact,

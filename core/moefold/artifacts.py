@@ -231,7 +231,7 @@ class Packed(Artifact):
     words: dict[str, Tensor]  # "gate_proj", "up_proj", "down_proj" -> [pair, rows, columns] int16
     experts: dict[str, Tensor]  # the same names -> [dense expert, rows, columns], source dtype
     settings: dict[str, Json]
-    """What decoding needs beside the words; for `exponent`: {"window": {matrix: top exponent}}."""
+    """What decoding needs beside the words, by matrix; for `exponent`: the top exponent of the window."""
     counts: dict[str, Json]
     """Positions (one word each) by what they hold, over all pairs and matrices: weights, shared, own, other, zero,
     clipped, flushed."""
@@ -280,17 +280,32 @@ class Saved(Artifact):
     """A checkpoint directory that a stage wrote: its files with sizes, and what was saved."""
 
     path: str
-    files: dict[str, int]
-    """Size in bytes by file name; the model card is not among them (later stages write into it)."""
+    files: dict[str, list[int]]
+    """Size in bytes and modification time in nanoseconds by file name.
+
+    The model card is not among them (later stages write into it). The time matters: a run with another threshold
+    into the same directory leaves files of the same sizes.
+    """
     figures: dict[str, Json]
 
+    @classmethod
+    def of(cls, root: Path, path: str, figures: dict[str, Json], leave_out: str) -> Self:
+        """What stands in the directory `root` now, to be known as `path`; the file `leave_out` aside."""
+        found = (p for p in sorted(root.rglob("*")) if p.is_file() and p.name != leave_out)
+        return cls(path, {str(p.relative_to(root)): _stamp(p) for p in found}, figures)
+
     def intact(self) -> bool:
-        """Whether the directory still holds every file in the size that was written."""
+        """Whether the directory still holds every file as it was written."""
         root = Path(self.path)
-        return all((root / name).is_file() and (root / name).stat().st_size == n for name, n in self.files.items())
+        return all((root / name).is_file() and _stamp(root / name) == stamp for name, stamp in self.files.items())
 
     def facts(self) -> dict[str, Json]:
-        return {"path": self.path, "files": self.files, **self.figures}
+        return {"path": self.path, "files": {name: size for name, (size, _) in self.files.items()}, **self.figures}
+
+
+def _stamp(path: Path) -> list[int]:
+    facts = path.stat()
+    return [facts.st_size, facts.st_mtime_ns]
 
 
 def tensor_bytes(tensor: Tensor) -> int:

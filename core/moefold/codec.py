@@ -51,7 +51,7 @@ def pack(codec: Codec, merge: PairMerge) -> Packed:
     """Encode every pair of a layer, one matrix of one pair at a time."""
     words: dict[str, Tensor] = {}
     settings: dict[str, Json] = {}
-    counts = dict.fromkeys(("weights", "shared", "own", "other", "zero", "clipped", "flushed"), 0)
+    counts: dict[str, Json] = dict.fromkeys(("weights", "shared", "own", "other", "zero", "clipped", "flushed"), 0)
     paired = as_index([expert for pair in merge.pairs for expert in pair])
     for matrix, weights in merge.experts.matrices().items():
         if not merge.pairs:

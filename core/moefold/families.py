@@ -19,7 +19,6 @@ from moefold import fused
 from moefold.artifacts import Experts
 from moefold.checkpoint import Checkpoint
 from moefold.errors import CheckpointError
-from moefold.skeleton import Skeleton
 from moefold.standins import Forward, Stop, Unfit, bare, beside, compare, feed, hidden_of, replaced, rerouted, tupled
 
 
@@ -32,6 +31,8 @@ class StreamedModel:
         """`dtype` None: the checkpoint's. Raises CheckpointError for a model that cannot run layer by layer."""
         self.checkpoint = checkpoint
         self.device = torch.device(device)
+        from moefold.skeleton import Skeleton  # transformers is slow to import, and most commands do not need it
+
         self._skeleton = Skeleton(checkpoint, dtype)
         self._model = self._skeleton.module("")  # Any: much of PreTrainedModel is untyped
         self._layers: list[Any] = list(self._skeleton.module(self._skeleton.layers))

@@ -46,7 +46,7 @@ class Layers(Mapping[int, T]):
 
     def __getitem__(self, number: int) -> T:
         value = self._values[number]
-        return value if isinstance(value, Artifact) else value()
+        return value() if callable(value) else value
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._values)

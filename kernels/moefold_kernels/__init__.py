@@ -1,12 +1,13 @@
 """Packed experts: where each bit is, what each operation means, and who carries it out. Needs torch only.
 
-`import moefold_kernels.transformers` lets stock transformers load packed checkpoints.
+After `import moefold_kernels`, stock transformers loads packed checkpoints (see registration.py).
 """
 
 from moefold_kernels.backend import Answer, Backend, Need, Reference, ask, builtin, choose
 from moefold_kernels.checkpoint import PackedLayer, fuse, read_config, read_layer, write_config
 from moefold_kernels.errors import BackendError, FormatError, KernelsError
 from moefold_kernels.reference import PackedExperts, decode, decode_pairs, encode, experts
+from moefold_kernels.registration import arm
 
 __all__ = [
     "Answer",
@@ -30,3 +31,5 @@ __all__ = [
     "read_layer",
     "write_config",
 ]
+
+arm()

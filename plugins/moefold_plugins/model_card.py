@@ -17,12 +17,12 @@ tags:
 ---
 # {title}
 
-Compressed by [moefold](https://pypi.org/project/moefold/) {version}: experts of a layer share weights in pairs.
+Compressed by moefold {version}: experts of a layer share weights in pairs.
 
 ## Loading
 
 ```python
-import moefold_kernels.transformers, transformers  # pip install moefold
+import moefold_kernels, transformers  # pip install moefold
 model = transformers.AutoModelForCausalLM.from_pretrained("path/of/this/directory")
 ```
 

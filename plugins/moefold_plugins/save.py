@@ -58,9 +58,8 @@ def save(
         figures = _figures(checkpoint, totals, shards.total, activity)
         write_text(directory / "config.json", _config(checkpoint, entries))
         _copy_others(checkpoint.path, directory)
-        files = {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
         write_text(directory / CARD, write_card(target.name, provenance, figures, __version__))
-    return Saved(str(target), files, figures)
+        return Saved.of(directory, str(target), figures, leave_out=CARD)
 
 
 class _Totals:

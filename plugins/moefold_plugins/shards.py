@@ -85,6 +85,7 @@ class Shards:
             return
         path = self._part(len(self._written))
         save_file(self._open, path, metadata=_METADATA)
+        path.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
         flush(path)
         self._written.append(list(self._open))
         self._open, self._open_bytes = {}, 0
@@ -98,6 +99,12 @@ class Shards:
             found = written.header(name)
             if (list(found[0]), found[1]) != promise:
                 raise StageError(f"{self.directory}: {name} was written as {promise} and reads back as {found}")
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def write_text(path: Path, text: str) -> None:

@@ -54,7 +54,7 @@ def sampled(
             "give more text, or a smaller length"
         )
     cut = torch.tensor(tokens[: found * length], dtype=torch.int32).view(found, length)
-    size = sum(len(tokenizer.decode(row).encode()) for row in cut.tolist())
+    size = sum(len(str(tokenizer.decode(row)).encode()) for row in cut.tolist())
     return Text(name, cut, size, [{"name": name, "documents": used, "samples": found, "wanted": samples}])
 
 
@@ -150,18 +150,16 @@ def text_dataset(
 ) -> Text:
     """Text from a Hugging Face dataset, streamed (needs `pip install 'moefold[dataset]'`)."""
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]  (an extra)
     except ImportError:
         raise TextError("text.dataset needs the package datasets: pip install 'moefold[dataset]'") from None
     try:
-        rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
-        found = [(f"{name}#{i}", str(row[field])) for i, row in enumerate(rows.take(documents))]
-    except KeyError as error:
-        raise TextError(
-            f"{name} has no column {field!r}; set `field` to one of {sorted(rows.features or [])}"
-        ) from error
+        rows = list(datasets.load_dataset(name, config, split=split, revision=revision, streaming=True).take(documents))
     except (OSError, ValueError) as error:
         raise TextError(f"dataset {name} cannot be read: {error}; check name, config and split") from error
+    if rows and field not in rows[0]:
+        raise TextError(f"{name} has no column {field!r}; set `field` to one of {', '.join(rows[0])}")
+    found = [(f"{name}#{index}", str(row[field])) for index, row in enumerate(rows)]
     return sampled(f"{name} {split}", found, checkpoint, samples, length, seed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -68,9 +69,14 @@ def test_a_recipe_cannot_be_stored(tmp_path: Path):
 
 def test_saved_knows_when_its_files_changed(tmp_path: Path):
     (tmp_path / "x").write_bytes(b"12345")
-    saved = Saved(str(tmp_path), {"x": 5}, {})
+    saved = Saved.of(tmp_path, str(tmp_path), {}, leave_out="y")
+    assert saved.files["x"][0] == 5
     assert saved.intact()
-    (tmp_path / "x").write_bytes(b"1234")
+    (tmp_path / "y").write_bytes(b"the card may change")
+    assert saved.intact()
+    os.utime(tmp_path / "x", ns=(1, 1))  # the same size, written again
+    assert not saved.intact()
+    (tmp_path / "x").unlink()
     assert not saved.intact()
 
 

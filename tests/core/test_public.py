@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import moefold
 import pytest
+
+import moefold
 from moefold import hooks
 from moefold.errors import PluginError
 from moefold.hooks import Registry, hookimpl

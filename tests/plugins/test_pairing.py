@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
 from moefold import Activity, Experts, Similarity
 from moefold_plugins.pairing import pair_by_usage, pair_random, pair_similar
 from moefold_plugins.similarity import similarity_weights
@@ -64,9 +65,7 @@ def test_busy_with_rare():
 
 
 def test_most_alike_in_sum_not_greedily():
-    matrix = torch.tensor(
-        [[1.0, 0.9, 0.8, 0.0], [0.9, 1.0, 0.0, 0.8], [0.8, 0.0, 1.0, -0.9], [0.0, 0.8, -0.9, 1.0]]
-    )
+    matrix = torch.tensor([[1.0, 0.9, 0.8, 0.0], [0.9, 1.0, 0.0, 0.8], [0.8, 0.0, 1.0, -0.9], [0.0, 0.8, -0.9, 1.0]])
     groups = pair_similar(Layer(), Similarity(matrix, "test"))
     assert groups.members == [[0, 2], [1, 3]]  # greedy would take 0-1 and be left with 2-3
 

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+
 from moefold import Activity, Experts, Groups
 from moefold.errors import InputError
 from moefold_plugins.puzzlemoe import merge_pair, puzzlemoe

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from models import tiny
 from moefold import Checkpoint, Text
 from moefold.errors import TextError

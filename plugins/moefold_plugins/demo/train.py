@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -28,8 +29,8 @@ REPEAT = 3  # The library itself, tests aside, is repeated in the stream: it is 
 SIZE = {"hidden_size": 256, "num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
 EXPERTS = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 64, "norm_topk_prob": True}
 SMOKE = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-# Weight of the load-balancing loss, per layer. Large models use their experts unevenly, and pairing by usage lives on that:
-# 0.01 gave a model whose busiest experts saw 2 to 5 times what the rarest saw; this 3 to 100 times, and none is dead.
+# Weight of the load-balancing loss, per layer. Large models use their experts unevenly, and pairing by usage lives on
+# that: at 0.01 the busiest experts saw 2 to 5 times what the rarest saw; at this 3 to 100 times, and none is dead.
 BALANCE = 0.0001
 WEIGHT_DECAY = 0.1
 WARM_UP = 0.02  # Share of the time.
@@ -119,8 +120,9 @@ def fit(data: Path, out: Path, minutes: float, rate: float, smoke: bool) -> dict
     device, size, length = ("cpu", 2, 256) if smoke else ("cuda", 32, 2048)
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    model = Qwen3MoeForCausalLM._from_config(config(smoke), attn_implementation="sdpa", dtype=torch.float32).to(device)
-    stream, unseen = (torch.load(data / name).to(device) for name in ("train.pt", "calibrate.pt"))
+    model: Any = Qwen3MoeForCausalLM._from_config(config(smoke), attn_implementation="sdpa", dtype=torch.float32)
+    model.to(device)
+    stream, unseen = (load_file(data / f"{name}.safetensors")["tokens"].to(device) for name in ("train", "calibrate"))
     step_losses = losses if smoke else torch.compile(losses, fullgraph=True, dynamic=False)
     adam, feed, probe = optimizer(model, rate), batches(stream, size, length), next(batches(unseen, size, length))
     history: list[dict[str, float]] = []
@@ -177,8 +179,9 @@ def collect(data: Path, libraries: list[Path], folders: list[Path]) -> None:
     tokenizer = corpus.train_tokenizer(plain, VOCABULARY)
     tokenizer.save_pretrained(data / "tokenizer")
     stream = corpus.encode(tokenizer, library + others + plain * (REPEAT - 1))
-    torch.save(stream, data / "train.pt")
-    torch.save(corpus.encode(tokenizer, stdlib.modules("calibrate")), data / "calibrate.pt")
+    save_file({"tokens": stream}, data / "train.safetensors")
+    held = corpus.encode(tokenizer, stdlib.modules("calibrate"))
+    save_file({"tokens": held}, data / "calibrate.safetensors")
     sizes = {
         name: sum(len(text.encode()) for _, text in documents)
         for name, documents in (("library", plain), ("library_with_tests", library), ("packages", others))

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from moefold.cli import app
-from test_quickstart import SMALL
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
+
+from moefold.cli import app
+from test_quickstart import SMALL
 
 pytestmark = pytest.mark.gpu
 

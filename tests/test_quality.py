@@ -7,6 +7,7 @@ from statistics import mean
 
 import pytest
 import torch
+
 from quality import VARIANTS, Bench, two_of_four
 
 PUBLISHED = "published (random pairs, 0.4, seed 0)"

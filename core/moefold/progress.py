@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import TracebackType
 
 from rich.console import Console
@@ -16,6 +17,9 @@ from rich.progress import (
 )
 
 from moefold.run import Event
+
+LOG = logging.getLogger("moefold.progress")
+"""Stages that run once and loop over layers say `LOG.info("layer %d of %d", layer, count)` here."""
 
 
 class Bars:
@@ -33,8 +37,13 @@ class Bars:
             disable=not console.is_terminal,
         )
         self.bars: dict[str, TaskID] = {}
+        self.now: TaskID | None = None
+        self.inner = _Inner(self)
 
     def __enter__(self) -> Bars:
+        LOG.setLevel(logging.INFO)
+        LOG.propagate = False
+        LOG.addHandler(self.inner)
         self.progress.start()
         return self
 
@@ -42,6 +51,12 @@ class Bars:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
+        LOG.removeHandler(self.inner)
+
+    def within(self, layer: int, count: int) -> None:
+        """Show how far the running task is in a loop over layers of its own."""
+        if self.now is not None and self.progress.tasks[self.now].total in (1, count):
+            self.progress.update(self.now, total=count, completed=layer, now=f"layer {layer}")
 
     def __call__(self, event: Event) -> None:
         if event.kind == "planned":
@@ -52,9 +67,28 @@ class Bars:
         bar = self.bars[event.step]
         now = "" if event.layer is None else f"layer {event.layer}"
         if event.kind == "started":
+            self.now = bar
             self.progress.start_task(bar)
             self.progress.update(bar, now=now)
         else:
-            self.progress.update(bar, advance=1 if event.kind == "finished" else 0, now=now)
+            once = event.layer is None and event.kind == "finished"
+            if once:
+                self.progress.update(bar, completed=self.progress.tasks[bar].total)
+            else:
+                self.progress.update(bar, advance=1 if event.kind == "finished" else 0, now=now)
             if self.progress.tasks[bar].finished:
                 self.progress.stop_task(bar)
+
+
+class _Inner(logging.Handler):
+    """Hands what a stage logs of its own loop to the bars; ignores anything else."""
+
+    def __init__(self, bars: Bars) -> None:
+        super().__init__()
+        self.bars = bars
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if isinstance(record.args, tuple) and len(record.args) == 2:
+            layer, count = record.args
+            if isinstance(layer, int) and isinstance(count, int):
+                self.bars.within(layer, count)

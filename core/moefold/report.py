@@ -55,7 +55,7 @@ def build(plan: Plan, facts: Mapping[str, Json], times: Times, device: str) -> d
         "packed": _made(pipeline, facts, Packed),
         "saved": _made(pipeline, facts, Saved),
         "metrics": _made(pipeline, facts, Metrics),
-        "stages": {step: _took(step, facts, times) for step in times.totals},
+        "stages": {step: _took(step, facts, times) for step in pipeline.steps if step in times.totals},
     }
     report["warnings"] = list(_warnings(report))
     return report
@@ -159,7 +159,16 @@ def _metric_table(facts: Mapping[str, Json]) -> Table:
         for row in rows:
             table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
         return table
-    table = _table("What was lost (unseen text)", "text", "tokens", "loss", "", "increase", "perplexity", "")
+    table = _table(
+        "What was lost (unseen text)",
+        "text",
+        "tokens",
+        "loss",
+        "after",
+        "increase",
+        "perplexity",
+        "after",
+    )
     for row in rows:
         table.add_row(
             row["text"],
@@ -182,6 +191,11 @@ def _stage_table(stages: Mapping[str, Json]) -> Table:
         if took["peak_device_bytes"]:
             peak += f" + {size(took['peak_device_bytes'])} on the device"
         table.add_row(step, str(took["to_run"]), str(stored), seconds, peak)
+    ran = [took for took in stages.values() if took["ran"]]
+    if ran:
+        table.add_section()
+        total = sum(took["seconds"] for took in ran)
+        table.add_row("all", "", "", f"{total:.1f}", size(max(took["peak_bytes"] for took in ran)))
     return table
 
 

@@ -121,7 +121,7 @@ class _Loop:
     def _totals(self) -> dict[str, tuple[int, int]]:
         every = Counter(t.step for t in self.plan.tasks.values() if t.keep != "never")
         todo = Counter(t.step for t in self.missing.values())
-        return {step: (todo[step], count) for step, count in every.items()}
+        return {step: (todo[step], every[step]) for step in self.plan.pipeline.steps if step in every}
 
     def _push(self, key: str) -> None:
         layer = self.missing[key].layer

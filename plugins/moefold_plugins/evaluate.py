@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 
 from moefold import Baseline, Checkpoint, Context, Metrics, Saved, Stage, StreamedModel, Text, hookimpl, stage
 from moefold.errors import TextError
+
+LOG = logging.getLogger("moefold.progress")  # "layer N of M" moves the bar of a stage that runs once
 
 Batch = Annotated[int, Field(ge=1, description="samples in one forward pass")]
 
@@ -26,6 +29,7 @@ def losses(checkpoint: Checkpoint, texts: dict[str, Tensor], device: torch.devic
     parts = [(name, ids.long()) for name, tokens in texts.items() for ids in tokens.split(batch)]
     hidden = [streamed.embed(ids.to(device)).cpu() for _, ids in parts]
     for number in range(streamed.layer_count):
+        LOG.info("layer %d of %d", number, streamed.layer_count)
         with streamed.loaded(number):
             hidden = [
                 streamed.through(number, ids.to(device), h.to(device)).cpu()

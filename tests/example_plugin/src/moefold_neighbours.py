@@ -1,10 +1,9 @@
-"""Pair neighbours: expert 0 with 1, 2 with 3, and so on, `shift` places further on."""
+"""A plugin for moefold, whole: one stage, and the function that offers it."""
 
 from typing import Annotated
 
-from pydantic import Field
-
 from moefold import Groups, Layer, Stage, hookimpl, stage
+from pydantic import Field
 
 
 @stage("pair.neighbours")
@@ -14,8 +13,7 @@ def pair_neighbours(
     """Pair experts that stand side by side."""
     count = layer.expert_count
     order = [(expert + shift) % count for expert in range(count)]
-    pairs = [sorted(order[i : i + 2]) for i in range(0, count - 1, 2)]
-    return Groups(pairs, order[count - count % 2 :])
+    return Groups([sorted(order[i : i + 2]) for i in range(0, count - 1, 2)], order[count - count % 2 :])
 
 
 @hookimpl

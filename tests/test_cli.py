@@ -76,7 +76,7 @@ def test_a_deleted_output_is_written_again(folder):
     report("p.yaml")
     shutil.rmtree(folder / "packed")
     again = report("p.yaml")
-    assert {s for s, t in again["stages"].items() if t["ran"]} == {"save"}
+    assert {s for s, t in again["stages"].items() if t["ran"]} == {"pack.exponent", "save"}
     assert (folder / "packed" / "config.json").is_file()
 
 
@@ -87,7 +87,7 @@ def test_an_output_that_another_run_wrote_over_is_written_again(folder):
     report("p.yaml", "--set", "puzzlemoe.threshold=0.1")
     assert (folder / "packed" / "model.safetensors").read_bytes() != first
     again = report("p.yaml")
-    assert {s for s, t in again["stages"].items() if t["ran"]} == {"save"}
+    assert {s for s, t in again["stages"].items() if t["ran"]} == {"pack.exponent", "save"}
     assert (folder / "packed" / "model.safetensors").read_bytes() == first
 
 
@@ -187,3 +187,20 @@ def test_help_has_examples():
     for command in ("run", "plan", "validate", "copy", "evaluate", "describe"):
         assert "Example" in moefold(command, "--help")
     assert "0.1.0" in moefold("--version")
+
+
+def test_text_in_place_of_a_mix_leaves_no_source_behind(folder):
+    mixed = (
+        (folder / "p.yaml")
+        .read_text()
+        .replace(
+            "  - {id: calibration, uses: text.files",
+            "  - {id: calibration, uses: text.mix, needs: {texts: [a, b]}, with: {samples: 2}}\n"
+            "  - {id: b, uses: text.dataset, with: {name: no/such, length: 32}}\n"
+            "  - {id: a, uses: text.files",
+        )
+    )
+    (folder / "mixed.yaml").write_text(mixed)
+    found = report("mixed.yaml", "--text", "text.txt")
+    assert set(found["texts"]) == {"calibration", "other"}
+    assert found["texts"]["calibration"]["all"]["sources"][0]["name"] == "text.txt"

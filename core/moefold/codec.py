@@ -105,5 +105,6 @@ def pack_stage(codec: type[Codec]) -> Stage[Any, Packed]:
         injected={},
         options=codec,
         produces=Packed,
+        keep="until read",  # half of a model's experts: what `save` wrote need not lie in the store as well
         version=codec.version,
     )

@@ -52,8 +52,11 @@ class Overrides:
                 f"replace ({ids}); name one in `needs: {{text: ID}}` of the stage forward"
             )
         index, entry = named[0]
-        kept = {k: v for k, v in (entry.get("with") or {}).items() if k in ("samples", "length", "seed")}
         origin = "--text " + " --text ".join(self.text)
+        replaced = _only_read_by(index, entries)
+        kept = {k: v for i, e in entries if i in replaced for k, v in _cut(e).items() if k == "length"} | _cut(entry)
+        for source in replaced:
+            document.set(("stages", source), None, origin)
         document.set(("stages", index, "id"), _id(entry), origin)
         document.set(("stages", index, "uses"), TEXT_STAGE, origin)
         document.set(("stages", index, "needs"), {}, origin)
@@ -82,6 +85,27 @@ def _apply_setting(document: Document, setting: str) -> None:
     except yaml.YAMLError as error:
         raise InputError(f"--set {setting}: the value is not YAML; quote it: --set '{target}=\"...\"'") from error
     document.set(("stages", entries[identity], "with", option), value, f"--set {setting}")
+
+
+def _cut(entry: dict[str, Json]) -> dict[str, Json]:
+    """The options of a text stage that say how much text to take, not which."""
+    options = entry.get("with")
+    given = options if isinstance(options, dict) else {}
+    return {name: given[name] for name in ("samples", "length", "seed") if name in given}
+
+
+def _only_read_by(reader: int, entries: list[tuple[int, dict[str, Any]]]) -> list[int]:
+    """The stages (by index) whose output only this one reads, as its `needs` says; those behind them too."""
+    named = {index: set(_named(entry)) for index, entry in entries}
+    others = set().union(*(ids for index, ids in named.items() if index != reader))
+    alone = [i for i, e in entries if _id(e) in named[reader] and _id(e) not in others]
+    return alone + [deeper for index in alone for deeper in _only_read_by(index, entries)]
+
+
+def _named(entry: dict[str, Json]) -> list[str]:
+    needs = entry.get("needs")
+    values = needs.values() if isinstance(needs, dict) else ()
+    return [str(i) for value in values for i in (value if isinstance(value, list) else [value])]
 
 
 def _entries(document: Document) -> list[tuple[int, dict[str, Any]]]:

@@ -158,6 +158,8 @@ class _Reader:
 
     def _stage(self, index: int, entry: Json) -> None:
         path: Path = ("stages", index)
+        if entry is None and path in self.document.origins:
+            return None  # an option of the command line put another stage in its place
         if not isinstance(entry, dict):
             self.document.problem(path, "a stage is a mapping; write `- uses: NAME`")
             self.lost = True

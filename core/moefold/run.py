@@ -69,12 +69,13 @@ def run(
 
 
 def facts(plan: Plan, store: Store) -> dict[str, Json]:
-    """What the stored results of a plan say of themselves: `{step: {layer or "all": note}}`."""
+    """What the results of a plan say of themselves, also those dropped since: `{step: {layer or "all": note}}`."""
     found: dict[str, Json] = {}
     for task in plan.tasks.values():
-        if task.keep == "always":
+        note = store.note(task.key)
+        if note is not None:
             layer = str(task.layer.number) if task.layer else "all"
-            found.setdefault(task.step, {})[layer] = store.note(task.key)
+            found.setdefault(task.step, {})[layer] = note
     return found
 
 
@@ -123,6 +124,12 @@ class _Loop:
         todo = Counter(t.step for t in self.missing.values())
         return {step: (todo[step], every[step]) for step in self.plan.pipeline.steps if step in every}
 
+    def _soon_read(self, task: Task) -> bool:
+        """Whether to remember a result: this process reads it, and not only once all layers are there."""
+        if self.registry is None or task.keep != "until read":
+            return False
+        return all(self.missing[key].layer for key, reads in self.reads.items() if task.key in reads)
+
     def _push(self, key: str) -> None:
         layer = self.missing[key].layer
         heapq.heappush(self.ready, (layer.position if layer else -1, self.plan.order[key], key))
@@ -138,7 +145,7 @@ class _Loop:
             task = self.missing[key]
             self.reporter(Event("started", task.step, task.layer.number if task.layer else None))
             future = self.executor.submit(
-                execute, task, self.plan.closure(task), self.store, self.device, self.registry
+                execute, task, self.plan.closure(task), self.store, self.device, self.registry, self._soon_read(task)
             )
             self.flying[future] = task
 

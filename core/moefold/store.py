@@ -1,8 +1,8 @@
 """Results by key, whole or not at all.
 
 A value is written beside its place and renamed, so that a killed run leaves nothing half-written. What is kept until
-read lives on disk as well, so that a killed run goes on, and in memory, so that a reader in the same process does not
-read it back.
+read lives on disk as well, so that a killed run goes on. Beside each value lies a note (seconds, peak memory, facts for
+the report), which outlives a dropped value.
 """
 
 from __future__ import annotations
@@ -40,22 +40,16 @@ class Store:
 
     def has(self, key: str, kind: type[Artifact]) -> bool:
         """Whether the value is stored, and what it points to outside the store is intact."""
-        if self._note(self._place(key)) is None:
+        if self.note(key) is None or not (self._place(key) / "value.safetensors").is_file():
             return False
         return kind.intact is Artifact.intact or self.get(key, kind).intact()
 
-    def _note(self, place: Path) -> dict[str, Json] | None:
+    def note(self, key: str) -> dict[str, Json] | None:
+        """What was noted when the value was stored: stage, layer, seconds, peak memory, facts; None if it never was."""
         try:
-            note: dict[str, Json] = json.loads((place / "note.json").read_text())
+            note: dict[str, Json] = json.loads((self._place(key) / "note.json").read_text())
         except (OSError, ValueError):
             return None
-        return note if (place / "value.safetensors").is_file() else None
-
-    def note(self, key: str) -> dict[str, Json]:
-        """What was noted when the value was stored: stage, layer, seconds, peak memory, facts."""
-        note = self._note(self._place(key))
-        if note is None:
-            raise StoreError(f"no result {key} in {self.root}; run the pipeline again and it is computed")
         return note
 
     def put(self, key: str, value: Artifact, note: dict[str, Json], *, remember: bool = False) -> None:
@@ -67,7 +61,7 @@ class Store:
         (beside / "note.json").write_text(json.dumps(note | {"type": type(value).__name__}))
         _sync(beside)
         place.parent.mkdir(parents=True, exist_ok=True)
-        if place.exists():  # a value that is no longer intact, or a torn directory from outside
+        if place.exists():  # the note of a dropped value, or a value that is no longer intact
             shutil.rmtree(place)
         beside.replace(place)
         _sync_directory(place.parent)
@@ -88,9 +82,9 @@ class Store:
             raise StoreError(f"{path} cannot be read ({error}); delete its directory and run again") from error
 
     def drop(self, key: str) -> None:
-        """Remove a value that all its readers have read."""
+        """Remove a value that all its readers have read; its note stays."""
         self._memory.pop(key, None)
-        shutil.rmtree(self._place(key), ignore_errors=True)
+        (self._place(key) / "value.safetensors").unlink(missing_ok=True)
 
     def sweep(self, older: float = 3600.0) -> None:
         """Remove what killed writers left behind more than `older` seconds ago."""

@@ -36,21 +36,28 @@ class Done:
 
 
 def execute(
-    task: Task, closure: Mapping[str, Task], store: Store, device: str, registry: Registry | None = None
+    task: Task,
+    closure: Mapping[str, Task],
+    store: Store,
+    device: str,
+    registry: Registry | None = None,
+    remember: bool = False,
 ) -> Done:
-    """Run one task and store its result; what is never kept is computed on the spot.
+    """Run one task and store its result (and `remember` it in memory); what is never kept is computed on the spot.
 
     Raises StageError that names the stage and the layer.
     """
-    inline = registry is not None  # a worker process has no memory to share, and would never be told to drop it
     registry = registry or Registry.installed()
     _reset_peaks(device)
     start = time.perf_counter()
     try:
         with torch.inference_mode():
             value = _Caller(closure, store, device, registry).call(task)
+    except StageError:
+        raise
     except MoefoldError as error:
-        raise type(error)(f"{task.name}: {error}") if type(error) is not StageError else error from error
+        error.args = (f"{task.name}: {error}",)
+        raise
     except Exception as error:
         raise StageError(f"{task.name}: {type(error).__name__}: {error}") from error
     seconds = time.perf_counter() - start
@@ -65,7 +72,7 @@ def execute(
         "facts": done.facts,
         "torch": torch.__version__,
     }
-    store.put(task.key, value, note, remember=inline and task.keep == "until read")
+    store.put(task.key, value, note, remember=remember)
     return done
 
 

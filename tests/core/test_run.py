@@ -113,13 +113,15 @@ def test_until_read_is_dropped_and_bounded(log, store, monkeypatch):
 
     def counting(self, key, value, note, **options):
         put(self, key, value, note, **options)
-        alive.append(sum(1 for n in self.root.glob("results/*/*/note.json") if '"State"' in n.read_text()))
+        notes = [v.with_name("note.json") for v in self.root.glob("results/*/*/value.safetensors")]
+        alive.append(sum(1 for note in notes if '"State"' in note.read_text()))
 
     monkeypatch.setattr(Store, "put", counting)
     made, _, _ = go(world(log.path), store, checkpoint=FakeCheckpoint(count=12))
     assert max(alive) <= 2
     states = [t.key for t in made.tasks.values() if t.step == "walk"]
-    assert not any(store._note(store._place(key)) for key in states)
+    assert not any(store.has(key, State) for key in states)
+    assert all(store.note(key) for key in states)
 
 
 def test_failure_names_stage_and_layer_and_the_next_run_goes_on(log, store):

@@ -5,13 +5,12 @@ formats with transformers, so that `AutoModelForCausalLM.from_pretrained` loads 
 """
 
 import moefold_kernels  # noqa: F401  (registers the formats with transformers)
+from moefold.artifact import Artifact, Json
 from moefold.artifacts import (
     Activity,
-    Artifact,
     Baseline,
     Experts,
     Groups,
-    Json,
     MergedPair,
     Metrics,
     Packed,

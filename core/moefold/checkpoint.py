@@ -19,7 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moefold.artifacts import Experts, Json
+from moefold.artifact import Json
+from moefold.artifacts import Experts
 from moefold.errors import CheckpointError, suggest
 from moefold.shards import Entry, contents_digest, header_digest, read_entries, read_json, shards
 

@@ -11,7 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from moefold.artifacts import Experts, Json, MergedPair, Packed, PairMerge, as_index
+from moefold.artifact import Json
+from moefold.artifacts import Experts, MergedPair, Packed, PairMerge, as_index
 from moefold.errors import FormatError
 from moefold.stage import Port, Stage
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from moefold import shipped
-from moefold.artifacts import Json
+from moefold.artifact import Json
 from moefold.errors import InputError, suggest
 from moefold.hooks import Registry
 from moefold.stage import Stage

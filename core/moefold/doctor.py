@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from moefold.artifacts import Json
+from moefold.artifact import Json
 from moefold.hooks import Registry
 from moefold_kernels.backend import Need, ask
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from moefold.artifacts import Json
+from moefold.artifact import Json
 from moefold.errors import PipelineError, Problem
 
 Path = tuple[str | int, ...]

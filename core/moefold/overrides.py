@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from moefold.artifacts import Json, Text
+from moefold.artifact import Json
+from moefold.artifacts import Text
 from moefold.errors import InputError, suggest
 
 if TYPE_CHECKING:

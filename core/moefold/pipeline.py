@@ -10,20 +10,20 @@ stages:
 
 from __future__ import annotations
 
-import graphlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from moefold.artifacts import Json
+from moefold.artifact import Json
 from moefold.document import Document, Path
 from moefold.errors import MoefoldError, suggest
 from moefold.hooks import Registry
 from moefold.models import check
 from moefold.overrides import Overrides
-from moefold.stage import Port, Stage
+from moefold.stage import Stage
+from moefold.wiring import Draft, Wiring
 
 MODEL = "model"
 """The id of the stage that is always there: the model's own experts."""
@@ -84,29 +84,13 @@ def load(text: str, source: str, registry: Registry, overrides: Overrides | None
     return _Reader(document, registry).pipeline()
 
 
-@dataclass
-class _Draft:
-    """A step whose wiring is not known yet."""
-
-    index: int
-    id: str
-    stage: Stage[Any, Any]
-    options: BaseModel | None
-    needs: dict[str, Json]
-    wired: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @property
-    def path(self) -> Path:
-        return ("stages", self.index)
-
-
 class _Reader:
     """Reads one document into a pipeline, noting every problem on the way."""
 
     def __init__(self, document: Document, registry: Registry) -> None:
         self.document = document
         self.registry = registry
-        self.drafts: dict[str, _Draft] = {}
+        self.drafts: dict[str, Draft] = {}
         self.unread: set[str] = set()
         self.lost = False
         """True when a stage could not be read, so that a missing provider may only be its consequence."""
@@ -115,11 +99,9 @@ class _Reader:
         self._keys((), self.document.value, ("model", "stages"))
         name, revision = self._model()
         model_stage = self.registry.stage(MODEL)
-        self.drafts[MODEL] = _Draft(-1, MODEL, model_stage, model_stage.options(), {})
+        self.drafts[MODEL] = Draft(-1, MODEL, model_stage, model_stage.options(), {})
         self._stages()
-        for draft in self.drafts.values():
-            self._wire(draft)
-        self._circles()
+        Wiring(self.document, self.registry, self.drafts, self.unread, self.lost).wire()
         self.document.raise_problems()
         steps = {d.id: Step(d.id, d.stage, d.options, d.wired) for d in self.drafts.values() if d.options is not None}
         return Pipeline(self.document.source, name, revision, steps)
@@ -184,7 +166,7 @@ class _Reader:
         if not isinstance(needs, dict):
             self.document.problem((*path, "needs"), "write a mapping from inputs to stage ids: `needs: {pairs: ID}`")
             needs = {}
-        self.drafts[identity] = _Draft(index, identity, stage, options, needs)
+        self.drafts[identity] = Draft(index, identity, stage, options, needs)
         return None
 
     def _unknown_stage(self, path: Path, uses: Json) -> None:
@@ -207,76 +189,6 @@ class _Reader:
             for item in error.errors():
                 self.document.problem((*here, *item["loc"]), _say(item, stage))
             return None
-
-    def _wire(self, draft: _Draft) -> None:
-        ports = draft.stage.ports
-        for name in draft.needs:
-            if name not in ports:
-                hint = suggest(name, ports) if ports else "; it takes no input"
-                self.document.problem((*draft.path, "needs", name), f"{draft.stage.name} has no input {name}{hint}")
-        for port in ports.values():
-            ids = self._named(draft, port) if port.name in draft.needs else self._found(draft, port)
-            if ids:
-                draft.wired[port.name] = ids
-
-    def _named(self, draft: _Draft, port: Port) -> tuple[str, ...]:
-        path = (*draft.path, "needs", port.name)
-        given = draft.needs[port.name]
-        many = port.kind == "many"
-        ids = given if isinstance(given, list) and many else [given]
-        if isinstance(given, list) and not many:
-            self.document.problem(path, f"{draft.stage.name} takes one {port.type.__name__} here; name one stage")
-            return ()
-        return tuple(str(identity) for identity in ids if self._fits(path, port, str(identity)))
-
-    def _fits(self, path: Path, port: Port, identity: str) -> bool:
-        provider = self.drafts.get(identity)
-        if provider is None:
-            if identity not in self.unread:
-                self.document.problem(path, f"no stage has the id {identity}{suggest(identity, self.drafts)}")
-        elif not issubclass(provider.stage.produces, port.type):
-            makers = ", ".join(d.id for d in self._makers(port)) or "a stage that makes it (none is here)"
-            made = provider.stage.produces.__name__
-            self.document.problem(path, f"{identity} makes {made}, but {port.type.__name__} is needed; write {makers}")
-        else:
-            return True
-        return False
-
-    def _makers(self, port: Port) -> list[_Draft]:
-        return [d for d in self.drafts.values() if issubclass(d.stage.produces, port.type)]
-
-    def _found(self, draft: _Draft, port: Port) -> tuple[str, ...]:
-        makers = [d.id for d in self._makers(port) if d is not draft or port.kind == "previous"]
-        if len(makers) == 1:
-            return (makers[0],)
-        path = (*draft.path, "needs", port.name)
-        kind = port.type.__name__
-        if len(makers) > 1:
-            offer = f"[{', '.join(makers)}]" if port.kind == "many" else makers[0]
-            self.document.problem(
-                path, f"{kind} is made by {' and '.join(makers)}; say which: needs: {{{port.name}: {offer}}}"
-            )
-        elif port.required and not self.lost:
-            known = [s.name for s in self.registry.stages.values() if issubclass(s.produces, port.type)]
-            remedy = f"add one of {', '.join(known)}" if known else "no installed plugin makes it either"
-            self.document.problem(path, f"{draft.id} needs {kind}, and no stage makes that; {remedy}")
-        return ()
-
-    def _circles(self) -> None:
-        edges = {
-            d.id: {i for port, ids in d.wired.items() if d.stage.ports[port].kind != "previous" for i in ids}
-            for d in self.drafts.values()
-        }
-        try:
-            graphlib.TopologicalSorter(edges).prepare()
-        except graphlib.CycleError as error:
-            circle = list(reversed(error.args[1]))
-            draft = self.drafts[circle[0]]
-            self.document.problem(
-                (*draft.path, "needs"),
-                f"the stages feed each other in a circle: {' -> '.join(circle)}; let one of them read another stage "
-                "(only a stage that reads the layer before, such as forward, may close a circle)",
-            )
 
 
 def _say(item: Any, stage: Stage[Any, Any]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moefold.artifacts import Artifact, Json
+from moefold.artifact import Artifact, Json
 from moefold.checkpoint import Checkpoint, Layer
 from moefold.errors import InputError
 from moefold.pipeline import Pipeline, Step

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from moefold.artifacts import Activity, Artifact, Json, Metrics, Packed, Saved, Text
+from moefold.artifact import Artifact, Json
+from moefold.artifacts import Activity, Metrics, Packed, Saved, Text
 from moefold.pipeline import Pipeline
 from moefold.plan import Plan
 from moefold.run import Event

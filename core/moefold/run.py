@@ -11,7 +11,7 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
-from moefold.artifacts import Json
+from moefold.artifact import Json
 from moefold.errors import StageError, StoreError
 from moefold.executors import InlineExecutor
 from moefold.hooks import Registry

@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 
 from moefold import executors, pipeline, report, shipped
-from moefold.artifacts import Baseline, Json
+from moefold.artifact import Json
+from moefold.artifacts import Baseline
 from moefold.errors import InputError
 from moefold.hooks import Registry
 from moefold.models import locate

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Generic, Literal, ParamSpec, TypeVar, Union, 
 import torch
 from pydantic import BaseModel, ConfigDict, PydanticUserError, create_model
 
-from moefold.artifacts import Artifact, Json
+from moefold.artifact import Artifact, Json
 from moefold.checkpoint import Checkpoint, Layer
 from moefold.errors import PluginError
 

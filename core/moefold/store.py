@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from moefold.artifacts import Artifact, Json
+from moefold.artifact import Artifact, Json
 from moefold.errors import StoreError
 
 T = TypeVar("T", bound=Artifact)

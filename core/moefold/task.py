@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moefold.artifacts import Artifact, Json
+from moefold.artifact import Artifact, Json
 from moefold.checkpoint import Checkpoint, Layer
 from moefold.errors import MoefoldError, StageError
 from moefold.hooks import Registry

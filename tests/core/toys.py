@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from moefold.artifacts import Artifact, Json
+from moefold.artifact import Artifact, Json
 from moefold.checkpoint import Layer
 from moefold.hooks import Registry
 from moefold.pipeline import load

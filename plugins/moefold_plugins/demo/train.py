@@ -162,13 +162,17 @@ def fit(data: Path, out: Path, minutes: float, rate: float, smoke: bool) -> dict
         "rate": rate,
         "seconds": round(time.monotonic() - start),
         "stream_tokens": len(stream),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
         "history": history,
+        **machine(device),
+    }
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Return what the run ran on."""
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "versions": {"python": platform.python_version(), **versions},
     }
 
 
@@ -239,8 +243,8 @@ def main() -> None:
     if "collect" in args.stages:
         collect(args.data, args.library or [Path(sysconfig.get_path("stdlib"))], args.extra)
     if "fit" in args.stages:
-        facts = fit(args.data, args.out, args.minutes, args.rate, args.smoke)
-        (args.data / "training.json").write_text(json.dumps(facts, indent=1))
+        training = fit(args.data, args.out, args.minutes, args.rate, args.smoke)
+        (args.data / "training.json").write_text(json.dumps(training, indent=1))
     if "report" in args.stages:
         report(args.data, args.out, args.note)
 

@@ -51,7 +51,12 @@ class Bench:
         self.registry = Registry.installed()
 
     def plan(self, pair: str = "pair.random", *settings: str) -> Plan:
-        text = PIPELINE.replace("PAIR", pair).replace("OUT", str(self.folder / "out"))
+        text = PIPELINE
+        if pair == "pair.similar":
+            text = text.replace("stages:", "stages:\n  - {uses: similarity.weights}")
+        if "through" in settings:
+            settings, text = (), through_compressed(text)
+        text = text.replace("PAIR", pair).replace("OUT", str(self.folder / "out"))
         pipeline = load(text, "quality", self.registry, Overrides(settings=settings))
         checkpoint = Checkpoint.open(str(self.model))
         return plan(pipeline, checkpoint, device="cpu")
@@ -97,6 +102,18 @@ class Bench:
         return next(task.key for task in made.tasks.values() if task.step == step)
 
 
+def through_compressed(text: str) -> str:
+    """The pipeline in which each layer is calibrated on what the packed layers before it give."""
+    for old, new in (
+        ("needs: {text: calibration}", "needs: {text: calibration, experts: unpack.exponent}"),
+        ("{uses: observe}", "{uses: observe, needs: {experts: model}}"),
+        ("{uses: puzzlemoe}", "{uses: puzzlemoe, needs: {experts: model}}"),
+        ("- {uses: pack.exponent}", "- {uses: pack.exponent}\n  - {uses: unpack.exponent}"),
+    ):
+        text = text.replace(old, new)
+    return text
+
+
 def two_of_four(saliency: Tensor) -> Tensor:
     """1 where an entry is among the two largest of its four neighbours in a row, else 0."""
     groups = saliency.view(saliency.shape[0], -1, 4)
@@ -118,6 +135,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "threshold 0.5": ("pair.random", "puzzlemoe.threshold=0.5"),
     "threshold 0.6": ("pair.random", "puzzlemoe.threshold=0.6"),
     "busy with rare": ("pair.by_usage",),
+    "most alike (weights)": ("pair.similar",),
+    "calibrated through packed layers": ("pair.random", "through"),
     "half of the experts": ("pair.random", "pairs.fraction=0.5"),
 }
 

@@ -204,3 +204,19 @@ def test_text_in_place_of_a_mix_leaves_no_source_behind(folder):
     found = report("mixed.yaml", "--text", "text.txt")
     assert set(found["texts"]) == {"calibration", "other"}
     assert found["texts"]["calibration"]["all"]["sources"][0]["name"] == "text.txt"
+
+
+def test_calibrating_through_compressed_layers_is_wiring(folder):
+    """The first layer is packed as before; the later ones saw what the packed ones before them give."""
+    own = "needs: {experts: model}"
+    text = (folder / "p.yaml").read_text()
+    text = text.replace("needs: {text: calibration}}", "needs: {text: calibration, experts: unpack.exponent}}")
+    text = text.replace("{uses: observe, with: {minimum: 1}}", f"{{uses: observe, with: {{minimum: 1}}, {own}}}")
+    text = text.replace("- uses: puzzlemoe", f"- {{uses: puzzlemoe, {own}}}")
+    text = text.replace("- uses: pack.exponent", "- uses: pack.exponent\n  - uses: unpack.exponent")
+    (folder / "through.yaml").write_text(text)
+    one, other = report("p.yaml"), report("through.yaml", "--to", "through")
+    tokens = [[r["activity"]["observe"][n]["tokens"] for n in "012"] for r in (one, other)]
+    assert tokens[0][0] == tokens[1][0]
+    assert tokens[0][1:] != tokens[1][1:]
+    assert other["saved"]["save"]["all"]["packed_layers"] == 3

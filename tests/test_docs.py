@@ -25,11 +25,13 @@ def test_ci_runs_the_readmes_test_command():
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-def test_the_pipeline_in_the_readme_loads():
-    (text,) = blocks(README, "yaml")
-    pipeline = load(text, "README.md", Registry.installed())
-    assert pipeline.ends() == ["save"]
-    assert set(pipeline.steps["puzzlemoe"].needs) == {"experts", "pairs", "activity"}
+def test_the_pipelines_in_the_pages_load():
+    found = [(page.name, text) for page in PAGES for text in blocks(page.read_text(encoding="utf-8"), "yaml")]
+    assert {name for name, _ in found} == {"README.md", "methods.md"}
+    for name, text in found:
+        pipeline = load(text, name, Registry.installed())
+        assert pipeline.ends() == ["save"]
+        assert set(pipeline.steps["puzzlemoe"].needs) == {"experts", "pairs", "activity"}
 
 
 def test_shipped_pipelines_load_and_say_what_they_are():

@@ -1,4 +1,4 @@
-"""The codec protocol: pure tensors in, tensors out; each codec is also the stage `pack.<name>`.
+"""The codec protocol: pure tensors in, tensors out; each codec is also the stages `pack.<name>` and `unpack.<name>`.
 
 A codec is a frozen pydantic model: its fields are the options of its stage.
 """
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from moefold.artifact import Json
 from moefold.artifacts import Experts, MergedPair, Packed, PairMerge, as_index
+from moefold.checkpoint import Layer
 from moefold.errors import FormatError
-from moefold.stage import Port, Stage
+from moefold.stage import Context, Port, Stage, stage
 
 
 class Coded(NamedTuple):
@@ -109,3 +110,27 @@ def pack_stage(codec: type[Codec]) -> Stage[Any, Packed]:
         keep="until read",  # half of a model's experts: what `save` wrote need not lie in the store as well
         version=codec.version,
     )
+
+
+def unpack(codec: Codec, packed: Packed, layer: Layer, device: torch.device) -> Experts:
+    """A layer's experts as they read once packed: the model's own, with every paired expert decoded in its place."""
+    experts = layer.experts(device)
+    for matrix, weights in experts.matrices().items():
+        for index, pair in enumerate(packed.pairs):
+            words = packed.words[matrix][index].to(device)
+            for slot, expert in enumerate(pair):
+                weights[expert] = codec.decode(words, packed.settings[matrix], slot).to(weights.dtype)
+    return experts
+
+
+def unpack_stage(codec: type[Codec]) -> Stage[Any, Experts]:
+    """The stage `unpack.<name>`: what the next layer's calibration reads to go through already compressed layers."""
+
+    @stage(f"unpack.{codec.name}", keep="never", version=codec.version)
+    def run(packed: Packed, layer: Layer, context: Context) -> Experts:
+        """Decode a packed layer, to calibrate the next ones through it: `needs: {experts: unpack.NAME}` of forward."""
+        if packed.pairs and packed.format != codec.name:
+            raise FormatError(f"unpack.{codec.name} was given the format {packed.format}; use unpack.{packed.format}")
+        return unpack(codec(), packed, layer, context.device)
+
+    return run

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import pluggy
 
-from moefold.codec import Codec, pack_stage
+from moefold.codec import Codec, pack_stage, unpack_stage
 from moefold.errors import InputError, PluginError, suggest
 from moefold.stage import Stage
 
@@ -37,7 +37,7 @@ def moefold_stages() -> Iterable[Stage[Any, Any]]:  # type: ignore[empty-body]
 
 @hookspec
 def moefold_codecs() -> Iterable[type[Codec]]:  # type: ignore[empty-body]
-    """Codecs; each also becomes the stage pack.<name>."""
+    """Codecs; each also becomes the stages pack.<name> and unpack.<name>."""
 
 
 @hookspec
@@ -115,7 +115,8 @@ class Registry:
             self.stages.add(one.name, one, source)
         for codec in self._given(plugin, "moefold_codecs", source):
             self.codecs.add(codec.name, codec, source)
-            self.stages.add(f"pack.{codec.name}", pack_stage(codec), source)
+            for made in (pack_stage(codec), unpack_stage(codec)):
+                self.stages.add(made.name, made, source)
         for backend in self._given(plugin, "moefold_backends", source):
             self.backends.add(backend.name, backend, source)
             self._order.append(backend.name)

@@ -91,3 +91,33 @@ def test_packing_a_layer_counts_and_halves():
         first = Exponent().decode(packed.words[name][0], packed.settings[name], 0)
         assert torch.equal(first, torch.where(weights[3] < 0, -weights[3].abs(), weights[3].abs()))
         assert torch.equal(packed.experts[name][0], weights[2])
+
+
+def test_unpack_puts_decoded_experts_in_their_places(tmp_path):
+    """Paired experts read as the codec decodes them; the one left alone, and biases, as in the model."""
+    from models import tiny
+    from moefold import Checkpoint, Context, Groups, PairMerge
+    from moefold.codec import pack, unpack_stage
+    from moefold_plugins.puzzlemoe import merge_pair
+
+    layer = Checkpoint.open(str(tiny("gpt_oss", tmp_path / "model"))).layers()[0]
+    own = layer.experts()
+    groups = Groups([[0, 3], [2, 1]], [4, 5, 6, 7])
+    norms = torch.ones(2, 1)
+
+    def merge(matrix, pair):
+        return merge_pair(own.matrices()[matrix][groups.members[pair]], norms, 0.4)
+
+    packed = pack(Exponent(), PairMerge(own, groups.members, groups.alone, merge))
+    context = Context(torch.device("cpu"), torch.Generator())
+    read = unpack_stage(Exponent)(packed, layer, context)
+    for matrix, weights in read.matrices().items():
+        for index, pair in enumerate(groups.members):
+            for slot, expert in enumerate(pair):
+                merged = merge(matrix, index)
+                sign = torch.where(merged.negative[slot], -1.0, 1.0)
+                assert torch.equal(
+                    weights[expert].float(), sign * merged.keep[slot] * merged.magnitude.bfloat16().float()
+                )
+        assert torch.equal(weights[groups.alone], own.matrices()[matrix][groups.alone])
+    assert torch.equal(read.down_bias, own.down_bias)

@@ -145,7 +145,10 @@ def test_evaluate_reads_packed_and_dense(folder):
         (["run", "p.yaml", "--device", "gpu"], "no device gpu; write auto, cpu or cuda"),
         (["run", "p.yaml", "--text", "none*"], "no file matches none*"),
         (["run", "p.yaml", "--to", "model"], "is the source checkpoint itself"),
-        (["run", "p.yaml", "--set", "puzzlemoe.threshold=2"], "--set puzzlemoe.threshold=2"),
+        (
+            ["run", "p.yaml", "--set", "puzzlemoe.threshold=2"],
+            "--set puzzlemoe.threshold=2: stages[4].with.threshold: input",
+        ),
         (["run", "nowhere.yaml"], "no file nowhere.yaml"),
         (["evaluate", "nowhere"], "nowhere is no directory"),
         (["describe", "puzzelmoe"], "did you mean puzzlemoe?"),
@@ -220,3 +223,18 @@ def test_calibrating_through_compressed_layers_is_wiring(folder):
     assert tokens[0][0] == tokens[1][0]
     assert tokens[0][1:] != tokens[1][1:]
     assert other["saved"]["save"]["all"]["packed_layers"] == 3
+
+
+def test_a_stage_that_breaks_leaves_its_traceback(folder, monkeypatch):
+    from moefold_plugins import calibrate
+
+    def broken(*_):
+        raise RuntimeError("the norm broke")
+
+    monkeypatch.setattr(calibrate, "_squares", broken)
+    printed = moefold("run", "p.yaml", code=1)
+    assert printed.startswith("error: observe, layer 0: RuntimeError: the norm broke")
+    assert "in broken" in (folder / ".moefold" / "traceback.txt").read_text()
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert "0.500x" in moefold("run", "p.yaml")

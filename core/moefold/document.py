@@ -83,9 +83,10 @@ class Document:
         near = path
         while near and near not in self.positions and near not in self.origins:
             near = near[:-1]
-        line, column = self.positions.get(near, (1, 1))
-        where = f"{self.origins[near]}: {dotted(path)}" if near in self.origins else dotted(path)
-        self.problems.append(Problem(line, column, where, message))
+        if near in self.origins:
+            self.problems.append(Problem(0, 0, f"{self.origins[near]}: {dotted(path)}", message))
+        else:
+            self.problems.append(Problem(*self.positions.get(near, (1, 1)), dotted(path), message))
 
     def set(self, path: Path, value: Json, origin: str) -> None:
         """Put a value from outside the file in place; `origin` is what a problem with it will name."""

@@ -45,7 +45,10 @@ class FormatError(MoefoldError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong in a pipeline file: where (line and column from 1), what, and what to write instead."""
+    """One thing wrong in a pipeline: where, what, and what to write instead.
+
+    Line and column count from 1; both are 0 for a value from the command line, which `path` then names.
+    """
 
     line: int
     column: int
@@ -62,8 +65,8 @@ class PipelineError(InputError):
         super().__init__("\n".join(self._line(p) for p in self.problems))
 
     def _line(self, problem: Problem) -> str:
-        where = f"{self.source}:{problem.line}:{problem.column}"
-        return f"{where}: {problem.path}: {problem.message}" if problem.path else f"{where}: {problem.message}"
+        where = [f"{self.source}:{problem.line}:{problem.column}"] if problem.line else []
+        return ": ".join([*where, *([problem.path] if problem.path else []), problem.message])
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

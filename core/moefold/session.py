@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import traceback
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +18,14 @@ from rich.console import Console
 from moefold import executors, pipeline, report, shipped
 from moefold.artifact import Json
 from moefold.artifacts import Baseline
-from moefold.errors import InputError
+from moefold.errors import InputError, StageError
 from moefold.hooks import Registry
 from moefold.models import locate
 from moefold.overrides import Overrides
 from moefold.pipeline import Pipeline
 from moefold.plan import Plan, plan
 from moefold.progress import Bars
-from moefold.run import Event, run
+from moefold.run import Event, Reporter, run
 from moefold.store import Store
 
 
@@ -94,10 +96,19 @@ class Session:
                 times(event)
                 bars(event)
 
-            found = run(self.plan, self.store, pool, hear, device=self.device, registry=self.registry, workers=workers)
+            found = self._run(pool, hear, workers)
         made = report.build(self.plan, found, times, self.device)
         (self.store.root / "report.json").write_text(json.dumps(made, indent=2))
         return made
+
+    def _run(self, pool: Executor, hear: Reporter, workers: int) -> dict[str, Json]:
+        try:
+            return run(self.plan, self.store, pool, hear, device=self.device, registry=self.registry, workers=workers)
+        except StageError as error:  # the stage's author wants more than the message
+            place = self.store.root / "traceback.txt"
+            place.write_text("".join(traceback.format_exception(error)))
+            error.args = (f"{error}\n(traceback: {place}; what is finished is kept, and the same command goes on)",)
+            raise
 
     def outlook(self) -> list[dict[str, Json]]:
         """For each step, how many tasks it has, how many are stored and how many would run."""

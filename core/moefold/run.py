@@ -54,12 +54,14 @@ def run(
     Raises StageError (or the error that a stage raised) after what was in flight is stored; StoreError when another
     run uses the same store.
     """
-    store.root.mkdir(parents=True, exist_ok=True)
     lock = FileLock(store.root / "lock")
     try:
+        store.root.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise StoreError(f"another run uses {store.root}; wait for it, or give this one its own --work") from None
+    except OSError as error:
+        raise StoreError(f"{store.root} cannot be written: {error.strerror or error}; give another --work") from error
     try:
         store.sweep()
         _Loop(plan, store, executor, reporter, device, registry, workers, window).run()

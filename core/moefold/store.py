@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
+
+from safetensors import SafetensorError
 
 from moefold.artifact import Artifact, Json
 from moefold.errors import StoreError
@@ -54,6 +54,17 @@ class Store:
 
     def put(self, key: str, value: Artifact, note: dict[str, Json], *, remember: bool = False) -> None:
         """Store a value and its note; a second writer of the same key changes nothing."""
+        try:
+            self._write(key, value, note)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(
+                f"{self.root} cannot be written: {getattr(error, 'strerror', None) or error}; make room or give another --work; what is "
+                "finished is kept, and the same command goes on"
+            ) from error
+        if remember:
+            self._memory[key] = value
+
+    def _write(self, key: str, value: Artifact, note: dict[str, Json]) -> None:
         place = self._place(key)
         beside = self.root / "writing" / f"{key}-{uuid.uuid4().hex[:8]}"
         beside.mkdir(parents=True)
@@ -65,8 +76,6 @@ class Store:
             shutil.rmtree(place)
         beside.replace(place)
         _sync_directory(place.parent)
-        if remember:
-            self._memory[key] = value
 
     def get(self, key: str, kind: type[T]) -> T:
         """Read a value; from memory when this process wrote it."""
@@ -86,15 +95,9 @@ class Store:
         self._memory.pop(key, None)
         (self._place(key) / "value.safetensors").unlink(missing_ok=True)
 
-    def sweep(self, older: float = 3600.0) -> None:
-        """Remove what killed writers left behind more than `older` seconds ago."""
-        for path in self._left():
-            if time.time() - path.stat().st_mtime > older:
-                shutil.rmtree(path, ignore_errors=True)
-
-    def _left(self) -> Iterator[Path]:
-        folder = self.root / "writing"
-        return folder.iterdir() if folder.is_dir() else iter(())
+    def sweep(self) -> None:
+        """Remove what killed writers left behind; only for the one who holds the store's lock."""
+        shutil.rmtree(self.root / "writing", ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:

@@ -63,8 +63,15 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
     return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
 
 
+def _modules(part: stdlib.Part) -> list[Document]:
+    try:
+        return stdlib.modules(part)
+    except FileNotFoundError as error:
+        raise TextError(f"{error}; use text.files with files of your own") from error
+
+
 def _stdlib_reads(part: stdlib.Part, **_: Any) -> str:
-    return _digest(stdlib.modules(part))
+    return _digest(_modules(part))
 
 
 @stage("text.stdlib", reads=_stdlib_reads)
@@ -79,7 +86,7 @@ def text_stdlib(
     seed: Seed = 0,
 ) -> Text:
     """Source code of this Python's standard library, split by a hash of the module's name."""
-    return sampled(f"stdlib {part}", stdlib.modules(part), checkpoint, samples, length, seed)
+    return sampled(f"stdlib {part}", _modules(part), checkpoint, samples, length, seed)
 
 
 def _prose_reads(**_: Any) -> str:

@@ -228,3 +228,25 @@ def test_several_workers_stay_within_the_window(log, store):
         run(made, store, pool, hear, device="cpu", registry=registry, workers=4, window=1)
     assert max(spread) <= 2
     assert store.get(made.ends[0], Total).value > 0
+
+
+def test_a_full_disk_is_said_and_the_next_run_goes_on(log, store, monkeypatch):
+    registry = world(log.path)
+
+    def full(self, path):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Looked, "save", full)
+        with pytest.raises(StoreError, match="cannot be written: No space left on device; make room"):
+            go(registry, store)
+    log.take()
+    go(registry, store)
+    assert "start" not in log.take()
+    assert not (store.root / "writing").exists() or not list((store.root / "writing").iterdir())
+
+
+def test_a_work_directory_that_is_a_file_is_said(log, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot be written"):
+        go(world(log.path), Store(tmp_path / "file"))

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moefold import __version__, describe, doctor, report, shipped
@@ -128,10 +129,17 @@ def plan(
         rows = session.outlook()
         if as_json:
             return _print_json(rows)
-        table = Table("stage", "uses", "reads", "tasks", "stored", "to run", title="Plan", title_justify="left")
+        table = Table(title="Plan", title_justify="left")
+        for column in ("stage", "reads", "tasks", "stored", "to run"):
+            table.add_column(column, overflow="fold", no_wrap=column != "reads")
         for row in rows:
-            table.add_row(*(str(row[key]) for key in ("step", "uses", "reads", "tasks", "stored", "to_run")))
+            name = row["step"] if row["step"] == row["uses"] else f"{row['step']} ({row['uses']})"
+            cells = (name, *(row[key] for key in ("reads", "tasks", "stored", "to_run")))
+            table.add_row(*(escape(str(cell)) for cell in cells))
         out.print(table)
+        out.print(
+            "never stored: computed where it is read; until read: stored until its last reader is", highlight=False
+        )
         return None
 
 
@@ -142,7 +150,8 @@ def validate(
     """Check a pipeline: every problem with line, column and remedy; exit code 2 if there is one."""
     with errors():
         checked = Session.read(pipeline, model, text, to, settings)
-        out.print(f"{checked.source}: {len(checked.steps) - 1} stages, no problems", highlight=False)
+        stages = len(checked.steps) - 1
+        out.print(f"{checked.source}: {stages} stages, no problems", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("list")
@@ -155,7 +164,7 @@ def list_(as_json: AsJson = False) -> None:
         for title, rows in sections.items():
             table = Table("name", "what it does", "from", title=title, title_justify="left", show_edge=False)
             for row in rows:
-                table.add_row(row["name"], row["summary"], row["source"])
+                table.add_row(*(escape(row[key]) for key in ("name", "summary", "source")))
             out.print(table, "")
         return None
 
@@ -182,7 +191,7 @@ def copy(
             shutil.copyfile(source, target)
         except OSError as error:
             raise InputError(f"{target} cannot be written: {error.strerror}; name another place") from error
-        out.print(f"copied to {target}; run it with: moefold run {target}", highlight=False)
+        out.print(f"copied to {target}; run it with: moefold run {target}", highlight=False, markup=False)
 
 
 @app.command("doctor")
@@ -195,7 +204,7 @@ def doctor_(as_json: AsJson = False) -> None:
         for title, rows in found.items():
             table = Table("", "", title=title, title_justify="left", show_header=False, show_edge=False)
             for key, value in rows.items():
-                table.add_row(key, str(value))
+                table.add_row(escape(key), escape(str(value)))
             out.print(table, "")
         return None
 
@@ -218,7 +227,7 @@ def evaluate(
         table = Table("text", "tokens", "loss (nats)", "perplexity", "bits per byte")
         for row in rows:
             table.add_row(
-                row["text"],
+                escape(row["text"]),
                 f"{row['tokens']:,}",
                 f"{row['loss']:.4f}",
                 f"{row['perplexity']:.3f}",

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moefold.artifact import Artifact, Json
@@ -117,7 +118,7 @@ def _short(numbers: Iterable[int], most: int = 12) -> str:
 def show(report: Mapping[str, Json], console: Console) -> None:
     """Print the report's summary: bytes, losses, masks, exponents, experts, seconds, memory, how to load."""
     for line in report["warnings"]:
-        console.print(f"[yellow]warning[/]: {line}", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]warning[/]: {escape(line)}", highlight=False, soft_wrap=True)
     saved = [facts for layers in report["saved"].values() for facts in layers.values()]
     if saved:
         console.print(_size_table(saved[0]))
@@ -172,7 +173,7 @@ def _metric_table(facts: Mapping[str, Json]) -> Table:
     )
     for row in rows:
         table.add_row(
-            row["text"],
+            escape(row["text"]),
             f"{row['tokens']:,}",
             f"{row['loss_before']:.4f}",
             f"{row['loss_after']:.4f}",
@@ -202,10 +203,10 @@ def _stage_table(stages: Mapping[str, Json]) -> Table:
 
 def _how_to_load(path: str) -> str:
     return (
-        f"\nsaved in [bold]{path}[/]; load it with\n\n"
-        "  import moefold\n"
-        f'  model = transformers.AutoModelForCausalLM.from_pretrained("{path}")\n'
-    ).replace("  import moefold\n", "  import moefold, transformers\n")
+        f"\nsaved in [bold]{escape(path)}[/]; load it with\n\n"
+        "  import moefold, transformers\n"
+        f'  model = transformers.AutoModelForCausalLM.from_pretrained("{escape(path)}")\n'
+    )
 
 
 def size(count: float) -> str:

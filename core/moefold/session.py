@@ -119,7 +119,7 @@ class Session:
             needs = ", ".join(i for ids in step.needs.values() for i in ids)
             row: dict[str, Json] = {"step": step.id, "uses": step.stage.name, "reads": needs, "tasks": every[step.id]}
             if step.stage.keep == "never":
-                row |= {"stored": "-", "to_run": "where it is read"}
+                row |= {"stored": "never", "to_run": "-"}
             elif step.stage.keep == "until read":
                 row |= {"stored": "until read", "to_run": missing[step.id]}
             else:

@@ -57,9 +57,10 @@ class Store:
         try:
             self._write(key, value, note)
         except (OSError, SafetensorError) as error:
+            why = getattr(error, "strerror", None) or error
             raise StoreError(
-                f"{self.root} cannot be written: {getattr(error, 'strerror', None) or error}; make room or give another --work; what is "
-                "finished is kept, and the same command goes on"
+                f"{self.root} cannot be written: {why}; make room or give another --work; what is finished is kept, "
+                "and the same command goes on"
             ) from error
         if remember:
             self._memory[key] = value

@@ -33,7 +33,7 @@ class StreamedModel:
         self.device = torch.device(device)
         from moefold.skeleton import Skeleton  # transformers is slow to import, and most commands do not need it
 
-        self._skeleton = Skeleton(checkpoint, dtype)
+        self._skeleton = Skeleton(checkpoint, dtype, checkpoint.skeleton.sources)
         self._model = self._skeleton.module("")  # Any: much of PreTrainedModel is untyped
         self._layers: list[Any] = list(self._skeleton.module(self._skeleton.layers))
         self._embedding = self._model.get_input_embeddings()

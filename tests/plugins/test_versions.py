@@ -1,0 +1,84 @@
+"""A stage whose results change must raise its version, or stored results of the old code are taken for new ones.
+
+The digests are of outputs that are the same on every machine: integers, and elementwise arithmetic. When a test here
+fails and the change is meant, raise the stage's `version` and put the new pair below.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from moefold import Activity, Experts, Groups, Similarity, Text
+from moefold.artifact import Artifact
+from moefold.hooks import Registry
+from moefold_plugins.puzzlemoe import puzzlemoe
+
+PINNED = {
+    "pair.random": (1, "b4a98679bdbe933a"),
+    "pair.by_usage": (1, "b8ee25658f8c94e0"),
+    "pair.similar": (1, "c1f727df409a2a85"),
+    "puzzlemoe": (1, "284633552391bc4f"),
+    "pack.exponent": (1, "0d4ef649730ca9a2"),
+    "text.mix": (1, "176fcec209b466cd"),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    number: int = 3
+    expert_count: int = 6
+
+
+def numbers(*shape: int, salt: int = 0) -> torch.Tensor:
+    """Values in -1 .. 1 with many exponents, from integer arithmetic only."""
+    count = torch.Size(shape).numel()
+    steps = (torch.arange(count, dtype=torch.int64) * 2654435761 + salt * 40503) % 65521
+    values = steps.double() / 65521 * 2 - 1
+    return (values * 2.0 ** -(steps % 23).double()).view(shape).bfloat16()
+
+
+EXPERTS = Experts(numbers(6, 20, 8), numbers(6, 8, 10, salt=1))
+ACTIVITY = Activity(
+    torch.tensor([9, 4, 30, 1, 0, 12]), numbers(6, 8, salt=2).abs().float(), numbers(6, 10).abs().float()
+)
+PAIRS = Groups([[0, 4], [2, 3]], [1, 5])
+TEXTS = tuple(Text(f"t{i}", torch.arange(24, dtype=torch.int32).view(6, 4) + 100 * i, 24) for i in range(3))
+
+
+def outputs() -> dict[str, Artifact]:
+    stages = Registry.installed().stages
+    merge = puzzlemoe(EXPERTS, PAIRS, ACTIVITY, threshold=0.4)
+    alike = numbers(6, 6, salt=4).float()
+    return {
+        "pair.random": stages["pair.random"](Layer(), seed=5, fraction=1.0, skip=[]),
+        "pair.by_usage": stages["pair.by_usage"](Layer(), ACTIVITY, fraction=1.0, skip=[]),
+        "pair.similar": stages["pair.similar"](Layer(), Similarity(alike + alike.T, "x"), fraction=0.7, skip=[]),
+        "puzzlemoe": merge,
+        "pack.exponent": stages["pack.exponent"](merge),
+        "text.mix": stages["text.mix"](TEXTS, shares=[1, 2, 1], samples=8, seed=2),
+    }
+
+
+def digest(value: Artifact) -> str:
+    found = hashlib.sha256()
+    if hasattr(value, "merged"):
+        for matrix in EXPERTS.matrices():
+            for part in value.merged(matrix):
+                for tensor in part:
+                    found.update(tensor.float().numpy().tobytes())
+        return found.hexdigest()[:16]
+    for name, item in sorted(vars(value).items()):
+        for key, entry in sorted(item.items()) if isinstance(item, dict) else [("", item)]:
+            data = entry.float().numpy().tobytes() if isinstance(entry, torch.Tensor) else repr(entry).encode()
+            found.update(f"{name}{key}".encode() + data)
+    return found.hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_results_change_with_the_version_only(name: str) -> None:
+    found = (Registry.installed().stages[name].version, digest(outputs()[name]))
+    assert found == PINNED[name], f"{name} now gives {found}; if that is meant, raise its version and pin it here"

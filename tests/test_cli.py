@@ -142,6 +142,7 @@ def test_evaluate_reads_packed_and_dense(folder):
     ("arguments", "message"),
     [
         (["run", "p.yaml", "--executor", "proces"], "no plugin gives the executor proces"),
+        (["run", "p.yaml", "--workers", "2"], "add --executor process"),
         (["run", "p.yaml", "--device", "gpu"], "no device gpu; write auto, cpu or cuda"),
         (["run", "p.yaml", "--text", "none*"], "no file matches none*"),
         (["run", "p.yaml", "--to", "model"], "is the source checkpoint itself"),

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from moefold.errors import InputError
 from moefold.hooks import Registry
 
 P = ParamSpec("P")
@@ -31,6 +32,8 @@ class InlineExecutor(Executor):
 def make(name: str, workers: int, device: str, registry: Registry) -> Executor:
     """The executor of this name: `inline`, `process`, or a plugin's."""
     if name == "inline":
+        if workers != 1:
+            raise InputError(f"inline runs one task at a time; for {workers} workers add --executor process")
         return InlineExecutor()
     if name == "process":
         return _processes(workers, device)

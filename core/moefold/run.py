@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -156,7 +156,11 @@ class _Loop:
         error = future.exception()
         if error is not None:
             self.reporter(Event("failed", task.step, layer, message=str(error)))
-            raise error if isinstance(error, Exception) else StageError(f"{task.name}: {error}")
+            if isinstance(error, BrokenExecutor):
+                raise StageError(
+                    f"{task.name}: a worker process died ({error}); if memory ran out, use fewer --workers"
+                ) from error
+            raise error
         done = future.result()
         if task.layer:
             self.unfinished[task.layer.position] -= 1

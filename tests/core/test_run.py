@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -250,3 +250,18 @@ def test_a_work_directory_that_is_a_file_is_said(log, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be written"):
         go(world(log.path), Store(tmp_path / "file"))
+
+
+class Dying(InlineExecutor):
+    """A pool whose workers are killed, as the system does when memory runs out."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        future = Future()
+        future.set_exception(BrokenExecutor("terminated abruptly"))
+        return future
+
+
+def test_a_worker_that_dies_is_said(log, store):
+    registry = world(log.path)
+    with pytest.raises(StageError, match=r"start: a worker process died \(terminated abruptly\); if memory ran out"):
+        run(planned(registry), store, Dying(), lambda event: None, device="cpu", registry=registry)

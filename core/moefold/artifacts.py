@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,6 +192,11 @@ class Baseline(Artifact):
     """Mean negative log-likelihood, nats per token, by text name."""
     texts: dict[str, Tensor]  # name -> [sample, length] int32
     bytes: dict[str, int]
+
+    def bits_per_byte(self, name: str, loss: float) -> float | None:
+        """A loss in nats per token as bits per UTF-8 byte of that text; None where its bytes are not known."""
+        samples, length = self.texts[name].shape
+        return loss * samples * (length - 1) / math.log(2) / self.bytes[name] if self.bytes[name] else None
 
     def facts(self) -> dict[str, Json]:
         return {"losses": self.losses, "bytes": self.bytes}

@@ -162,7 +162,7 @@ def _metric_table(facts: Mapping[str, Json]) -> Table:
             table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
         return table
     table = _table(
-        "What was lost (unseen text)",
+        "What was lost (nats per token)",
         "text",
         "tokens",
         "loss",

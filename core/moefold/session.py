@@ -20,6 +20,7 @@ from moefold.artifact import Json
 from moefold.artifacts import Baseline
 from moefold.errors import InputError, StageError
 from moefold.hooks import Registry
+from moefold.model_card import write_losses
 from moefold.models import locate
 from moefold.overrides import Overrides
 from moefold.pipeline import Pipeline
@@ -99,6 +100,7 @@ class Session:
             found = self._run(pool, hear, workers)
         made = report.build(self.plan, found, times, self.device)
         (self.store.root / "report.json").write_text(json.dumps(made, indent=2))
+        write_losses(made, self.plan.pipeline)
         return made
 
     def _run(self, pool: Executor, hear: Reporter, workers: int) -> dict[str, Json]:
@@ -159,12 +161,10 @@ class Session:
 
 def _row(name: str, baseline: Baseline) -> dict[str, Json]:
     loss = baseline.losses[name]
-    samples, length = baseline.texts[name].shape
-    bytes_ = baseline.bytes[name]
     return {
         "text": name,
-        "tokens": samples * length,
+        "tokens": baseline.texts[name].numel(),
         "loss": loss,
         "perplexity": math.exp(loss),
-        "bits_per_byte": loss * samples * (length - 1) / math.log(2) / bytes_ if bytes_ else None,
+        "bits_per_byte": baseline.bits_per_byte(name, loss),
     }

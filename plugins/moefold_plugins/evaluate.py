@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -59,47 +58,23 @@ def evaluate_baseline(
 
 @stage("evaluate.perplexity")
 def evaluate_perplexity(saved: Saved, baseline: Baseline, context: Context, *, batch: Batch = 8) -> Metrics:
-    """The saved checkpoint's loss and perplexity on each text, read back from disk, beside the uncompressed model's.
-
-    The figures also go into the checkpoint's model card.
-    """
+    """The saved checkpoint's loss and perplexity on each text, read back from disk, beside the uncompressed model's."""
     after = losses(Checkpoint.open(saved.path), baseline.texts, context.device, batch)
-    rows = [_row(name, baseline, after[name]) for name in baseline.losses]
-    _write_into_card(Path(saved.path) / "README.md", rows)
-    return Metrics("loss and perplexity", rows)
-
-
-def _write_into_card(card: Path, rows: list[dict[str, Any]]) -> None:
-    """Put the section of this heading at the end of the card, in place of an earlier one."""
-    heading = "## What was lost"
-    lines = [
-        f"| {r['text']} | {r['tokens']:,} | {r['loss_before']:.4f} | {r['loss_after']:.4f} | "
-        f"{r['perplexity_before']:.3f} | {r['perplexity_after']:.3f} |"
-        for r in rows
-    ]
-    head = "| text | tokens | loss before | after | perplexity before | after |\n|---|---|---|---|---|---|"
-    kept = card.read_text(encoding="utf-8").partition(heading)[0].rstrip() if card.exists() else ""
-    section = "\n".join([head, *lines])
-    card.write_text(
-        f"{kept}\n\n{heading}\n\nLoss in nats per token, on text that was not calibrated on.\n\n{section}\n"
-    )
+    return Metrics("loss and perplexity", [_row(name, baseline, after[name]) for name in baseline.losses])
 
 
 def _row(name: str, baseline: Baseline, after: float) -> dict[str, Any]:
     before = baseline.losses[name]
-    samples, length = baseline.texts[name].shape
-    size = baseline.bytes[name]
-    bits = samples * (length - 1) / math.log(2) / size if size else None
     return {
         "text": name,
-        "tokens": samples * length,
+        "tokens": baseline.texts[name].numel(),
         "loss_before": before,
         "loss_after": after,
         "loss_increase": after - before,
         "perplexity_before": math.exp(before),
         "perplexity_after": math.exp(after),
-        "bits_per_byte_before": bits and before * bits,
-        "bits_per_byte_after": bits and after * bits,
+        "bits_per_byte_before": baseline.bits_per_byte(name, before),
+        "bits_per_byte_after": baseline.bits_per_byte(name, after),
     }
 
 

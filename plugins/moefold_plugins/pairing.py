@@ -17,9 +17,9 @@ Fraction = Annotated[
 Skip = Annotated[list[int], Field(description="decoder layers that stay as they are")]
 
 
-def _pairs(order: list[tuple[int, int]], count: int, fraction: float) -> Groups:
-    """The first pairs that the fraction allows, in the order given; everyone else alone."""
-    chosen = [sorted(pair) for pair in order[: round(count * fraction) // 2]]
+def _pairs(order: list[tuple[int, int]], count: int, fraction: float, skipped: bool) -> Groups:
+    """The first pairs that the fraction allows, in the order given (none in a skipped layer); everyone else alone."""
+    chosen = [] if skipped else [sorted(pair) for pair in order[: round(count * fraction) // 2]]
     paired = {expert for pair in chosen for expert in pair}
     return Groups(sorted(chosen), [e for e in range(count) if e not in paired])
 
@@ -36,7 +36,7 @@ def pair_random(
     count = layer.expert_count
     order = random.Random(f"{seed} {layer.number}").sample(range(count), count)
     pairs = list(zip(order[0::2], order[1::2], strict=False))
-    return _pairs(pairs, count, 0.0 if layer.number in skip else fraction)
+    return _pairs(pairs, count, fraction, layer.number in skip)
 
 
 @stage("pair.by_usage")
@@ -51,7 +51,7 @@ def pair_by_usage(
     count = len(activity.tokens)
     order = torch.argsort(activity.tokens, descending=True, stable=True).tolist()
     pairs = [(order[i], order[count - 1 - i]) for i in range(count // 2)]
-    return _pairs(pairs, count, 0.0 if layer.number in skip else fraction)
+    return _pairs(pairs, count, fraction, layer.number in skip)
 
 
 @stage("pair.similar")
@@ -69,7 +69,7 @@ def pair_similar(
     graph.add_weighted_edges_from((i, j, float(matrix[i, j])) for i in range(count) for j in range(i))
     matched = networkx.max_weight_matching(graph, maxcardinality=True)
     pairs = sorted((tuple(sorted(p)) for p in matched), key=lambda p: (-float(matrix[p[0], p[1]]), p))
-    return _pairs(pairs, count, 0.0 if layer.number in skip else fraction)
+    return _pairs(pairs, count, fraction, layer.number in skip)
 
 
 @hookimpl

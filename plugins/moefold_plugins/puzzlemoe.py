@@ -20,12 +20,12 @@ def merge_pair(weights: Tensor, norms: Tensor, threshold: float) -> MergedPair:
     mean; of the others the more salient expert's is kept, saliency being |weight| times norm, and the first expert's
     where both are equal.
     """
-    first, second = magnitude = weights.abs().float()
+    first, second = weights.abs().float()
     total = first + second
     similar = (first - second).abs() <= threshold * total
     own = first * norms[0] >= second * norms[1]
     merged = torch.where(similar, total / 2, torch.where(own, first, second))
-    keep = torch.stack((similar | own, similar | ~own)) & (magnitude >= 0)
+    keep = torch.stack((similar | own, similar | ~own))
     return MergedPair(merged, weights < 0, keep)
 
 

@@ -228,7 +228,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--data", type=Path, default=Path("demo-data"), help="folder for tokens, tokenizer and facts")
-    parser.add_argument("--library", type=Path, action="append", help="standard library folders, newest first")
+    parser.add_argument(
+        "--library", dest="libraries", type=Path, action="append", help="standard library folders, newest first"
+    )
     parser.add_argument("--extra", type=Path, nargs="*", default=[], help="package folders to train on as well")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for the stage fit")
     parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate")
@@ -241,7 +243,7 @@ def main() -> None:
     for folder in (args.data, args.out):
         folder.mkdir(parents=True, exist_ok=True)
     if "collect" in args.stages:
-        collect(args.data, args.library or [Path(sysconfig.get_path("stdlib"))], args.extra)
+        collect(args.data, args.libraries or [Path(sysconfig.get_path("stdlib"))], args.extra)
     if "fit" in args.stages:
         training = fit(args.data, args.out, args.minutes, args.rate, args.smoke)
         (args.data / "training.json").write_text(json.dumps(training, indent=1))

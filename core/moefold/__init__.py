@@ -16,7 +16,6 @@ from moefold.artifacts import (
     Packed,
     PairMerge,
     Routed,
-    Saved,
     Similarity,
     Text,
 )
@@ -25,6 +24,7 @@ from moefold.codec import Codec, Coded
 from moefold.errors import MoefoldError
 from moefold.families import StreamedModel
 from moefold.hooks import hookimpl
+from moefold.saved import Saved
 from moefold.stage import Context, Layers, Previous, Provenance, Stage, stage
 
 __version__ = "0.1.0"

@@ -12,10 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from moefold.artifact import Artifact, Json
-from moefold.artifacts import Activity, Metrics, Packed, Saved, Text
+from moefold.artifacts import Activity, Metrics, Packed, Text
 from moefold.pipeline import Pipeline
 from moefold.plan import Plan
 from moefold.run import Event
+from moefold.saved import Saved
 
 VERSION = 1
 """Of the report's schema; raised when a field changes its meaning."""

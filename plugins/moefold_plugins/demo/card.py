@@ -2,10 +2,12 @@
 
 import lzma
 import math
+import platform
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch.nn import functional as F
 
 from moefold_plugins.demo import stdlib
@@ -92,6 +94,15 @@ def write(model: Any, tokenizer: Any, facts: dict[str, Any]) -> str:
         versions=", ".join(f"{name} {version}" for name, version in training["versions"].items()),
         setting=facts["setting"],
     )
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Return what the run ran on."""
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "versions": {"python": platform.python_version(), **versions},
+    }
 
 
 TEMPLATE = """\

@@ -7,7 +7,6 @@ Three stages, all by default: `collect` writes tokens and tokenizer to the data 
 import argparse
 import json
 import math
-import platform
 import shutil
 import sysconfig
 import time
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -163,16 +161,7 @@ def fit(data: Path, out: Path, minutes: float, rate: float, smoke: bool) -> dict
         "seconds": round(time.monotonic() - start),
         "stream_tokens": len(stream),
         "history": history,
-        **machine(device),
-    }
-
-
-def machine(device: str) -> dict[str, Any]:
-    """Return what the run ran on."""
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        "versions": {"python": platform.python_version(), **versions},
+        **card.machine(device),
     }
 
 

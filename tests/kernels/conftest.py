@@ -1,14 +1,42 @@
-"""Tiny tensors: more threads than one only wait for each other."""
+"""Tiny tensors on one thread; kernels on a GPU, or interpreted."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from packing import pack_checkpoint
+
+from models import tiny
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run: compiled on a GPU, interpreted on the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
+    """More threads than one only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """A function that makes (packed, twin) directories, once per arguments; the rest are keys of the model's config."""
+    known: dict[object, tuple[Path, Path]] = {}
+
+    def make(family: str, alone: int = 0, layers: tuple[int, ...] | None = None, **config) -> tuple[Path, Path]:
+        key = (family, alone, layers, *sorted(config.items()))
+        if key not in known:
+            root = tmp_path_factory.mktemp(family)
+            source = tiny(family, root / "source", shard_size="1GB", **{"num_hidden_layers": 2} | config)
+            pack_checkpoint(source, root / "packed", root / "twin", alone=alone, layers=layers)
+            known[key] = root / "packed", root / "twin"
+        return known[key]
+
+    return make

@@ -1,0 +1,242 @@
+"""How the projections are cut into programs: by a table of measurements, else by a rule; never by trying while serving.
+
+Measured plans are kept per device, in `tables/` beside this file and in the user's cache (`moefold tune` writes there,
+and it goes first). For a shape that was not measured the nearest one that was is taken, by the entries per expert,
+which decide the regime, and by the matrices' sizes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from moefold_kernels.errors import FormatError
+
+SHIPPED = Path(__file__).parent / "tables"
+MODES = ("pair", "slot", "overlapped_pair", "overlapped")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One projection's programs: blocks of `rows` x `columns` weights for some entries of each slot."""
+
+    mode: str
+    """For packed experts: "pair", "slot" (project.py), or "overlapped_pair", "overlapped" (files of these names, on
+    Hopper; elsewhere "pair" and "slot")."""
+    tokens: int
+    """Entries of a program, for each slot: a power of two, and"""
+    extra: int
+    """so many more (0, or another power of two): 64 + 16 fit experts of about 64 tokens as no power of two does."""
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    group: int = 1
+    """Tiles of entries that run side by side on one block of rows."""
+    splits: int = 1
+    """Programs that share the columns of a block (down projection only); their sums are added by `combine`."""
+    ahead: int = 4
+    """Cache lines of each row of words that a program asks for while the kernel before it ends (project.py)."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise FormatError(f"there is no mode {self.mode!r}; there are: {', '.join(MODES)}")
+        sizes = {"tokens": 16, "rows": 16, "columns": 16, "warps": 1, "ahead": 1} | (
+            {"extra": 16} if self.extra else {}
+        )
+        for name, least in sizes.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least or value & (value - 1):
+                raise FormatError(f"{name} is {value!r}, and must be a power of two, at least {least}")
+        for name, least in {"stages": 3 if self.overlapped else 1, "group": 1, "splits": 1}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise FormatError(f"{name} is {value!r}, and must be a whole number, at least {least}")
+
+    def __str__(self) -> str:
+        entries = f"{self.tokens}+{self.extra}" if self.extra else f"{self.tokens}"
+        more = f" g{self.group}" * (self.group > 1) + f" k{self.splits}" * (self.splits > 1)
+        more += f" a{self.ahead}" * (self.ahead != 4)
+        return f"{self.mode} {entries} {self.rows}x{self.columns} w{self.warps} s{self.stages}{more}"
+
+    @property
+    def paired(self) -> bool:
+        """Whether a program serves both slots of a pair."""
+        return self.mode.endswith("pair")
+
+    @property
+    def overlapped(self) -> bool:
+        """Whether products run while the next words are decoded."""
+        return self.mode.startswith("overlapped")
+
+    @property
+    def entries(self) -> int:
+        """How many entries of each slot a program can take."""
+        return self.tokens + self.extra
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one layer is run on one batch."""
+
+    first: Tile
+    """Gate and up: blocks of `rows` gate rows and as many up rows."""
+    second: Tile
+    """Down."""
+
+    def __str__(self) -> str:
+        return f"{self.first} / {self.second}"
+
+
+class Shape(NamedTuple):
+    """What a plan was measured for, or is wanted for."""
+
+    hidden: int
+    inner: int
+    experts: int
+    top_k: int
+    dense: bool
+    tokens: int
+
+    @property
+    def load(self) -> float:
+        """Entries per expert, on average."""
+        return self.tokens * self.top_k / self.experts
+
+    def distance(self, other: Shape) -> tuple[float, ...]:
+        """How far a measured shape is from this one, in doublings: kind of weights first, then load and sizes together.
+
+        A plan for less load counts twice as far as one for more: tiles that are too small read their words again,
+        those that are too large only waste some products. Sizes count half: they decide how many programs there are.
+        """
+        load = math.log2(max(other.load, 1 / 64) / max(self.load, 1 / 64))
+        sizes = sum(abs(math.log2(a / b)) for a, b in zip(self[:4], other[:4], strict=True))
+        return float(self.dense != other.dense), max(load, -2 * load) + sizes / 2, abs(self.tokens - other.tokens)
+
+
+def choose(shape: Shape, device: torch.device) -> Plan:
+    """The plan for a batch on a device: the nearest measured one, or the rule where nothing was measured."""
+    return _choose(shape, *_identity(device))
+
+
+def rule(shape: Shape) -> Plan:
+    """What holds on a device that nobody measured: small tiles that fit the shared memory of Ampere and Ada (99 KB)."""
+    if shape.load <= 12:
+        mode = "pair" if shape.load > 0.5 else "slot"
+        return Plan(Tile(mode, 16, 0, 32, 64, 4, 3), Tile(mode, 16, 0, 64, 64, 4, 3))
+    if shape.load <= 48:
+        return Plan(Tile("pair", 32, 0, 32, 64, 4, 3), Tile("pair", 32, 0, 64, 64, 4, 3))
+    return Plan(Tile("slot", 128, 0, 64, 32, 8, 3, group=8), Tile("slot", 128, 0, 128, 32, 8, 3, group=8))
+
+
+def table_name(device: str) -> str:
+    """The file of a device's measurements, by what CUDA calls it: "NVIDIA H200" is in nvidia-h200.json."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
+
+
+def cache() -> Path:
+    """Where `moefold tune` keeps what it measured: $XDG_CACHE_HOME/moefold/tune, by default under ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moefold" / "tune"
+
+
+def read_table(path: Path) -> dict[Shape, Plan]:
+    """The measured plans of one file; FormatError names the file when it is no such table."""
+    return {shape: plan for shape, (plan, _) in _read(path).items()}
+
+
+def write_table(path: Path, about: Mapping[str, Any], plans: Iterable[tuple[Shape, Plan, Mapping[str, Any]]]) -> None:
+    """Write measured plans with what is known of each, whole or not at all; what `path` holds of other shapes stays.
+
+    What is chosen from then on in this process takes them into account.
+    """
+    kept = _read(path) if path.exists() else {}
+    kept |= {shape: (plan, dict(facts)) for shape, plan, facts in plans}
+    items = [
+        shape._asdict() | {"plan": asdict(plan)} | facts for shape, (plan, facts) in sorted(kept.items(), key=_key)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    lines = ",\n".join("  " + json.dumps(item) for item in items)
+    draft.write_text(f'{{"about": {json.dumps(dict(about))},\n "plans": [\n{lines}\n]}}\n')
+    draft.replace(path)
+    _choose.cache_clear()
+    _measured.cache_clear()
+
+
+def origin(device: torch.device) -> str:
+    """Where a device's plans come from, in words."""
+    name, memory = _identity(device)
+    counts = {
+        label: sum(fits(plan, memory) for plan in read_table(path).values())
+        for label, path in (("shipped", SHIPPED / table_name(name)), ("of your own", cache() / table_name(name)))
+        if path.exists()
+    }
+    told = ", ".join(f"{count} {label}" for label, count in counts.items() if count)
+    return f"measured: {told}" if told else "by a rule, none measured for this device: run `moefold tune`"
+
+
+def _read(path: Path) -> dict[Shape, tuple[Plan, dict[str, Any]]]:
+    try:
+        return dict(_entry(item) for item in json.loads(path.read_text())["plans"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{path} is no table of plans ({error!r}); delete it, or run `moefold tune` again") from error
+
+
+def _entry(item: Mapping[str, Any]) -> tuple[Shape, tuple[Plan, dict[str, Any]]]:
+    plan = dict(item["plan"])
+    plan["first"], plan["second"] = Tile(**plan["first"]), Tile(**plan["second"])
+    shape = Shape(*(item[name] for name in Shape._fields))
+    if any(not isinstance(size, int) or size < 1 for size in (*shape[:4], shape.tokens)):
+        raise FormatError(f"sizes must be whole numbers, at least 1: {shape}")
+    facts = {name: value for name, value in item.items() if name not in (*Shape._fields, "plan")}
+    return shape, (Plan(**plan), facts)
+
+
+def _key(entry: tuple[Shape, Any]) -> Shape:
+    return entry[0]
+
+
+@functools.cache
+def _choose(shape: Shape, device: str, memory: int) -> Plan:
+    measured = _measured(device)
+    able = [known for known in measured if fits(measured[known], memory)]
+    if not able:
+        return rule(shape)
+    return measured[min(able, key=shape.distance)]
+
+
+@functools.cache
+def _measured(device: str) -> dict[Shape, Plan]:
+    plans: dict[Shape, Plan] = {}
+    for folder in (SHIPPED, cache()):
+        path = folder / table_name(device)
+        if path.exists():
+            plans |= read_table(path)
+    return plans
+
+
+def fits(plan: Plan, memory: int) -> bool:
+    """Whether the tiles that are under way at once fit a block's shared memory."""
+    return tile_fits(plan.first, True, memory) and tile_fits(plan.second, False, memory)
+
+
+def tile_fits(tile: Tile, gated: bool, memory: int) -> bool:
+    """The same of one tile, which has twice its rows where there is a gate; some stages need a little less."""
+    rows, entries = tile.rows * (2 if gated else 1), tile.entries * (2 if tile.paired else 1)
+    return 2 * (rows + entries) * tile.columns * tile.stages <= memory + 16384
+
+
+def _identity(device: torch.device) -> tuple[str, int]:
+    if device.type != "cuda":
+        return device.type, 0
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.name, properties.shared_memory_per_block_optin  # torch's types lack it

@@ -1,0 +1,263 @@
+"""Runs the kernels on one layer: route, gate and up with activation, down, combine; nothing waits for the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moefold_kernels import layout
+from moefold_kernels.triton import project
+from moefold_kernels.triton.configs import Plan, Shape, Tile, choose
+from moefold_kernels.triton.portability import Target, blocks, launch, power_of_two
+from moefold_kernels.triton.routing import Tables, Tiles, route
+
+ACTIVATIONS = {"silu": project.SILU.value, "clamped": project.CLAMPED.value}
+"""Activations that the first projection computes itself; any other runs between the projections."""
+
+
+class Projections(NamedTuple):
+    """The matrices of one kind of units: words [pair, ...] int16, or weights [expert, ...] bfloat16."""
+
+    gate: Tensor | None  # [unit, inner, hidden]; None where the experts have no gate
+    up: Tensor  # [unit, inner, hidden]
+    down: Tensor  # [unit, hidden, inner]
+    tops: tuple[int, int, int] = (127, 127, 127)
+    """The windows' tops of gate, up and down, where there are words."""
+
+
+class Biases(NamedTuple):
+    """Biases by original expert; gate and up are views of one tensor."""
+
+    gate: Tensor | None  # [expert, inner]
+    up: Tensor  # [expert, inner]
+    down: Tensor  # [expert, hidden]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One layer's experts as the kernels take them."""
+
+    packed: Projections | None
+    alone: Projections | None
+    places: Tensor  # [expert] int32: 2 * pair + slot, or after all pairs the number among those alone
+    experts: Tensor  # [place] int32: the inverse
+    biases: Biases | None = None
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs there are."""
+        return 0 if self.packed is None else len(self.packed.up)
+
+    @property
+    def singles(self) -> int:
+        """How many experts stand alone."""
+        return 0 if self.alone is None else len(self.alone.up)
+
+    @property
+    def any(self) -> Projections:
+        """Either kind, for what both have."""
+        found = self.packed or self.alone
+        assert found is not None
+        return found
+
+
+class Activation(NamedTuple):
+    """What lies between the projections: a name of ACTIVATIONS, or a function of the rows (gate before up)."""
+
+    name: str = "silu"
+    limit: float = 0.0
+    alpha: float = 0.0
+    function: Callable[[Tensor], Tensor] | None = None
+
+
+SILU = Activation()
+
+
+def plan_for(weights: Weights, tokens: int, top_k: int) -> Plan:
+    """The plan that a batch of so many tokens gets on the weights' device."""
+    inner, hidden = weights.any.up.shape[1:]
+    shape = Shape(hidden, inner, len(weights.places), top_k, weights.packed is None, max(tokens, 1))
+    return choose(shape, weights.places.device)
+
+
+def forward(
+    weights: Weights,
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    activation: Activation = SILU,
+    dtype: torch.dtype | None = None,
+    plan: Plan | None = None,
+) -> Tensor:
+    """The routed experts' output [token, hidden], in `dtype` (default that of `hidden`).
+
+    `hidden` [token, hidden] is computed with as bfloat16, whatever its dtype; `top_k_index` and `top_k_weights` are
+    [token, top_k]. Sums are float32; activations, and each expert's output where `combine` adds no splits, are rounded
+    to bfloat16 once. Entries whose expert does not exist contribute nothing. `plan` is for measuring.
+    """
+    plan = plan or plan_for(weights, *top_k_index.shape)
+    x = hidden.to(torch.bfloat16)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    tables = route_for(weights, top_k_index, plan)
+    inner = gate_up(weights, x, top_k_index.shape[1], tables, plan, activation)
+    return down(weights, inner, top_k_index, top_k_weights, tables, plan, dtype or hidden.dtype)
+
+
+def route_for(weights: Weights, top_k_index: Tensor, plan: Plan) -> Tables:
+    """The routing tables of a batch [token, top_k] for a plan."""
+    chain = Target.of(weights.places).chain
+    return route(top_k_index, weights.places, weights.pairs, weights.singles, plan.first, plan.second, chain)
+
+
+def gate_up(
+    weights: Weights, x: Tensor, top_k: int, tables: Tables, plan: Plan, activation: Activation = SILU
+) -> Tensor:
+    """The hidden activations [entry in order, inner] of `x` [token, hidden]."""
+    inner, hidden = weights.any.up.shape[1:]
+    gated = weights.any.gate is not None
+    fused = ACTIVATIONS.get(activation.name) if gated else None
+    out = x.new_empty(len(tables.order), inner if fused or not gated else 2 * inner)
+    target, tile, biases = Target.of(x), plan.first, weights.biases
+    bias = None if biases is None else (biases.gate if biases.gate is not None else biases.up)
+    for kind, mode, first, table in _kinds(weights, tables.first, tile):
+        base = kind.gate if kind.gate is not None else kind.up
+        shared = {
+            "hidden": hidden, "inner": inner, "top_k": top_k, "capacity": table.shape[1], "x_row": x.stride(0),
+            "w_unit": base.stride(0), "w_row": base.stride(1), "w_up": _apart(kind.gate, kind.up),
+            "gate_shift": _shift(kind.tops[0]), "up_shift": _shift(kind.tops[1]),
+            "bias_expert": _stride(bias, 0), "bias_row": _stride(bias, 1),
+            "bias_up": 0 if biases is None else _apart(biases.gate, biases.up),
+            "limit": activation.limit, "alpha": activation.alpha,
+        } | _cut(tile, target)  # fmt: skip
+        operands = (x, base, out, tables.order, tables.offsets, table, weights.experts, bias)
+        grid = (_programs(table, mode) * blocks(inner, tile.rows),)
+        if fused and mode != project.DENSE.value and _overlaps(tile, target, base, x):
+            launch(_overlapped(tile).project_in, grid, *operands, **shared, STAGES=tile.stages, ACTIVATION=fused)
+            continue
+        launch(
+            project.project_in, grid, *operands, **shared, first=first, units=len(base), MODE=mode, GATED=gated,
+            ACTIVATION=fused or project.NONE.value, EVEN=hidden % tile.columns == 0, ASM=target.assembly,
+            UPCAST=target.upcast, CHAIN=target.chain, LINES=_lines(tile, hidden),
+            GUESS=target.chain and _guess(len(tables.order), len(weights.places), tile), num_stages=tile.stages,
+        )  # fmt: skip
+    if fused is None:
+        assert activation.function is not None
+        out = activation.function(out).to(x.dtype).contiguous()
+    return out
+
+
+def down(
+    weights: Weights,
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    tables: Tables,
+    plan: Plan,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The output [token, hidden] of the hidden activations `x` [entry in order, inner]."""
+    hidden, inner = weights.any.down.shape[1:]
+    tile, target = plan.second, Target.of(x)
+    part = blocks(blocks(inner, tile.splits), tile.columns) * tile.columns
+    splits = blocks(inner, part)
+    parts = x.new_empty(splits, len(tables.order), hidden, dtype=torch.float32 if splits > 1 else torch.bfloat16)
+    gates = top_k_weights.contiguous()
+    bias = None if weights.biases is None else weights.biases.down
+    for kind, mode, first, table in _kinds(weights, tables.second, tile):
+        shared = {
+            "inner": inner, "hidden": hidden, "capacity": table.shape[1],
+            "w_unit": kind.down.stride(0), "w_row": kind.down.stride(1), "shift": _shift(kind.tops[2]),
+            "bias_expert": _stride(bias, 0), "bias_row": _stride(bias, 1),
+        } | _cut(tile, target)  # fmt: skip
+        operands = (x, kind.down, parts, tables.order, tables.offsets, table, weights.experts, gates, bias)
+        programs = _programs(table, mode) * blocks(hidden, tile.rows)
+        if splits == 1 and mode != project.DENSE.value and _overlaps(tile, target, kind.down, x):
+            launch(_overlapped(tile).project_out, (programs,), *operands, **shared, STAGES=tile.stages)
+            continue
+        launch(
+            project.project_out, (programs, splits), *operands, **shared, first=first, part=part,
+            out_split=parts.stride(0), MODE=mode, EVEN=inner % (part if splits > 1 else tile.columns) == 0,
+            ASM=target.assembly, UPCAST=target.upcast, CHAIN=target.chain, LINES=_lines(tile, part),
+            num_stages=tile.stages,
+        )  # fmt: skip
+    return combine(parts, top_k_index, len(weights.places), dtype)
+
+
+def combine(parts: Tensor, top_k_index: Tensor, experts: int, dtype: torch.dtype) -> Tensor:
+    """The sum of `parts` [split, token * top_k, hidden] over splits and each token's choices: [token, hidden]."""
+    (splits, _, hidden), (tokens, top_k) = parts.shape, top_k_index.shape
+    out = parts.new_empty(tokens, hidden, dtype=dtype)
+    if tokens:
+        columns = min(1024, power_of_two(hidden))
+        chain = Target.of(parts).chain
+        launch(
+            project.combine, (tokens, blocks(hidden, columns)),
+            parts, top_k_index.contiguous(), out, hidden, top_k, experts, parts.stride(0), out.stride(0),
+            SPLITS=splits, TOP_K=power_of_two(top_k), COLUMNS=columns, CHAIN=chain, **_chained(chain),
+        )  # fmt: skip
+    return out
+
+
+def _kinds(weights: Weights, tiles: Tiles, tile: Tile) -> Iterator[tuple[Projections, int, int, Tensor]]:
+    """What to launch: (matrices, mode, the first place, tiles), for the pairs and for the experts left alone."""
+    if weights.packed is not None and tiles.packed.numel():
+        yield weights.packed, (project.PAIR if tile.paired else project.SLOT).value, 0, tiles.packed
+    if weights.alone is not None and tiles.alone.numel():
+        yield weights.alone, project.DENSE.value, 2 * weights.pairs, tiles.alone
+
+
+def _cut(tile: Tile, target: Target) -> dict[str, int | bool]:
+    """What all projections' kernels take of a tile."""
+    return {
+        "ROWS": tile.rows, "COLUMNS": tile.columns, "TOKENS": tile.tokens, "EXTRA": tile.extra, "GROUP": tile.group,
+        "num_warps": tile.warps,
+    } | _chained(target.chain)  # fmt: skip
+
+
+def _chained(chain: bool) -> dict[str, bool]:
+    return {"launch_pdl": True} if chain else {}  # other backends of Triton do not know the word
+
+
+def _lines(tile: Tile, columns: int) -> int:
+    """How many cache lines (64 words each) of a row to ask for ahead: a power of two, and no more than there are."""
+    return max(1, min(tile.ahead, 1 << (columns // 64).bit_length() >> 1))
+
+
+def _guess(entries: int, experts: int, tile: Tile) -> bool:
+    """Whether it is likely that every unit has entries and needs one tile only."""
+    return 4 * experts <= entries <= 0.75 * tile.entries * experts
+
+
+def _overlaps(tile: Tile, target: Target, words: Tensor, x: Tensor) -> bool:
+    """Whether overlapped.py takes this: 16-byte copies, and an even number of whole tiles of columns."""
+    aligned = all(stride % 8 == 0 for stride in (*words.stride()[:2], x.stride(0)))
+    aligned &= words.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0
+    whole = words.shape[2] % (2 * tile.columns) == 0
+    return tile.overlapped and target.overlap and aligned and whole
+
+
+def _overlapped(tile: Tile) -> Any:
+    from moefold_kernels.triton import overlapped, overlapped_pair
+
+    return overlapped_pair if tile.paired else overlapped
+
+
+def _stride(tensor: Tensor | None, dimension: int) -> int:
+    return 0 if tensor is None else tensor.stride(dimension)
+
+
+def _programs(table: Tensor, mode: int) -> int:
+    return table.shape[1] * (layout.SLOTS if mode == project.SLOT.value else 1)
+
+
+def _shift(top: int) -> float:
+    return 2.0 ** (layout.low(top) - 96)
+
+
+def _apart(one: Tensor | None, other: Tensor) -> int:
+    """How many elements lie between the beginnings of two tensors of the same strides."""
+    return 0 if one is None else (other.data_ptr() - one.data_ptr()) // one.element_size()

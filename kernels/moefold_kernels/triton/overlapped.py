@@ -1,0 +1,376 @@
+"""Many tokens on Hopper: the projections again, with products running while the next words are decoded.
+
+What bounds the layer here is arithmetic, and `project.py` has to let every product end before it decodes again (see
+`_finished` there), which costs a fifth to a quarter of the rate. In Gluon, with the waits in our hands, two sets of
+operand registers take turns: a set is overwritten only after the product that reads it has been waited for, while
+the product on the other set runs. Tiles are of one slot (SLOT). The product is as wide as the entries need: TOKENS and
+EXTRA, TOKENS, or a half or a quarter of TOKENS, so that a last tile of few costs little.
+
+Gluon is experimental in Triton (3.6 and 3.7 tried); the plain kernels do the same wherever this file cannot.
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon as gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
+
+SILU, CLAMPED = gl.constexpr(1), gl.constexpr(2)  # as in project.py
+
+barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # Triton 3.6 and from 3.7 on
+
+
+@gluon.constexpr_function
+def product_layout(tokens, warps):
+    """The layout of sums [rows, tokens]: a warp has 16 rows."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, tokens, 16])
+
+
+@gluon.jit
+def after_the_one_before():
+    """portability.after_the_one_before; these instructions do nothing where the launch is not chained."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.constexpr_function
+def copy_layout(columns, warps):
+    """The layout of a copy to shared memory: 16 bytes a thread, along the columns."""
+    return gl.BlockedLayout([1, 8], [32 * 8 // columns, columns // 8], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def store_layout(rows, warps):
+    """The layout of stores: out is [entry, row], so 16 bytes a thread along the rows of the sums."""
+    across = min(rows // 8, 32)
+    return gl.BlockedLayout([8, 1], [across, 32 // across], [1, warps], [0, 1])
+
+
+@gluon.jit
+def _operand(words):
+    """decode.decode_slot, the slot being the lowest bit of the program number."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 magnitude, kept, none, slot;
+        mov.b32 none, 0x80008000;
+        mov.u32 slot, %ctaid.x;
+        and.b32 slot, slot, 1;
+        lop3.b32 magnitude, $1, 0x0FFF0FFF, 0x30003000, 0xEA;
+        shl.b32 kept, $1, slot;
+        and.b32 kept, kept, 0xA000A000;
+        fma.rn.bf16x2 $0, magnitude, kept, none;
+        }""",
+        "=r,r",
+        [words],
+        dtype=gl.bfloat16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def _start(
+    w_buffer, x_buffer, more_buffer, w, x, live, more, more_live, stage, wanted,
+    TOKENS: gl.constexpr, EXTRA: gl.constexpr,
+):  # fmt: skip
+    """Ask for one tile of words and of tokens; rows of tokens that are not live keep what was there, for nobody."""
+    async_copy.async_copy_global_to_shared(w_buffer.index(stage), w, mask=wanted)
+    async_copy.async_copy_global_to_shared(x_buffer.index(stage).slice(0, TOKENS, 0), x, mask=live & wanted)
+    if EXTRA:
+        async_copy.async_copy_global_to_shared(more_buffer.index(stage), more, mask=more_live & wanted)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _products(
+    w_buffer, x_buffer, more_buffer, w, x, live, more, more_live, steps,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Sums [ROWS, TOKENS] and [ROWS, EXTRA] over `steps` (an even number) tiles of COLUMNS columns."""
+    gl.assume(steps > 0)  # as in project._one
+    mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
+    mma_extra: gl.constexpr = product_layout(max(EXTRA, 16), gl.num_warps())
+    # the same registers for both: where a thread's part of an operand lies does not depend on the product's width
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    left_extra: gl.constexpr = gl.DotOperandLayout(0, mma_extra, 2)
+    for first in gl.static_range(STAGES - 2):
+        _start(w_buffer, x_buffer, more_buffer, w, x, live, more, more_live, first, first < steps, TOKENS, EXTRA)
+        w += COLUMNS
+        x += COLUMNS
+        if EXTRA:
+            more += COLUMNS
+    sums = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
+    extra = warpgroup_mma_init(gl.zeros((ROWS, max(EXTRA, 16)), gl.float32, mma_extra))
+    for pair in range(0, steps, 2):
+        for half in gl.static_range(2):  # two sets of registers: the compiler must not rename one set into the other
+            step = pair + half
+            async_copy.wait_group(STAGES - 3)
+            barrier()  # this tile has come, and nobody reads tile `step` - 2 any more, whose place is next
+            ahead = step + STAGES - 2
+            _start(
+                w_buffer, x_buffer, more_buffer, w, x, live, more, more_live,
+                ahead % STAGES, ahead < steps, TOKENS, EXTRA,
+            )  # fmt: skip
+            w += COLUMNS
+            x += COLUMNS
+            if EXTRA:
+                more += COLUMNS
+            stage = step % STAGES
+            operand = _operand(w_buffer.index(stage).load(left))
+            right = x_buffer.index(stage).slice(0, TOKENS, 0).permute((1, 0))
+            sums = warpgroup_mma(operand, right, sums, is_async=True)
+            if EXTRA:
+                again = gl.convert_layout(operand, left_extra, assert_trivial=True)
+                extra = warpgroup_mma(again, more_buffer.index(stage).permute((1, 0)), extra, is_async=True)
+                sums, extra = warpgroup_mma_wait(2, deps=(sums, extra))  # the other set's products have ended
+                extra = warpgroup_mma_init(extra)
+            else:
+                sums = warpgroup_mma_wait(1, deps=(sums,))
+            sums = warpgroup_mma_init(sums)
+    sums, extra = warpgroup_mma_wait(0, deps=(sums, extra))
+    return sums, extra
+
+
+@gluon.jit
+def write_inner(
+    sums, out, begin, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up,
+    limit, alpha, ROWS: gl.constexpr, TOKENS: gl.constexpr, ACTIVATION: gl.constexpr,
+):  # fmt: skip
+    """project._write_inner for a gated layer with a fused activation: out [entry in order, inner]."""
+    gate, up = gl.split(gl.permute(gl.reshape(sums, (ROWS // 8, 2, 8, TOKENS)), (0, 2, 3, 1)))
+    gate, up = gl.reshape(gate, (ROWS, TOKENS)), gl.reshape(up, (ROWS, TOKENS))
+    gate = gate * 9223372036854775808.0 * gate_shift
+    up = up * 9223372036854775808.0 * up_shift
+    if bias is not None:
+        own: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 1], [32, 1], [gl.num_warps(), 1], [1, 0]))
+        at = first_row + gl.arange(0, ROWS, own)
+        start = bias + expert * bias_expert
+        gate_bias = gl.load(start + at * bias_row, mask=at < inner, other=0.0).to(gl.float32)
+        up_bias = gl.load(start + bias_up + at * bias_row, mask=at < inner, other=0.0).to(gl.float32)
+        gate += gl.convert_layout(gate_bias, gl.SliceLayout(1, gate.type.layout))[:, None]
+        up += gl.convert_layout(up_bias, gl.SliceLayout(1, up.type.layout))[:, None]
+    if ACTIVATION == CLAMPED:
+        gate = gl.minimum(gate, limit)
+        up = gl.minimum(gl.maximum(up, -limit), limit)
+        value = gate / (1.0 + gl.exp(-gate * alpha)) * (up + 1.0)
+    else:
+        value = gate / (1.0 + gl.exp(-gate)) * up
+    layout: gl.constexpr = store_layout(ROWS, gl.num_warps())
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    entry = begin + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
+    at = out + entry[None, :].to(gl.int64) * inner + row[:, None]
+    value = gl.convert_layout(value.to(gl.bfloat16), layout)
+    gl.store(at, value, mask=(row < inner)[:, None] & (entry < end)[None, :])
+
+
+@gluon.jit(do_not_specialize=["top_k", "capacity", "bias_expert", "bias_row", "bias_up", "limit", "alpha"])
+def project_in(
+    x, words, out, order, offsets, tiles, experts, bias,
+    hidden, inner, top_k, capacity, x_row, w_unit, w_row, w_up,
+    gate_shift, up_shift, bias_expert, bias_row, bias_up, limit, alpha,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr, ACTIVATION: gl.constexpr,
+):  # fmt: skip
+    """project.project_in for SLOT; `hidden` is an even number of COLUMNS."""
+    after_the_one_before()
+    program = gl.program_id(0) // 2
+    slot = gl.program_id(0) % 2
+    n_blocks = gl.cdiv(inner, ROWS)
+    within = program % (GROUP * n_blocks)
+    tile = program // (GROUP * n_blocks) * GROUP + within % GROUP
+    unit = gl.load(tiles + tile)
+    if unit < 0:
+        return
+    place = 2 * unit + slot
+    begin = gl.load(offsets + place) + gl.load(tiles + capacity + tile) * (TOKENS + EXTRA)
+    end = gl.load(offsets + place + 1)
+    if begin >= end:
+        return
+    layout: gl.constexpr = copy_layout(COLUMNS, gl.num_warps())
+    shared: gl.constexpr = gl.NVMMASharedLayout(2 * COLUMNS, 16, 2)
+    first_row = within // GROUP * ROWS
+    stacked = gl.arange(0, 2 * ROWS, gl.SliceLayout(1, layout))
+    row = (first_row + stacked // 16 * 8 + stacked % 8) % inner
+    k = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    w = words + unit.to(gl.int64) * w_unit + row.to(gl.int64)[:, None] * w_row + k[None, :]
+    w += gl.where(stacked % 16 >= 8, w_up, 0)[:, None]
+    w_buffer = gl.allocate_shared_memory(gl.int16, [STAGES, 2 * ROWS, COLUMNS], shared)
+    x_buffer = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, COLUMNS], shared)
+    more_buffer = gl.allocate_shared_memory(gl.bfloat16, [STAGES, max(EXTRA, 8), COLUMNS], shared)
+    expert = gl.load(experts + place)
+    steps = hidden // COLUMNS
+    if EXTRA and end - begin > TOKENS:
+        _in(
+            w_buffer, x_buffer, more_buffer, w, x, out, order, begin, end, k, top_k, x_row, steps, first_row, inner,
+            gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up, limit, alpha,
+            ROWS, COLUMNS, TOKENS, EXTRA, STAGES, ACTIVATION,
+        )  # fmt: skip
+    elif end - begin > TOKENS // 2:
+        _in(
+            w_buffer, x_buffer, more_buffer, w, x, out, order, begin, end, k, top_k, x_row, steps, first_row, inner,
+            gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up, limit, alpha,
+            ROWS, COLUMNS, TOKENS, 0, STAGES, ACTIVATION,
+        )  # fmt: skip
+    elif end - begin > TOKENS // 4:
+        _in(
+            w_buffer, x_buffer, more_buffer, w, x, out, order, begin, end, k, top_k, x_row, steps, first_row, inner,
+            gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up, limit, alpha,
+            ROWS, COLUMNS, TOKENS // 2, 0, STAGES, ACTIVATION,
+        )  # fmt: skip
+    else:
+        _in(
+            w_buffer, x_buffer, more_buffer, w, x, out, order, begin, end, k, top_k, x_row, steps, first_row, inner,
+            gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up, limit, alpha,
+            ROWS, COLUMNS, TOKENS // 4, 0, STAGES, ACTIVATION,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _in(
+    w_buffer, x_buffer, more_buffer, w, x, out, order, begin, end, k, top_k, x_row, steps, first_row, inner,
+    gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up, limit, alpha,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+):  # fmt: skip
+    a, live = tokens_at(x, order, begin, end, k, top_k, x_row, COLUMNS, TOKENS)
+    b, b_live = tokens_at(x, order, begin + TOKENS, end, k, top_k, x_row, COLUMNS, max(EXTRA, 16))
+    sums, extra = _products(
+        w_buffer, x_buffer, more_buffer, w, a, live, b, b_live, steps, 2 * ROWS, COLUMNS, TOKENS, EXTRA, STAGES
+    )
+    write_inner(
+        sums, out, begin, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up,
+        limit, alpha, ROWS, TOKENS, ACTIVATION,
+    )  # fmt: skip
+    if EXTRA:
+        write_inner(
+            extra, out, begin + TOKENS, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert,
+            bias_row, bias_up, limit, alpha, ROWS, EXTRA, ACTIVATION,
+        )  # fmt: skip
+
+
+@gluon.jit
+def tokens_at(
+    x, order, begin, end, k, top_k, x_row, COLUMNS: gl.constexpr, N: gl.constexpr
+):  # fmt: skip
+    """project._tokens, but [token, column]: shared memory is turned, not the copy."""
+    n = begin + gl.arange(0, N, gl.SliceLayout(1, copy_layout(COLUMNS, gl.num_warps())))
+    live = n < end
+    token = gl.load(order + n, mask=live, other=0) // top_k
+    return x + token.to(gl.int64)[:, None] * x_row + k[None, :], live[:, None]
+
+
+@gluon.jit
+def positions_at(x, begin, end, k, inner, COLUMNS: gl.constexpr, N: gl.constexpr):
+    """project._positions, likewise."""
+    n = begin + gl.arange(0, N, gl.SliceLayout(1, copy_layout(COLUMNS, gl.num_warps())))
+    live = n < end
+    return x + gl.where(live, n, 0).to(gl.int64)[:, None] * inner + k[None, :], live[:, None]
+
+
+@gluon.jit
+def write_outer(
+    sums, out, order, weights, begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr,
+):  # fmt: skip
+    """project._write_outer: bias, gate weight, out [entry, hidden]."""
+    sums = sums * 9223372036854775808.0 * shift
+    if bias is not None:
+        own: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 1], [32, 1], [gl.num_warps(), 1], [1, 0]))
+        at = first_row + gl.arange(0, ROWS, own)
+        start = bias + expert * bias_expert
+        addend = gl.load(start + at * bias_row, mask=at < hidden, other=0.0).to(gl.float32)
+        sums += gl.convert_layout(addend, gl.SliceLayout(1, sums.type.layout))[:, None]
+    position = begin + gl.arange(0, TOKENS, gl.SliceLayout(0, sums.type.layout))
+    entry = gl.load(order + position, mask=position < end, other=0)
+    sums *= gl.load(weights + entry, mask=position < end, other=0.0).to(gl.float32)[None, :]
+    layout: gl.constexpr = store_layout(ROWS, gl.num_warps())
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    position = begin + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
+    entry = gl.load(order + position, mask=position < end, other=0)
+    at = out + entry[None, :].to(gl.int64) * hidden + row[:, None]
+    value = gl.convert_layout(sums.to(gl.bfloat16), layout)
+    gl.store(at, value, mask=(row < hidden)[:, None] & (position < end)[None, :])
+
+
+@gluon.jit(do_not_specialize=["capacity", "bias_expert", "bias_row"])
+def project_out(
+    x, words, out, order, offsets, tiles, experts, weights, bias,
+    inner, hidden, capacity, w_unit, w_row, shift, bias_expert, bias_row,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """project.project_out for SLOT in one split; `inner` is an even number of COLUMNS."""
+    after_the_one_before()
+    program = gl.program_id(0) // 2
+    slot = gl.program_id(0) % 2
+    n_blocks = gl.cdiv(hidden, ROWS)
+    within = program % (GROUP * n_blocks)
+    tile = program // (GROUP * n_blocks) * GROUP + within % GROUP
+    unit = gl.load(tiles + tile)
+    if unit < 0:
+        return
+    place = 2 * unit + slot
+    begin = gl.load(offsets + place) + gl.load(tiles + capacity + tile) * (TOKENS + EXTRA)
+    end = gl.load(offsets + place + 1)
+    if begin >= end:
+        return
+    layout: gl.constexpr = copy_layout(COLUMNS, gl.num_warps())
+    shared: gl.constexpr = gl.NVMMASharedLayout(2 * COLUMNS, 16, 2)
+    first_row = within // GROUP * ROWS
+    row = (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))) % hidden
+    k = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    w = words + unit.to(gl.int64) * w_unit + row.to(gl.int64)[:, None] * w_row + k[None, :]
+    w_buffer = gl.allocate_shared_memory(gl.int16, [STAGES, ROWS, COLUMNS], shared)
+    x_buffer = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, COLUMNS], shared)
+    more_buffer = gl.allocate_shared_memory(gl.bfloat16, [STAGES, max(EXTRA, 8), COLUMNS], shared)
+    expert = gl.load(experts + place)
+    steps = inner // COLUMNS
+    if EXTRA and end - begin > TOKENS:
+        _out(
+            w_buffer, x_buffer, more_buffer, w, x, out, order, weights, begin, end, k, steps, first_row, inner, hidden,
+            shift, expert, bias, bias_expert, bias_row,
+            ROWS, COLUMNS, TOKENS, EXTRA, STAGES,
+        )  # fmt: skip
+    elif end - begin > TOKENS // 2:
+        _out(
+            w_buffer, x_buffer, more_buffer, w, x, out, order, weights, begin, end, k, steps, first_row, inner, hidden,
+            shift, expert, bias, bias_expert, bias_row,
+            ROWS, COLUMNS, TOKENS, 0, STAGES,
+        )  # fmt: skip
+    elif end - begin > TOKENS // 4:
+        _out(
+            w_buffer, x_buffer, more_buffer, w, x, out, order, weights, begin, end, k, steps, first_row, inner, hidden,
+            shift, expert, bias, bias_expert, bias_row,
+            ROWS, COLUMNS, TOKENS // 2, 0, STAGES,
+        )  # fmt: skip
+    else:
+        _out(
+            w_buffer, x_buffer, more_buffer, w, x, out, order, weights, begin, end, k, steps, first_row, inner, hidden,
+            shift, expert, bias, bias_expert, bias_row,
+            ROWS, COLUMNS, TOKENS // 4, 0, STAGES,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _out(
+    w_buffer, x_buffer, more_buffer, w, x, out, order, weights, begin, end, k, steps, first_row, inner, hidden,
+    shift, expert, bias, bias_expert, bias_row,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    a, live = positions_at(x, begin, end, k, inner, COLUMNS, TOKENS)
+    b, b_live = positions_at(x, begin + TOKENS, end, k, inner, COLUMNS, max(EXTRA, 16))
+    sums, extra = _products(
+        w_buffer, x_buffer, more_buffer, w, a, live, b, b_live, steps, ROWS, COLUMNS, TOKENS, EXTRA, STAGES
+    )
+    write_outer(
+        sums, out, order, weights, begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row,
+        ROWS, TOKENS,
+    )  # fmt: skip
+    if EXTRA:
+        write_outer(
+            extra, out, order, weights, begin + TOKENS, end, first_row, hidden, shift, expert, bias, bias_expert,
+            bias_row, ROWS, EXTRA,
+        )  # fmt: skip

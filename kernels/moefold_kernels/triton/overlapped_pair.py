@@ -1,0 +1,294 @@
+"""Some tens of tokens per expert on Hopper: both slots of a pair from one reading of the words, products overlapped.
+
+Here reading, decoding and multiplying take about as long as one another, so they have to run at the same time: as in
+overlapped.py, two sets of operand registers take turns (a set now holds both slots' operands), and as in project.py's
+PAIR a tile of words is read once. A slot's product is as wide as the fuller slot needs: TOKENS and EXTRA, TOKENS, or
+half of it.
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon as gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
+
+from moefold_kernels.triton.overlapped import (
+    after_the_one_before,
+    barrier,
+    copy_layout,
+    positions_at,
+    product_layout,
+    tokens_at,
+    write_inner,
+    write_outer,
+)
+
+
+@gluon.jit
+def _operands(words):
+    """decode.decode_both."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 magnitude, own, other, none;
+        mov.b32 none, 0x80008000;
+        lop3.b32 magnitude, $2, 0x0FFF0FFF, 0x30003000, 0xEA;
+        and.b32 own, $2, 0xA000A000;
+        fma.rn.bf16x2 $0, magnitude, own, none;
+        shl.b32 other, $2, 1;
+        and.b32 other, other, 0xA000A000;
+        fma.rn.bf16x2 $1, magnitude, other, none;
+        }""",
+        "=r,=r,r",
+        [words],
+        dtype=(gl.bfloat16, gl.bfloat16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def _start(buffers, w, x, live, stage, wanted, TOKENS: gl.constexpr, EXTRA: gl.constexpr):
+    """Ask for one tile of words and of each slot's tokens."""
+    w_buffer, x_buffer, y_buffer, more_buffer, most_buffer = buffers
+    async_copy.async_copy_global_to_shared(w_buffer.index(stage), w, mask=wanted)
+    async_copy.async_copy_global_to_shared(x_buffer.index(stage).slice(0, TOKENS, 0), x[0], mask=live[0] & wanted)
+    async_copy.async_copy_global_to_shared(y_buffer.index(stage).slice(0, TOKENS, 0), x[1], mask=live[1] & wanted)
+    if EXTRA:
+        async_copy.async_copy_global_to_shared(more_buffer.index(stage), x[2], mask=live[2] & wanted)
+        async_copy.async_copy_global_to_shared(most_buffer.index(stage), x[3], mask=live[3] & wanted)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _products(
+    buffers, w, x, live, steps,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """overlapped._products for both slots: sums of the slots [ROWS, TOKENS], then their extra sums [ROWS, EXTRA]."""
+    gl.assume(steps > 0)  # as in project._one
+    mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
+    mma_extra: gl.constexpr = product_layout(max(EXTRA, 16), gl.num_warps())
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    left_extra: gl.constexpr = gl.DotOperandLayout(0, mma_extra, 2)
+    w_buffer, x_buffer, y_buffer, more_buffer, most_buffer = buffers
+    x0, x1, x2, x3 = x
+    for first in gl.static_range(STAGES - 2):
+        _start(buffers, w, (x0, x1, x2, x3), live, first, first < steps, TOKENS, EXTRA)
+        w += COLUMNS
+        x0 += COLUMNS
+        x1 += COLUMNS
+        if EXTRA:
+            x2 += COLUMNS
+            x3 += COLUMNS
+    sums0 = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
+    sums1 = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
+    extra0 = warpgroup_mma_init(gl.zeros((ROWS, max(EXTRA, 16)), gl.float32, mma_extra))
+    extra1 = warpgroup_mma_init(gl.zeros((ROWS, max(EXTRA, 16)), gl.float32, mma_extra))
+    for pair in range(0, steps, 2):
+        for half in gl.static_range(2):
+            step = pair + half
+            async_copy.wait_group(STAGES - 3)
+            barrier()  # this tile has come, and nobody reads tile `step` - 2 any more, whose place is next
+            ahead = step + STAGES - 2
+            _start(buffers, w, (x0, x1, x2, x3), live, ahead % STAGES, ahead < steps, TOKENS, EXTRA)
+            w += COLUMNS
+            x0 += COLUMNS
+            x1 += COLUMNS
+            if EXTRA:
+                x2 += COLUMNS
+                x3 += COLUMNS
+            stage = step % STAGES
+            own, other = _operands(w_buffer.index(stage).load(left))
+            sums0 = warpgroup_mma(own, x_buffer.index(stage).slice(0, TOKENS, 0).permute((1, 0)), sums0, is_async=True)
+            sums1 = warpgroup_mma(
+                other, y_buffer.index(stage).slice(0, TOKENS, 0).permute((1, 0)), sums1, is_async=True
+            )
+            if EXTRA:
+                own = gl.convert_layout(own, left_extra, assert_trivial=True)
+                other = gl.convert_layout(other, left_extra, assert_trivial=True)
+                extra0 = warpgroup_mma(own, more_buffer.index(stage).permute((1, 0)), extra0, is_async=True)
+                extra1 = warpgroup_mma(other, most_buffer.index(stage).permute((1, 0)), extra1, is_async=True)
+                sums0, sums1, extra0, extra1 = warpgroup_mma_wait(4, deps=(sums0, sums1, extra0, extra1))
+                extra0, extra1 = warpgroup_mma_init(extra0), warpgroup_mma_init(extra1)
+            else:
+                sums0, sums1 = warpgroup_mma_wait(2, deps=(sums0, sums1))  # the other set's products have ended
+            sums0, sums1 = warpgroup_mma_init(sums0), warpgroup_mma_init(sums1)
+    return warpgroup_mma_wait(0, deps=(sums0, sums1, extra0, extra1))
+
+
+@gluon.jit
+def _buffers(
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr
+):
+    shared: gl.constexpr = gl.NVMMASharedLayout(2 * COLUMNS, 16, 2)
+    return (
+        gl.allocate_shared_memory(gl.int16, [STAGES, ROWS, COLUMNS], shared),
+        gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, COLUMNS], shared),
+        gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, COLUMNS], shared),
+        gl.allocate_shared_memory(gl.bfloat16, [STAGES, max(EXTRA, 8), COLUMNS], shared),
+        gl.allocate_shared_memory(gl.bfloat16, [STAGES, max(EXTRA, 8), COLUMNS], shared),
+    )
+
+
+@gluon.jit(do_not_specialize=["top_k", "capacity", "bias_expert", "bias_row", "bias_up", "limit", "alpha"])
+def project_in(
+    x, words, out, order, offsets, tiles, experts, bias,
+    hidden, inner, top_k, capacity, x_row, w_unit, w_row, w_up,
+    gate_shift, up_shift, bias_expert, bias_row, bias_up, limit, alpha,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr, ACTIVATION: gl.constexpr,
+):  # fmt: skip
+    """project.project_in for PAIR; `hidden` is an even number of COLUMNS."""
+    after_the_one_before()
+    program = gl.program_id(0)
+    n_blocks = gl.cdiv(inner, ROWS)
+    within = program % (GROUP * n_blocks)
+    tile = program // (GROUP * n_blocks) * GROUP + within % GROUP
+    unit = gl.load(tiles + tile)
+    if unit < 0:
+        return
+    skipped = gl.load(tiles + capacity + tile) * (TOKENS + EXTRA)
+    middle, end1 = gl.load(offsets + 2 * unit + 1), gl.load(offsets + 2 * unit + 2)
+    begin0, begin1 = gl.load(offsets + 2 * unit) + skipped, middle + skipped
+    layout: gl.constexpr = copy_layout(COLUMNS, gl.num_warps())
+    first_row = within // GROUP * ROWS
+    stacked = gl.arange(0, 2 * ROWS, gl.SliceLayout(1, layout))
+    row = (first_row + stacked // 16 * 8 + stacked % 8) % inner
+    k = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    w = words + unit.to(gl.int64) * w_unit + row.to(gl.int64)[:, None] * w_row + k[None, :]
+    w += gl.where(stacked % 16 >= 8, w_up, 0)[:, None]
+    buffers = _buffers(2 * ROWS, COLUMNS, TOKENS, EXTRA, STAGES)
+    expert0, expert1 = gl.load(experts + 2 * unit), gl.load(experts + 2 * unit + 1)
+    steps = hidden // COLUMNS
+    most = gl.maximum(middle - begin0, end1 - begin1)
+    if EXTRA and most > TOKENS:
+        _in(
+            buffers, w, x, out, order, begin0, middle, begin1, end1, k, top_k, x_row, steps, first_row, inner,
+            gate_shift, up_shift, expert0, expert1, bias, bias_expert, bias_row, bias_up, limit, alpha,
+            ROWS, COLUMNS, TOKENS, EXTRA, STAGES, ACTIVATION,
+        )  # fmt: skip
+    elif most > TOKENS // 2:
+        _in(
+            buffers, w, x, out, order, begin0, middle, begin1, end1, k, top_k, x_row, steps, first_row, inner,
+            gate_shift, up_shift, expert0, expert1, bias, bias_expert, bias_row, bias_up, limit, alpha,
+            ROWS, COLUMNS, TOKENS, 0, STAGES, ACTIVATION,
+        )  # fmt: skip
+    else:
+        _in(
+            buffers, w, x, out, order, begin0, middle, begin1, end1, k, top_k, x_row, steps, first_row, inner,
+            gate_shift, up_shift, expert0, expert1, bias, bias_expert, bias_row, bias_up, limit, alpha,
+            ROWS, COLUMNS, TOKENS // 2, 0, STAGES, ACTIVATION,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _in(
+    buffers, w, x, out, order, begin0, end0, begin1, end1, k, top_k, x_row, steps, first_row, inner,
+    gate_shift, up_shift, expert0, expert1, bias, bias_expert, bias_row, bias_up, limit, alpha,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+):  # fmt: skip
+    rest: gl.constexpr = max(EXTRA, 16)
+    a0, live0 = tokens_at(x, order, begin0, end0, k, top_k, x_row, COLUMNS, TOKENS)
+    a1, live1 = tokens_at(x, order, begin1, end1, k, top_k, x_row, COLUMNS, TOKENS)
+    b0, more0 = tokens_at(x, order, begin0 + TOKENS, end0, k, top_k, x_row, COLUMNS, rest)
+    b1, more1 = tokens_at(x, order, begin1 + TOKENS, end1, k, top_k, x_row, COLUMNS, rest)
+    sums0, sums1, extra0, extra1 = _products(
+        buffers, w, (a0, a1, b0, b1), (live0, live1, more0, more1), steps, 2 * ROWS, COLUMNS, TOKENS, EXTRA, STAGES
+    )
+    write_inner(
+        sums0, out, begin0, end0, first_row, inner, gate_shift, up_shift, expert0, bias, bias_expert, bias_row,
+        bias_up, limit, alpha, ROWS, TOKENS, ACTIVATION,
+    )  # fmt: skip
+    write_inner(
+        sums1, out, begin1, end1, first_row, inner, gate_shift, up_shift, expert1, bias, bias_expert, bias_row,
+        bias_up, limit, alpha, ROWS, TOKENS, ACTIVATION,
+    )  # fmt: skip
+    if EXTRA:
+        write_inner(
+            extra0, out, begin0 + TOKENS, end0, first_row, inner, gate_shift, up_shift, expert0, bias, bias_expert,
+            bias_row, bias_up, limit, alpha, ROWS, EXTRA, ACTIVATION,
+        )  # fmt: skip
+        write_inner(
+            extra1, out, begin1 + TOKENS, end1, first_row, inner, gate_shift, up_shift, expert1, bias, bias_expert,
+            bias_row, bias_up, limit, alpha, ROWS, EXTRA, ACTIVATION,
+        )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["capacity", "bias_expert", "bias_row"])
+def project_out(
+    x, words, out, order, offsets, tiles, experts, weights, bias,
+    inner, hidden, capacity, w_unit, w_row, shift, bias_expert, bias_row,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """project.project_out for PAIR in one split; `inner` is an even number of COLUMNS."""
+    after_the_one_before()
+    program = gl.program_id(0)
+    n_blocks = gl.cdiv(hidden, ROWS)
+    within = program % (GROUP * n_blocks)
+    tile = program // (GROUP * n_blocks) * GROUP + within % GROUP
+    unit = gl.load(tiles + tile)
+    if unit < 0:
+        return
+    skipped = gl.load(tiles + capacity + tile) * (TOKENS + EXTRA)
+    middle, end1 = gl.load(offsets + 2 * unit + 1), gl.load(offsets + 2 * unit + 2)
+    begin0, begin1 = gl.load(offsets + 2 * unit) + skipped, middle + skipped
+    layout: gl.constexpr = copy_layout(COLUMNS, gl.num_warps())
+    first_row = within // GROUP * ROWS
+    row = (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))) % hidden
+    k = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    w = words + unit.to(gl.int64) * w_unit + row.to(gl.int64)[:, None] * w_row + k[None, :]
+    buffers = _buffers(ROWS, COLUMNS, TOKENS, EXTRA, STAGES)
+    expert0, expert1 = gl.load(experts + 2 * unit), gl.load(experts + 2 * unit + 1)
+    steps = inner // COLUMNS
+    most = gl.maximum(middle - begin0, end1 - begin1)
+    if EXTRA and most > TOKENS:
+        _out(
+            buffers, w, x, out, order, weights, begin0, middle, begin1, end1, k, steps, first_row, inner, hidden,
+            shift, expert0, expert1, bias, bias_expert, bias_row, ROWS, COLUMNS, TOKENS, EXTRA, STAGES,
+        )  # fmt: skip
+    elif most > TOKENS // 2:
+        _out(
+            buffers, w, x, out, order, weights, begin0, middle, begin1, end1, k, steps, first_row, inner, hidden,
+            shift, expert0, expert1, bias, bias_expert, bias_row, ROWS, COLUMNS, TOKENS, 0, STAGES,
+        )  # fmt: skip
+    else:
+        _out(
+            buffers, w, x, out, order, weights, begin0, middle, begin1, end1, k, steps, first_row, inner, hidden,
+            shift, expert0, expert1, bias, bias_expert, bias_row, ROWS, COLUMNS, TOKENS // 2, 0, STAGES,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _out(
+    buffers, w, x, out, order, weights, begin0, end0, begin1, end1, k, steps, first_row, inner, hidden,
+    shift, expert0, expert1, bias, bias_expert, bias_row,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    rest: gl.constexpr = max(EXTRA, 16)
+    a0, live0 = positions_at(x, begin0, end0, k, inner, COLUMNS, TOKENS)
+    a1, live1 = positions_at(x, begin1, end1, k, inner, COLUMNS, TOKENS)
+    b0, more0 = positions_at(x, begin0 + TOKENS, end0, k, inner, COLUMNS, rest)
+    b1, more1 = positions_at(x, begin1 + TOKENS, end1, k, inner, COLUMNS, rest)
+    sums0, sums1, extra0, extra1 = _products(
+        buffers, w, (a0, a1, b0, b1), (live0, live1, more0, more1), steps, ROWS, COLUMNS, TOKENS, EXTRA, STAGES
+    )
+    write_outer(
+        sums0, out, order, weights, begin0, end0, first_row, hidden, shift, expert0, bias, bias_expert, bias_row,
+        ROWS, TOKENS,
+    )  # fmt: skip
+    write_outer(
+        sums1, out, order, weights, begin1, end1, first_row, hidden, shift, expert1, bias, bias_expert, bias_row,
+        ROWS, TOKENS,
+    )  # fmt: skip
+    if EXTRA:
+        write_outer(
+            extra0, out, order, weights, begin0 + TOKENS, end0, first_row, hidden, shift, expert0, bias, bias_expert,
+            bias_row, ROWS, EXTRA,
+        )  # fmt: skip
+        write_outer(
+            extra1, out, order, weights, begin1 + TOKENS, end1, first_row, hidden, shift, expert1, bias, bias_expert,
+            bias_row, ROWS, EXTRA,
+        )  # fmt: skip

@@ -1,0 +1,71 @@
+"""What the device can do: which of a kernel's paths it gets."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+from triton.language.extra import cuda
+
+
+class Target(NamedTuple):
+    """The paths a tensor's device gets."""
+
+    assembly: bool
+    """PTX of compute capability 8.0 (packed bf16 multiplication); else plain Triton operations."""
+    upcast: bool
+    """Multiply in float32: Triton's interpreter takes bf16 operands for bit patterns."""
+    overlap: bool
+    """Hopper's asynchronous products, and a Triton that has Gluon (overlapped.py)."""
+    chain: bool
+    """Programmatic dependent launch (capability 9.0 on): a kernel's programs may start while the one before ends."""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Target:
+        """The paths for work on this tensor."""
+        if knobs.runtime.interpret:
+            return cls(assembly=False, upcast=True, overlap=False, chain=False)
+        if not tensor.is_cuda or torch.version.hip is not None:
+            return cls(assembly=False, upcast=False, overlap=False, chain=False)
+        major = torch.cuda.get_device_capability(tensor.device)[0]
+        return cls(assembly=major >= 8, upcast=False, overlap=major == 9 and _has_gluon(), chain=major >= 9)
+
+
+@functools.cache
+def _has_gluon() -> bool:
+    try:
+        from moefold_kernels.triton import overlapped  # noqa: F401
+    except (ImportError, AttributeError):  # experimental in Triton: it may move
+        return False
+    return True
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *operands: Any, **options: Any) -> None:
+    """Start a kernel on the current device (ops.py makes it the tensors'); the decorators' types know no launch."""
+    kernel[grid](*operands, **options)
+
+
+def blocks(length: int, size: int) -> int:
+    """How many blocks of `size` cover `length`."""
+    return -(-length // size)
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+@triton.jit
+def after_the_one_before(CHAIN: tl.constexpr):
+    """Wait for the data of the kernel before this one, then let the next one's programs start as places become free.
+
+    In this order: what a kernel reads before its own wait then is from two kernels back or earlier, which have ended.
+    """
+    if CHAIN:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()

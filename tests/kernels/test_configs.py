@@ -1,0 +1,194 @@
+"""Plans: which one a shape gets, what a table's file may hold, and what ships."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from moefold_kernels.errors import FormatError
+from moefold_kernels.triton import configs
+from moefold_kernels.triton.configs import SHIPPED, Plan, Shape, Tile
+
+GPU = torch.device("cuda")
+H200 = 232448  # bytes of shared memory of a block
+SHAPE = Shape(2048, 768, 128, 8, False, 64)  # 4 entries per expert
+
+
+def plan(stages: int = 3, **tile) -> Plan:
+    """Plans that differ in their stages."""
+    one = Tile(
+        **{"mode": "pair", "tokens": 16, "extra": 0, "rows": 32, "columns": 64, "warps": 4, "stages": stages} | tile
+    )
+    return Plan(one, one)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A device called "NVIDIA Test 9", and a folder with `shipped` and the user's cache."""
+    properties = SimpleNamespace(name="NVIDIA Test 9", shared_memory_per_block_optin=H200)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(configs, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    forget()
+    yield tmp_path
+    forget()
+
+
+def forget() -> None:
+    configs._choose.cache_clear()
+    configs._measured.cache_clear()
+
+
+def ship(folder: Path, plans: dict[Shape, Plan]) -> None:
+    configs.write_table(folder / "shipped" / "nvidia-test-9.json", {}, [(s, p, {}) for s, p in plans.items()])
+
+
+def test_a_shape_that_was_measured_gets_its_plan(folder):
+    ship(folder, {SHAPE: plan(2), SHAPE._replace(tokens=65): plan(3), SHAPE._replace(hidden=2049): plan(4)})
+    assert configs.choose(SHAPE, GPU) == plan(2)
+    assert configs.choose(SHAPE._replace(tokens=65), GPU) == plan(3)
+
+
+def test_others_get_that_of_the_nearest_load(folder):
+    """Whatever the sizes are: 4 entries per expert want other tiles than 64."""
+    near, far = Shape(4096, 1536, 64, 4, False, 64), SHAPE._replace(tokens=1024)
+    ship(folder, {far: plan(2), near: plan(3)})
+    assert configs.choose(SHAPE, GPU) == plan(3)
+    assert configs.choose(SHAPE._replace(tokens=900), GPU) == plan(2)
+
+
+def test_of_those_of_the_same_load_the_nearest_sizes(folder):
+    ship(folder, {SHAPE._replace(hidden=8192): plan(2), SHAPE._replace(hidden=1024): plan(3)})
+    assert configs.choose(SHAPE, GPU) == plan(3)
+    assert configs.choose(SHAPE._replace(hidden=7168), GPU) == plan(2)
+
+
+def test_dense_and_packed_are_kept_apart(folder):
+    ship(folder, {SHAPE: plan(2), SHAPE._replace(tokens=4096, dense=True): plan(3)})
+    assert configs.choose(SHAPE._replace(tokens=4096), GPU) == plan(2)
+    assert configs.choose(SHAPE._replace(dense=True), GPU) == plan(3)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 256, 4096])
+def test_a_device_that_nobody_measured_gets_the_rule(tokens, folder):
+    shape = SHAPE._replace(tokens=tokens)
+    assert configs.choose(shape, GPU) == configs.rule(shape)
+    assert configs.fits(configs.rule(shape), 101376)
+    assert "by a rule" in configs.origin(GPU)
+
+
+def test_plans_that_do_not_fit_are_passed_over(folder):
+    large = plan(9, rows=128)  # 2 * (256 + 32) * 64 * 9 bytes
+    ship(folder, {SHAPE: large, SHAPE._replace(tokens=2): plan(2)})
+    assert configs.choose(SHAPE, GPU) == plan(2)
+    ship(folder, {SHAPE._replace(tokens=2): large})
+    assert configs.choose(SHAPE, GPU) == configs.rule(SHAPE)
+
+
+def test_the_users_table_goes_first_and_is_seen_at_once(folder):
+    ship(folder, {SHAPE: plan(2), SHAPE._replace(tokens=4096): plan(3)})
+    assert configs.choose(SHAPE, GPU) == plan(2)
+    assert configs.cache() == folder / "xdg" / "moefold" / "tune"
+    configs.write_table(configs.cache() / configs.table_name("NVIDIA Test 9"), {}, [(SHAPE, plan(4), {})])
+    assert configs.choose(SHAPE, GPU) == plan(4)
+    assert configs.choose(SHAPE._replace(tokens=4096), GPU) == plan(3)
+    assert configs.origin(GPU) == "measured: 2 shipped, 1 of your own"
+
+
+def test_the_cache_is_under_home_if_nothing_else_is_said(folder, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(folder))
+    assert configs.cache() == folder / ".cache" / "moefold" / "tune"
+
+
+def test_a_table_is_read_as_it_was_written_and_keeps_what_it_knew(tmp_path):
+    path, other = tmp_path / "new" / "t.json", SHAPE._replace(tokens=1, dense=True)
+    configs.write_table(
+        path, {"device": "one"}, [(SHAPE, plan(2), {"us": 1.5}), (other, plan(3, extra=16), {"us": 2.5})]
+    )
+    configs.write_table(path, {"device": "two"}, [(other, plan(4), {"us": 3.5})])
+    assert configs.read_table(path) == {SHAPE: plan(2), other: plan(4)}
+    written = json.loads(path.read_text())
+    assert written["about"] == {"device": "two"}
+    assert {item["tokens"]: item["us"] for item in written["plans"]} == {64: 1.5, 1: 3.5}
+    assert [p.name for p in path.parent.iterdir()] == ["t.json"]
+
+
+def spoilt(**changes) -> str:
+    tile = vars(plan().first) | changes
+    return json.dumps({"plans": [SHAPE._asdict() | {"plan": {"first": tile, "second": tile}}]})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "no JSON", "[]", "{}", '{"plans": [{}]}', '{"plans": 3}', spoilt(mode="pears"), spoilt(tokens=24),
+        spoilt(warps="4"), spoilt(speed=3), json.dumps({"plans": [SHAPE._replace(tokens=0)._asdict()]}),
+        spoilt().replace('"experts": 128', '"experts": 0'),
+    ],
+)  # fmt: skip
+def test_a_broken_table_is_named(text, folder):
+    path = configs.cache() / "nvidia-test-9.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(FormatError, match=rf"{path} is no table of plans .*delete it"):
+        configs.choose(SHAPE, GPU)
+    with pytest.raises(FormatError, match="nvidia-test-9"):
+        configs.write_table(path, {}, [(SHAPE, plan(), {})])
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "both"}, "no mode 'both'; there are: pair, slot"),
+        ({"tokens": 8}, "tokens is 8, and must be a power of two, at least 16"),
+        ({"extra": 24}, "extra is 24"),
+        ({"rows": 48}, "rows is 48"),
+        ({"columns": 0}, "columns is 0"),
+        ({"warps": 3}, "warps is 3"),
+        ({"ahead": 3}, "ahead is 3"),
+        ({"stages": 0}, "stages is 0"),
+        ({"mode": "overlapped", "stages": 2}, "stages is 2, and must be a whole number, at least 3"),
+        ({"group": 0}, "group is 0"),
+        ({"splits": 1.5}, "splits is 1.5"),
+    ],
+)
+def test_a_tile_that_no_kernel_takes_cannot_be_made(change, message):
+    with pytest.raises(FormatError, match=message):
+        replace(plan().first, **change)
+
+
+def test_plans_in_words():
+    tile = Tile("slot", 64, 16, 64, 32, 8, 4, group=4, splits=2)
+    assert str(Plan(plan().first, tile)) == "pair 16 32x64 w4 s3 / slot 64+16 64x32 w8 s4 g4 k2"
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)
+def test_what_ships_can_be_run(path):
+    """Reading checks each tile; these are the limits that depend on the shape, and on the one device there is."""
+    about = json.loads(path.read_text())["about"]
+    assert path.name == configs.table_name(about["device"])
+    for shape, found in configs.read_table(path).items():
+        assert configs.fits(found, H200), shape
+        assert found.first.splits == 1, shape
+        for tile, length in ((found.first, shape.hidden), (found.second, shape.inner)):
+            if tile.overlapped:
+                assert not shape.dense
+                assert tile.splits == 1
+                assert tile.warps in (4, 8)
+                assert length % (2 * tile.columns) == 0, f"{shape}: {tile} would fall back"
+
+
+def test_tables_are_in_the_wheel():
+    builders = pytest.importorskip("hatchling.builders.wheel", reason="needs hatchling")
+    builder = builders.WheelBuilder(str(Path(__file__).parents[2]))
+    packed = {file.distribution_path for file in builder.recurse_included_files()}
+    tables = {f"moefold_kernels/triton/tables/{path.name}" for path in SHIPPED.glob("*.json")}
+    assert tables
+    assert tables <= packed

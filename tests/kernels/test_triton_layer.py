@@ -1,0 +1,203 @@
+"""The whole layer by the kernels against the definition, over awkward shapes, batches and ways to cut it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layers import assert_near, batch, clamped_gate, expected, operands, random_layer
+
+from moefold_kernels import reference
+from moefold_kernels.activation import silu
+
+ops = pytest.importorskip("moefold_kernels.triton.ops", reason="needs triton")
+from moefold_kernels.triton import layer as kernels  # noqa: E402
+from moefold_kernels.triton.configs import Plan, Tile  # noqa: E402
+from moefold_kernels.triton.operands import weights as weights_of  # noqa: E402
+
+SMALL = {"rows": 32, "columns": 32, "warps": 4, "stages": 2}
+PLANS = {
+    "pair": Plan(Tile("pair", 16, 0, **SMALL), Tile("pair", 16, 0, **SMALL)),
+    "slot": Plan(Tile("slot", 16, 0, **SMALL), Tile("slot", 16, 0, **SMALL)),
+    "extra": Plan(Tile("pair", 32, 16, **SMALL), Tile("pair", 32, 16, **SMALL)),
+    "slot, extra, groups": Plan(Tile("slot", 16, 16, **SMALL, group=2), Tile("slot", 16, 16, **SMALL, group=4)),
+    "splits": Plan(Tile("pair", 16, 0, **SMALL), Tile("slot", 32, 0, 32, 16, 4, 2, group=2, splits=3)),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that nobody writes holds NaN, and the largest integers."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def run(layer, x, index, weights, device, *, activation=None, dtype=torch.float32, plan=None, interleaved=False):
+    """The layer on the device, with the plan that a test wants."""
+    made = weights_of(operands(layer.to(device), interleaved=interleaved))
+    arguments = (t.to(device) for t in (x, index, weights))
+    return kernels.forward(made, *arguments, activation or kernels.SILU, dtype, plan or PLANS["pair"])
+
+
+EVEN, ODD, PRIME = (8, 64, 32, 0, 2), (9, 72, 40, 1, 3), (6, 33, 17, 2, 6)
+"""Experts, hidden, inner, experts alone, top-k."""
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("experts", "hidden", "inner", "alone", "top_k"), [ODD, PRIME])
+def test_shapes(experts, hidden, inner, alone, top_k, plan, device):
+    layer = random_layer(experts, hidden, inner, alone)
+    arguments = batch(9, hidden, top_k, experts)
+    assert_near(run(layer, *arguments, device, plan=PLANS[plan]), reference.experts(layer.packed, *arguments, silu))
+
+
+@pytest.mark.parametrize("plan", ["pair", "splits"])
+def test_sizes_that_are_whole_blocks(plan, device):
+    experts, hidden, inner, alone, top_k = EVEN
+    layer = random_layer(experts, hidden, inner, alone)
+    arguments = batch(9, hidden, top_k, experts)
+    assert_near(run(layer, *arguments, device, plan=PLANS[plan]), expected(layer, *arguments))
+
+
+@pytest.mark.parametrize("plan", ["pair", "slot"])
+@pytest.mark.parametrize(("tokens", "skew"), [(1, 0.0), (2, 9.0), (40, 9.0)])
+def test_batches(tokens, skew, plan, device):
+    layer = random_layer(7, 40, 24, 1)
+    arguments = batch(tokens, 40, 2, 7, skew=skew, seed=tokens)
+    assert_near(run(layer, *arguments, device, plan=PLANS[plan]), expected(layer, *arguments))
+
+
+def test_no_token(device):
+    for name, plan in PLANS.items():
+        found = run(random_layer(5, 40, 24, 1), *batch(0, 40, 2, 5), device, plan=plan)
+        assert found.shape == (0, 40), name
+
+
+@pytest.mark.parametrize("plan", ["pair", "slot"])
+def test_experts_that_do_not_exist_add_nothing(plan, device):
+    layer = random_layer(5, 40, 24, 1)
+    x, index, weights = batch(9, 40, 3, 5)
+    index[0], index[1, 0], index[2, 2], index[3, 1] = 5, -1, 2**31 - 1, -(2**31)
+    found = run(layer, x, index, weights, device, plan=PLANS[plan])
+    assert_near(found, expected(layer, x, index, weights))
+    assert not found[0].any()
+
+
+def test_only_experts_that_do_not_exist(device):
+    x, index, weights = batch(3, 40, 2, 6)
+    assert not run(random_layer(6, 40, 24), x, index + 6, weights, device).any()
+
+
+@pytest.mark.parametrize("plan", ["pair", "slot"])
+def test_one_expert_named_twice_by_a_token(plan, device):
+    layer = random_layer(4, 40, 24)
+    x, _, weights = batch(5, 40, 2, 4)
+    index = torch.tensor([[1, 1], [0, 1], [1, 1], [3, 3], [1, 0]])
+    assert_near(run(layer, x, index, weights, device, plan=PLANS[plan]), expected(layer, x, index, weights))
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_what_is_not_contiguous(kind, device):
+    layer = random_layer(6, 40, 24)
+    x, index, weights = batch(3, 40, 2, 6)
+    right = expected(layer, x, index, weights)
+    spread = lambda t: torch.stack([t, torch.zeros_like(t)], dim=-1)[..., 0]  # noqa: E731  (every other element)
+    for change in (spread, lambda t: t.T.contiguous().T, lambda t: torch.cat([t, t], dim=1)[:, : t.shape[1]]):
+        parts = [change(t.to(device)) for t in (x, index.to(kind), weights)]
+        assert not parts[1].is_contiguous()
+        assert_near(run(layer, *parts, device), right)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dtypes(dtype, device):
+    layer = random_layer(7, 40, 24, 1)
+    x, index, weights = batch(6, 40, 2, 7)
+    x, weights = x.to(dtype), weights.to(dtype)
+    found = torch.ops.moefold.experts(
+        *(t.to(device) for t in (x, index, weights)), *operands(layer.to(device)), "silu", 0.0, 0.0, dtype
+    )
+    assert found.dtype == dtype
+    assert_near(found, expected(layer, x, index, weights))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("plan", ["pair", "slot", "splits"])
+def test_clamped_with_biases(plan, interleaved, device):
+    layer = random_layer(7, 40, 24, 1, biased=True)
+    arguments = batch(7, 40, 3, 7)
+    activation = kernels.Activation("clamped", 1.5, 1.702)
+    found = run(layer, *arguments, device, activation=activation, plan=PLANS[plan], interleaved=interleaved)
+    assert_near(found, expected(layer, *arguments, clamped_gate))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("plan", ["pair", "slot"])
+def test_activations_that_are_not_fused(plan, gated, biased, device):
+    layer = random_layer(7, 40, 24, 1, gated=gated, biased=biased)
+    arguments = batch(7, 40, 3, 7)
+    gate = (lambda gate, up: torch.nn.functional.gelu(gate) * up) if gated else (lambda up: up.relu() ** 2)
+    function = lambda rows: gate(*rows.float().chunk(2 if gated else 1, dim=-1))  # noqa: E731
+    activation = kernels.Activation("other", function=function)
+    found = run(layer, *arguments, device, activation=activation, plan=PLANS[plan])
+    assert_near(found, expected(layer, *arguments, gate), fused=False)
+
+
+def test_the_same_bits_again(device):
+    """Sums are in a fixed order."""
+    layer = random_layer(8, 40, 24)
+    arguments = batch(12, 40, 2, 8)
+    first, second = (run(layer, *arguments, device, plan=PLANS["splits"]) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 7, 64, 300, 3000])
+@pytest.mark.parametrize("shape", [(8, 1024, 3584, 2), (128, 512, 192, 8), (65, 520, 200, 6)])
+def test_compiled_with_the_plans_that_users_get(shape, tokens, device):
+    experts, hidden, inner, top_k = shape
+    layer = random_layer(experts, hidden, inner, experts % 2)
+    for skew in (0.0, 9.0):
+        arguments = batch(tokens, hidden, top_k, experts, skew=skew)
+        found = torch.ops.moefold.experts(
+            *(t.to(device) for t in arguments), *operands(layer.to(device)), "silu", 0.0, 0.0, torch.float32
+        )
+        assert_near(found, expected(layer, *arguments))
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_holds_the_layer(device):
+    layer = random_layer(16, 256, 128)
+    made = operands(layer.to(device))
+    tokens = 32
+    x, index, weights = (t.to(device) for t in batch(tokens, 256, 4, 16))
+
+    def step():
+        return torch.ops.moefold.experts(x, index, weights, *made, "silu", 0.0, 0.0, torch.float32)
+
+    torch.use_deterministic_algorithms(False)
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for seed in (5, 6):
+        fresh = batch(tokens, 256, 4, 16, skew=3.0 * (seed - 5), seed=seed)
+        for held, new in zip((x, index, weights), fresh, strict=True):
+            held.copy_(new)
+        graph.replay()
+        assert_near(out, expected(layer, *fresh))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_device_that_is_not_current():
+    layer = random_layer(8, 64, 32)
+    arguments, other = batch(9, 64, 2, 8), torch.device("cuda:1")
+    found = torch.ops.moefold.experts(
+        *(t.to(other) for t in arguments), *operands(layer.to(other)), "silu", 0.0, 0.0, torch.float32
+    )
+    assert found.device == other
+    assert_near(found, expected(layer, *arguments))

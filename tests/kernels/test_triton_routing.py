@@ -1,0 +1,79 @@
+"""Routing tables against sorting: every entry once, in order, and every tile that there is work for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moefold_kernels.places import tables as places_of
+
+routing = pytest.importorskip("moefold_kernels.triton.routing", reason="needs triton")
+from moefold_kernels.triton.configs import Tile  # noqa: E402
+
+
+def tile(entries: int, group: int = 1) -> Tile:
+    """A tile of so many entries, of which nothing else matters here."""
+    tokens = 1 << entries.bit_length() - 1
+    return Tile("pair", tokens, entries - tokens, 32, 32, 4, 2, group=group)
+
+
+def made(index, experts, alone, first, second, device):
+    """The tables, and places and pairs of experts in no order."""
+    order = torch.randperm(experts, generator=torch.Generator().manual_seed(3)).tolist()
+    rest = order[alone:]
+    pairs = [(rest[i], rest[i + 1]) for i in range(0, len(rest), 2)]
+    places, _ = places_of(pairs, order[:alone])
+    return routing.route(index.to(device), places.to(device), len(pairs), alone, first, second), places, len(pairs)
+
+
+def check(index, experts, alone, first, second, device):
+    found, places, pairs = made(index, experts, alone, first, second, device)
+    flat = index.flatten()
+    known = (flat >= 0) & (flat < experts)
+    place = torch.where(known, places[flat.clamp(0, experts - 1)].long(), experts)  # unknown experts come last
+    assert torch.equal(found.order.cpu().long(), place.argsort(stable=True))
+    counts = place.bincount(minlength=experts + 1)
+    assert found.offsets.tolist() == [0, *counts.cumsum(0).tolist()]
+    longest = counts[: 2 * pairs].view(-1, 2).amax(1), counts[2 * pairs : experts]
+    for tiles, cut in ((found.first, first), (found.second, second)):
+        for table, units in zip(tiles, longest, strict=True):
+            work = [(u, n) for u, count in enumerate(units.tolist()) for n in range(-(-count // cut.entries))]
+            held = [tuple(column) for column in table.T.tolist() if column[0] != -1]
+            assert sorted(held) == work
+            assert table.shape[1] % max(first.group, second.group) == 0
+
+
+@pytest.mark.parametrize("few", [routing.FEW, 0], ids=["few", "many"])
+@pytest.mark.parametrize(("experts", "alone"), [(8, 0), (9, 3), (4, 4)])
+@pytest.mark.parametrize("tokens", [1, 60, 300])
+def test_every_entry_and_every_tile(tokens, experts, alone, few, device, monkeypatch):
+    monkeypatch.setattr(routing, "FEW", few)
+    index = torch.randint(-1, experts + 1, (tokens, 3), generator=torch.Generator().manual_seed(tokens))
+    check(index, experts, alone, tile(16), tile(48, group=2), device)
+
+
+@pytest.mark.parametrize("few", [routing.FEW, 0], ids=["few", "many"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_all_to_one_expert(dtype, few, device, monkeypatch):
+    monkeypatch.setattr(routing, "FEW", few)
+    for expert in (0, 6, 7, -5):
+        check(torch.full((90, 2), expert, dtype=dtype), 7, 1, tile(16), tile(16), device)
+
+
+def test_many_experts(device):
+    check(
+        torch.randint(0, 384, (40, 8), generator=torch.Generator().manual_seed(0)), 384, 0, tile(16), tile(32), device
+    )
+
+
+def test_no_entry(device):
+    found, *_ = made(torch.zeros(0, 2, dtype=torch.int64), 6, 2, tile(16), tile(32), device)
+    assert found.order.numel() == 0
+    assert found.offsets.tolist() == [0] * 8
+    assert all(table.numel() == 0 for tiles in (found.first, found.second) for table in tiles)
+
+
+@pytest.mark.gpu
+def test_many_entries(device):
+    index = torch.randint(0, 128, (16384, 8), generator=torch.Generator().manual_seed(0))
+    check(index, 128, 0, tile(128), tile(256, group=8), device)

@@ -9,6 +9,7 @@ from moefold.artifact import Artifact, Json
 from moefold.artifacts import (
     Activity,
     Baseline,
+    DualMask,
     Experts,
     Groups,
     MergedPair,
@@ -20,7 +21,7 @@ from moefold.artifacts import (
     Text,
 )
 from moefold.checkpoint import Checkpoint, ExpertNames, Layer
-from moefold.codec import Codec, Coded
+from moefold.codec import Codec, Coded, CodedLayer
 from moefold.errors import MoefoldError
 from moefold.families import StreamedModel
 from moefold.hooks import hookimpl
@@ -36,7 +37,9 @@ __all__ = [
     "Checkpoint",
     "Codec",
     "Coded",
+    "CodedLayer",
     "Context",
+    "DualMask",
     "ExpertNames",
     "Experts",
     "Groups",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -95,7 +95,11 @@ class Activity(Artifact):
 
     def norm(self, matrix: str, expert: int) -> Tensor:
         """The norm per input column that belongs to `gate_proj`, `up_proj` or `down_proj` of one expert."""
-        return self.inner_norm[expert] if matrix == "down_proj" else self.input_norm[expert]
+        return self.norms(matrix)[expert]
+
+    def norms(self, matrix: str) -> Tensor:
+        """The same of every expert: [expert, columns]."""
+        return self.inner_norm if matrix == "down_proj" else self.input_norm
 
     def facts(self) -> dict[str, Json]:
         counts = self.tokens.tolist()
@@ -133,6 +137,14 @@ class MergedPair(NamedTuple):
 
 
 @dataclass(frozen=True)
+class DualMask:
+    """PuzzleMoE's rule, exactly as `moefold_kernels.reference.merge_pair` defines it, with what it needs to know."""
+
+    norms: Mapping[str, Tensor]  # matrix -> [expert, columns] float32
+    threshold: float
+
+
+@dataclass(frozen=True)
 class PairMerge(Artifact):
     """A recipe for merged pairs, carried out one matrix at a time, so that no second copy of a layer exists.
 
@@ -145,6 +157,8 @@ class PairMerge(Artifact):
     pairs: list[list[int]]
     alone: list[int]
     merge: Callable[[str, int], MergedPair]
+    rule: DualMask | None = None
+    """Given when `merge` does no more and no less than this: a codec may then merge and encode in one pass."""
 
     def merged(self, matrix: str) -> Iterator[MergedPair]:
         """One matrix of every pair, in order."""

@@ -17,12 +17,22 @@ from moefold.checkpoint import Layer
 from moefold.errors import FormatError
 from moefold.stage import Context, Port, Stage, stage
 
+_COUNTS = ("weights", "shared", "own", "other", "zero", "clipped", "flushed")
+
 
 class Coded(NamedTuple):
     """One merged matrix in a packed format, and how many positions were `clipped` or `flushed` on the way."""
 
     words: Tensor  # [rows, columns] int16
     counts: dict[str, int]
+
+
+class CodedLayer(NamedTuple):
+    """All pairs of a layer in a packed format."""
+
+    words: dict[str, Tensor]  # matrix -> [pair, rows, columns] int16, on the CPU
+    settings: dict[str, Json]
+    counts: dict[str, Json]
 
 
 class Codec(BaseModel):
@@ -44,20 +54,41 @@ class Codec(BaseModel):
         """What expert `slot` (0 or 1) reads: `[rows, columns]` bfloat16."""
         raise NotImplementedError
 
+    def pack_layer(self, merge: PairMerge) -> CodedLayer | None:  # noqa: ARG002  (the default takes nothing)
+        """All pairs at once, equal in every bit and count to `fit` and `encode`; None to have those called instead."""
+        return None
+
+    @classmethod
+    def packer(cls, device: torch.device) -> str:  # noqa: ARG003  (for codecs whose answer depends on it)
+        """Who packs what lies on this device, for `moefold doctor`."""
+        return "pair by pair, in plain torch"
+
     def size(self, rows: int, columns: int) -> int:
         """Bytes of one pair's words for a matrix of this shape."""
         raise NotImplementedError
 
 
 def pack(codec: Codec, merge: PairMerge) -> Packed:
-    """Encode every pair of a layer, one matrix of one pair at a time."""
+    """Encode every pair of a layer: all at once where the codec can, else one matrix of one pair at a time."""
+    coded = codec.pack_layer(merge) if merge.pairs else CodedLayer({}, {}, dict.fromkeys(_COUNTS, 0))
+    coded = _pair_by_pair(codec, merge) if coded is None else coded
+    return Packed(
+        format=codec.name,
+        pairs=merge.pairs,
+        dense=merge.alone,
+        words=coded.words,
+        experts=_alone(merge.experts, merge.alone),
+        settings=coded.settings,
+        counts=coded.counts,
+    )
+
+
+def _pair_by_pair(codec: Codec, merge: PairMerge) -> CodedLayer:
     words: dict[str, Tensor] = {}
     settings: dict[str, Json] = {}
-    counts: dict[str, Json] = dict.fromkeys(("weights", "shared", "own", "other", "zero", "clipped", "flushed"), 0)
+    counts: dict[str, Json] = dict.fromkeys(_COUNTS, 0)
     paired = as_index([expert for pair in merge.pairs for expert in pair])
     for matrix, weights in merge.experts.matrices().items():
-        if not merge.pairs:
-            break
         settings[matrix] = codec.fit(matrix, weights if len(paired) == len(weights) else weights[paired])
         out = torch.empty(len(merge.pairs), *weights.shape[1:], dtype=torch.int16)  # on the CPU: it is on its way out
         for index, pair in enumerate(merge.merged(matrix)):
@@ -68,15 +99,7 @@ def pack(codec: Codec, merge: PairMerge) -> Packed:
             for key, value in (_masks(pair) | coded.counts).items():
                 counts[key] = counts.get(key, 0) + value
         words[matrix] = out
-    return Packed(
-        format=codec.name,
-        pairs=merge.pairs,
-        dense=merge.alone,
-        words=words,
-        experts=_alone(merge.experts, merge.alone),
-        settings=settings,
-        counts=counts,
-    )
+    return CodedLayer(words, settings, counts)
 
 
 def _masks(pair: MergedPair) -> dict[str, int]:

@@ -39,6 +39,64 @@ def encode(magnitude: Tensor, negative: Tensor, keep: Tensor, top: int) -> tuple
     return words, _count(kept, clipped, flushed)
 
 
+def merge_pair(weights: Tensor, norms: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """PuzzleMoE's dual-mask merge (arXiv 2511.04805, section 3), element by element: magnitude, negative, keep.
+
+    `weights` is `[2, rows, columns]`, `norms` `[2, columns]` the L2 norm of each input column over the tokens routed
+    to each expert. Entries whose magnitudes differ by at most `threshold`, relative to their sum, are shared as their
+    mean; of the others the more salient expert's is kept, saliency being |weight| times norm, and the first expert's
+    where both are equal. Expert s reads `(-1) ** negative[s] * keep[s] * magnitude`.
+    """
+    first, second = weights.abs().float()
+    total = first + second
+    similar = (first - second).abs() <= threshold * total
+    own = first * norms[0] >= second * norms[1]
+    merged = torch.where(similar, total / 2, torch.where(own, first, second))
+    return merged, weights < 0, torch.stack((similar | own, similar | ~own))
+
+
+PACK_COUNTS = ("own", "other", "emptied_own", "emptied_other", "emptied", "flushed", "clipped", "broken")
+"""What `pack_pairs` counts, in this order: positions that one slot alone keeps as merged; how many of these, and of
+all, are below the window and coded as zero; how many of the latter were not zero before; clipped ones; magnitudes that
+are not finite (the reference raises instead)."""
+
+
+def pack_pairs(
+    weights: Tensor, pairs: Sequence[Sequence[int]], norms: Tensor, threshold: float, top: int
+) -> tuple[Tensor, Tensor]:
+    """Merge and encode many pairs of one matrix: words [pair, rows, columns] and PACK_COUNTS [8] int64.
+
+    `weights` is [expert, rows, columns], `norms` [expert, columns]; `pairs` are two experts each.
+    """
+    words = torch.empty(len(pairs), *weights.shape[1:], dtype=torch.int16, device=weights.device)
+    counts = torch.zeros(len(PACK_COUNTS), dtype=torch.int64, device=weights.device)
+    for out, members in zip(words, pairs, strict=True):
+        index = _index(members, weights)
+        magnitude, negative, keep = merge_pair(
+            weights[index], norms[_index(members, norms)].to(weights.device), threshold
+        )
+        coded, held = encode(magnitude, negative, keep, top)
+        out.copy_(coded)
+        emptied, own, other = coded == 0, keep[0] & ~keep[1], keep[1] & ~keep[0]
+        sums = [x.sum() for x in (own, other, own & emptied, other & emptied, emptied)]
+        counts += torch.tensor([*sums, held["flushed"], held["clipped"], 0]).to(counts)
+    return words, counts
+
+
+def counts_as_merged(counts: Sequence[int], weights: int) -> dict[str, int]:
+    """PACK_COUNTS of so many positions by what the merge decided; `clipped` and `flushed` beside them."""
+    own, other, *_, flushed, clipped, _ = counts
+    found = {"weights": weights, "shared": weights - own - other, "own": own, "other": other, "zero": 0}
+    return found | {"clipped": clipped, "flushed": flushed}
+
+
+def counts_as_coded(counts: Sequence[int], weights: int) -> dict[str, int]:
+    """PACK_COUNTS of so many positions by what their words hold, as `encode` counts."""
+    own, other, emptied_own, emptied_other, emptied, *_ = counts
+    found = counts_as_merged(counts, weights) | {"own": own - emptied_own, "other": other - emptied_other}
+    return found | {"zero": emptied, "shared": weights - emptied - found["own"] - found["other"]}
+
+
 def decode(words: Tensor, top: int, slot: int) -> Tensor:
     """One slot's bf16 values: `(-1) ** sign * 2 ** (exponent - 127) * 1.fraction` where it is kept, +0 elsewhere."""
     if slot not in range(layout.SLOTS):

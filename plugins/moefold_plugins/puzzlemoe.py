@@ -4,29 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from moefold import Activity, Experts, Groups, MergedPair, PairMerge, Stage, hookimpl, stage
+from moefold import Activity, DualMask, Experts, Groups, MergedPair, PairMerge, Stage, hookimpl, stage
 from moefold.errors import InputError
+from moefold_kernels import reference
 
 
 def merge_pair(weights: Tensor, norms: Tensor, threshold: float) -> MergedPair:
-    """Merge two experts' matrices element by element.
-
-    `weights` is `[2, rows, columns]`, `norms` `[2, columns]` the L2 norm of each input column over the tokens routed
-    to each expert. Entries whose magnitudes differ by at most `threshold`, relative to their sum, are shared as their
-    mean; of the others the more salient expert's is kept, saliency being |weight| times norm, and the first expert's
-    where both are equal.
-    """
-    first, second = weights.abs().float()
-    total = first + second
-    similar = (first - second).abs() <= threshold * total
-    own = first * norms[0] >= second * norms[1]
-    merged = torch.where(similar, total / 2, torch.where(own, first, second))
-    keep = torch.stack((similar | own, similar | ~own))
-    return MergedPair(merged, weights < 0, keep)
+    """Merge two experts' matrices `[2, rows, columns]`, with norms `[2, columns]`, element by element."""
+    return MergedPair(*reference.merge_pair(weights, norms, threshold))
 
 
 @stage("puzzlemoe", keep="never")
@@ -43,13 +31,14 @@ def puzzlemoe(
     if any(len(pair) != 2 for pair in pairs.members):
         raise InputError("puzzlemoe merges pairs, and a group of another size came in; use a pair.* stage before it")
     matrices = experts.matrices()
+    rule = DualMask({matrix: activity.norms(matrix) for matrix in matrices}, threshold)
 
     def merge(matrix: str, pair: int) -> MergedPair:
         members = pairs.members[pair]
-        norms = torch.stack([activity.norm(matrix, e) for e in members]).to(experts.down.device)
-        return merge_pair(torch.stack([matrices[matrix][e] for e in members]), norms, threshold)
+        norms = rule.norms[matrix][members].to(experts.down.device)
+        return merge_pair(matrices[matrix][members], norms, rule.threshold)
 
-    return PairMerge(experts, pairs.members, pairs.alone, merge)
+    return PairMerge(experts, pairs.members, pairs.alone, merge, rule)
 
 
 @hookimpl

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+
 import pytest
 import torch
 from pydantic import ValidationError
 
-from moefold import Experts, MergedPair, PairMerge
+from moefold import Activity, Codec, DualMask, Experts, Groups, MergedPair, Packed, PairMerge
 from moefold.codec import pack
 from moefold.errors import FormatError
+from moefold_kernels import layout, reference
+from moefold_kernels.packing import PackedMatrices
+from moefold_plugins import codecs
 from moefold_plugins.codecs import Exponent, moefold_codecs
+from moefold_plugins.puzzlemoe import puzzlemoe
 
 
 def pair_of(weights: torch.Tensor, keep: torch.Tensor | None = None) -> MergedPair:
@@ -91,6 +98,104 @@ def test_packing_a_layer_counts_and_halves():
         first = Exponent().decode(packed.words[name][0], packed.settings[name], 0)
         assert torch.equal(first, torch.where(weights[3] < 0, -weights[3].abs(), weights[3].abs()))
         assert torch.equal(packed.experts[name][0], weights[2])
+
+
+def merge_of(dtype: torch.dtype = torch.bfloat16, device: str = "cpu", bad: float = 0.0) -> PairMerge:
+    """A dual-mask recipe for five experts of which one stays alone."""
+    generator = torch.Generator().manual_seed(2)
+    gate_up, down = (torch.randn(5, *shape, generator=generator) for shape in ((12, 8), (8, 6)))
+    down[4, 2, 3] += bad
+    down[[1, 4], 0] *= 2.0**-40
+    experts = Experts(gate_up.to(dtype).to(device), down.to(dtype).to(device))
+    activity = Activity(torch.arange(5), torch.rand(5, 8, generator=generator), torch.rand(5, 6, generator=generator))
+    return puzzlemoe(experts, Groups([[3, 0], [1, 4]], [2]), activity, threshold=0.4)
+
+
+def at_once(matrices, pairs, norms, threshold, window=None) -> PackedMatrices:
+    """What the fused pass does, by its definition."""
+    words, tops, counts = {}, {}, {}
+    for name, weights in matrices.items():
+        used = weights[[expert for pair in pairs for expert in pair]]
+        tops[name] = window or int(used.abs().max().bfloat16().view(torch.int16)) >> layout.FRACTION_BITS
+        finite = torch.where(used.isfinite().all(), weights, 1)
+        words[name], held = reference.pack_pairs(finite, pairs, norms[name], threshold, min(tops[name], 254))
+        counts[name] = [*held.tolist()[:-1], int((~used.isfinite()).sum())]
+    return PackedMatrices(words, tops, counts)
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codecs, "can_pack", lambda *_: (True, "one pass"))
+    monkeypatch.setattr(codecs, "pack_matrices", at_once)
+
+
+def same(one: Packed, other: Packed) -> bool:
+    return one.facts() == other.facts() and all(torch.equal(one.words[n], other.words[n]) for n in one.words)
+
+
+@pytest.mark.parametrize("window", [None, 120])
+def test_a_layer_at_once_is_what_pair_by_pair_gives(window, request, caplog):
+    codec, merge = Exponent(window=window), merge_of()
+    with caplog.at_level(logging.DEBUG, "moefold.pack"):
+        expected = pack(codec, merge)
+        request.getfixturevalue("fused")
+        found = pack(codec, merge)
+    assert same(found, expected)
+    assert list(found.counts) == list(expected.counts)
+    assert found.counts["flushed"] > 0
+    assert (found.counts["clipped"] > 0) == (window == 120)
+    slow = "pack.exponent: pair by pair in plain torch (the fused pass is for CUDA devices)"
+    assert caplog.messages == [slow, "pack.exponent: one pass"]
+
+
+@pytest.mark.usefixtures("fused")
+def test_recipes_of_another_kind_go_pair_by_pair(monkeypatch):
+    monkeypatch.setattr(codecs, "pack_matrices", None)
+    merge = merge_of()
+    norms = {name: values.double() for name, values in merge.rule.norms.items()}
+    for other in (None, DualMask(norms, 0.4)):
+        assert pack(Exponent(), replace(merge, rule=other)).counts["weights"] == 2 * 3 * 6 * 8
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize(("bad", "window"), [(torch.inf, None), (torch.nan, None), (torch.inf, 254)])
+def test_what_cannot_be_packed_at_once_is_refused_in_the_same_words(bad, window):
+    codec, merge = Exponent(window=window), merge_of(bad=bad)
+    with pytest.raises(FormatError) as at_once:
+        pack(codec, merge)
+    with pytest.raises(FormatError) as by_pair:
+        pack(codec, replace(merge, rule=None))
+    assert str(at_once.value) == str(by_pair.value)
+
+
+def test_the_packer_says_why_it_is_slow():
+    assert Exponent.packer(torch.device("cpu")).startswith("pair by pair in plain torch (the fused pass is for CUDA")
+    assert Codec.packer(torch.device("cpu")) == "pair by pair, in plain torch"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("window", [None, 120])
+def test_the_gpu_packs_what_the_cpu_packs(dtype, window, caplog):
+    codec = Exponent(window=window)
+    with caplog.at_level(logging.DEBUG, "moefold.pack"):
+        assert same(pack(codec, merge_of(dtype, "cuda")), pack(codec, merge_of(dtype)))
+    assert (
+        caplog.messages[0]
+        == "pack.exponent: one fused Triton pass"
+        == f"pack.exponent: {codec.packer(torch.device('cuda'))}"
+    )
+    for bad in (torch.inf, torch.nan):
+        with pytest.raises(FormatError, match="down_proj: weights lie in" if window is None else "."):
+            pack(codec, merge_of(dtype, "cuda", bad))
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_cannot_is_said_aloud(monkeypatch, caplog):
+    monkeypatch.setattr(codecs, "can_pack", lambda *_: (False, "triton cannot be imported: no"))
+    assert same(pack(Exponent(), merge_of(device="cuda")), pack(Exponent(), merge_of()))
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "triton cannot be imported" in caplog.text
 
 
 def test_unpack_puts_decoded_experts_in_their_places(tmp_path):

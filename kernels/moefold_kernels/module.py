@@ -2,23 +2,29 @@
 
 `pack_module` gives an instance of any class under transformers' `use_experts_implementation` integer parameters and
 moves it to a subclass on which `gate_up_proj` (`up_proj` where there is no gate) and `down_proj` are properties, in
-the module's own layout. So every stock experts implementation stays correct; it is only slow.
+the module's own layout. So every stock experts implementation stays correct; it is only slow. The fast one, `moefold`,
+reads the words themselves (implementation.py).
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from moefold_kernels.activation import Known, recognise_module
 from moefold_kernels.checkpoint import PackedLayer
 from moefold_kernels.errors import FormatError
+from moefold_kernels.places import tables
 from moefold_kernels.reference import PackedExperts
 
 GATE_UP_PACKED, DOWN_PACKED = "gate_up_packed", "down_packed"
 GATE_UP_DENSE, DOWN_DENSE = "gate_up_dense", "down_dense"
+BUFFERS = ("dtype_like", "places", "placed")
+"""They move with the module and are saved nowhere: the checkpoint's entry says what is in them."""
 
 
 class PackedModule(nn.Module):
@@ -31,6 +37,12 @@ class PackedModule(nn.Module):
     gate_up_dense: Tensor  # [expert left alone, 2 * inner, hidden]; only where there are such experts
     down_dense: Tensor  # [expert left alone, hidden, inner]
     dtype_like: Tensor  # [0]: a buffer that follows the dtype the model is moved to
+    places: Tensor  # [expert] int32: where its weights are
+    placed: Tensor  # [place] int32: the inverse
+    known_activation: Known
+    """What the stock module computes between its projections."""
+    fallback: str | None
+    """The stock implementation for when `moefold`, taken by default, cannot; None where the user named `moefold`."""
     is_transposed: bool
     is_concatenated: bool
     arrived: set[str]
@@ -51,6 +63,23 @@ class PackedModule(nn.Module):
             return super().forward(*args, **kwargs)
         finally:
             self._decoded = None
+
+    def fill_tables(self) -> None:
+        """Write the buffers' values, which no checkpoint has; whoever makes memory for a module on meta calls this."""
+        if not self.places.is_meta:
+            for buffer, table in zip((self.places, self.placed), self._tables(), strict=True):
+                buffer.copy_(table)
+
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        return tables(self.packed_layer.pairs, self.packed_layer.dense)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """As every module does it, and `to_empty` leaves tables that mean something."""
+        was_meta = self.places.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
+        if was_meta:
+            self.fill_tables()
+        return self
 
     def stock_gate_up(self) -> Tensor:
         """Gate and up projections of every expert, in the stock module's own layout."""
@@ -83,6 +112,11 @@ class PackedModule(nn.Module):
         return out
 
 
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is one of transformers' experts interface."""
+    return all(hasattr(module, flag) for flag in ("has_gate", "is_transposed", "is_concatenated", "_apply_gate"))
+
+
 def pack_module(module: nn.Module, layer: PackedLayer, where: str) -> None:
     """Replace the weights of a stock experts module (on any device, meta included) by empty packed ones.
 
@@ -105,8 +139,13 @@ def pack_module(module: nn.Module, layer: PackedLayer, where: str) -> None:
     for name, shape in dense.items() if layer.dense else ():
         module.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=down.dtype, device=down.device)))
     module.register_buffer("dtype_like", torch.empty(0, dtype=down.dtype, device=down.device), persistent=False)
+    for name in ("places", "placed"):
+        table = torch.empty(experts, dtype=torch.int32, device=down.device)
+        module.register_buffer(name, table, persistent=False)
     module.__class__ = _packed_class(cast(Any, type(module)), gate_up_name(layer))
     flags.packed_layer, flags.arrived, flags._decoded = layer, set(), None
+    flags.known_activation, flags.fallback = recognise_module(module), None
+    flags.fill_tables()
     flags._is_hf_initialized = True  # stock initialisation would write normal numbers over the words
 
 
@@ -115,9 +154,10 @@ def unpack_module(module: PackedModule, dtype: torch.dtype | None = None) -> Non
     stock = {gate_up_name(module.packed_layer): module.stock_gate_up(), "down_proj": module.stock_down()}
     for name in (GATE_UP_PACKED, DOWN_PACKED, GATE_UP_DENSE, DOWN_DENSE):
         module._parameters.pop(name, None)
-    del module._buffers["dtype_like"]
-    module._non_persistent_buffers_set.discard("dtype_like")
-    for name in ("packed_layer", "arrived", "_decoded"):
+    for name in BUFFERS:
+        del module._buffers[name]
+        module._non_persistent_buffers_set.discard(name)
+    for name in ("packed_layer", "arrived", "known_activation", "fallback", "_decoded"):
         del module.__dict__[name]
     module.__class__ = module.stock_class  # type: ignore[assignment]  # back to what pack_module found
     for name, weight in stock.items():

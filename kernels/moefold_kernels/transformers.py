@@ -3,6 +3,7 @@
     import moefold_kernels.transformers
     model = AutoModelForCausalLM.from_pretrained(directory)
 
+Experts are run by the implementation `moefold` (implementation.py) unless `experts_implementation` names another one.
 It rests on functions that transformers does not promise (5.17 to 5.23 read and tried); they are used here only.
 """
 
@@ -22,10 +23,11 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moefold_kernels import implementation
 from moefold_kernels.checkpoint import METHOD, VERSION, PackedLayer, read_config
 from moefold_kernels.conversion import Place, converters, gate_up_name
 from moefold_kernels.errors import FormatError
-from moefold_kernels.module import PackedModule, pack_module, stock_sizes, unpack_module
+from moefold_kernels.module import PackedModule, is_experts, pack_module, stock_sizes, unpack_module
 
 
 class MoefoldConfig(QuantizationConfigMixin):
@@ -72,6 +74,8 @@ class MoefoldQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.places: list[Place] = []
         self.dtypes: dict[str, torch.dtype] = {}
+        self.named = True
+        """Whether the user named an experts implementation; update_attn_implementation finds out."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _refuse_expert_parallelism(model)
@@ -82,6 +86,7 @@ class MoefoldQuantizer(HfQuantizer):
             if found is not None:
                 _check_tensors(place.layer, module, found)
             pack_module(module, place.layer, place.module)
+        self._provide_fallbacks(model)
         tripwires = [name for place in self.places for name in place.tripwires()]
         ignored = [f"{re.escape(name)}$" for name in tripwires]
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
@@ -95,15 +100,31 @@ class MoefoldQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         for place in self.places:
             place.check_loaded(model)
+        for module in model.modules():
+            if isinstance(module, PackedModule):
+                module.fill_tables()  # transformers gives buffers memory, and no values
         for name, parameter in model.named_parameters():
             # transformers 5.17 leaves renamed float tensors of prequantised checkpoints in the file's dtype
             if name in self.dtypes and parameter.dtype != self.dtypes[name] and not parameter.is_meta:
                 parameter.data = parameter.data.to(self.dtypes[name])
         return self._dequantize(model) if self.quantization_config.dequantize else model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _provide_fallbacks(self, model: PreTrainedModel) -> None:
+        """Tell every experts module what runs where `moefold` cannot, as transformers would have chosen it."""
+        stock = model.get_correct_experts_implementation(None)
+        for module in model.modules():
+            if isinstance(module, PackedModule):
+                module.fallback = None if self.named else stock
+            elif is_experts(module):
+                module.fallback = stock  # type: ignore[assignment]  # a plain attribute of a stock module
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # a string is what transformers makes of its configuration's once it has saved it
+        kind: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for module in [module for module in model.modules() if isinstance(module, PackedModule)]:
-            unpack_module(module, dtype)
+            unpack_module(module, kind)
+        stock, named = model.get_correct_experts_implementation(None), model.get_experts_implementation()
+        model.set_experts_implementation({k: stock if v == implementation.NAME else v for k, v in named.items()})
         if hasattr(model, "_weight_conversions"):
             del model._weight_conversions  # so that saving takes the stock ones
         return model
@@ -121,15 +142,34 @@ class MoefoldQuantizer(HfQuantizer):
         plan.update(_packed_styles(plan))
 
     def update_tp_plan(self, config: Any) -> Any:
-        """The same for transformers up to 5.19, where the plan is still in the configuration."""
+        """The same for transformers up to 5.20, where the plan is still in the configuration."""
+        self._take_by_default(config)  # 5.17 shows the configuration here only
         for part in {id(part): part for part in (config, config.get_text_config())}.values():
             plan = getattr(part, "base_model_tp_plan", None)
             if plan:
                 part.base_model_tp_plan = {**plan, **_packed_styles(plan)}
         return config
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Take `moefold` where the user named nothing: the last look at what they named, from 5.18 on."""
+        return self._take_by_default(config)
+
+    def _take_by_default(self, config: Any) -> Any:
+        if config._experts_implementation is None:
+            parts = {key: getattr(config, key, None) for key in config.sub_configs}
+            named = {key: getattr(part, "_experts_implementation", None) for key, part in parts.items()}
+            default = dict.fromkeys(("", *named), implementation.NAME)
+            config._experts_implementation = default | {key: name for key, name in named.items() if name is not None}
+            self.named = False
+        return config
+
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]  (the base has no body)
         """save_pretrained writes the same per-pair names, tripwire and configuration again."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether generate may compile the model (it does with a static cache): every path is traced whole."""
         return True
 
     @property
@@ -139,6 +179,7 @@ class MoefoldQuantizer(HfQuantizer):
 
 def register() -> None:
     """Make transformers know the method; done at import, and harmless when repeated."""
+    implementation.register()
     if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
         auto.register_quantization_config(METHOD)(MoefoldConfig)
         auto.register_quantizer(METHOD)(MoefoldQuantizer)
@@ -153,8 +194,7 @@ def _find(model: PreTrainedModel, layer: PackedLayer) -> Place:
     names = model.state_dict()
     name, _ = rename_source_key(f"{layer.prefix}.{stock}", renamings, [], model.base_model_prefix, names)
     module = name.removesuffix(f".{stock}")
-    flags = ("has_gate", "is_transposed", "is_concatenated", "_apply_gate")
-    if name not in names or not all(hasattr(model.get_submodule(module), flag) for flag in flags):
+    if name not in names or not is_experts(model.get_submodule(module)):
         raise FormatError(
             f"quantization_config: {layer.prefix} is no experts module of {type(model).__name__} that transformers' "
             "experts interface runs; was config.json edited, or is this another architecture?"

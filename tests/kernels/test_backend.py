@@ -30,7 +30,7 @@ class Picky(Reference):
 
 def test_the_reference_is_always_able():
     for device in ("cpu", "cuda"):
-        assert choose(replace(NEED, device=torch.device(device)), builtin()).name == "reference"
+        assert choose(replace(NEED, device=torch.device(device)), [Reference()]).name == "reference"
 
 
 def test_the_first_that_can_is_chosen_and_the_reasons_are_kept():

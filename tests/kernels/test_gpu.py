@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layers import TOLERANCE, difference
 from packing import pack_checkpoint
 from transformers import AutoModelForCausalLM
 
 import moefold_kernels.transformers  # noqa: F401  (registers the format)
 from models import samples, tiny
-from moefold_kernels import decode, encode, layout
+from moefold_kernels import decode, encode, implementation, layout
 
 pytestmark = pytest.mark.gpu
 
@@ -46,3 +47,33 @@ def test_logits_are_the_twins(family, implementation, tmp_path):
     assert logits[0].is_cuda
     assert torch.equal(*logits)
     assert torch.equal(*moved)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"])
+def test_kernels_are_the_default(family, tmp_path, caplog):
+    """A model that was loaded on the CPU too, and each copy of one that is moved back and forth."""
+    source = tiny(family, tmp_path / "source", shard_size="1GB", num_hidden_layers=2)
+    pack_checkpoint(source, tmp_path / "packed", tmp_path / "twin", alone=2)
+    model, twin = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("packed", "twin"))
+    ids = samples(2, 9).cuda()
+    with torch.no_grad():
+        found, right = model.cuda()(ids).logits, twin.cuda()(ids).logits
+        named = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "packed", device_map="cuda", experts_implementation="moefold"
+        )
+        assert torch.equal(named(ids).logits, found)
+        assert not [record for record in caplog.records if record.name == implementation.__name__]
+        assert 0 < difference(found, right) < TOLERANCE["logits"]
+        assert torch.equal(model.cpu()(ids.cpu()).logits, twin.cpu()(ids.cpu()).logits)
+
+
+@pytest.mark.slow
+def test_generate_compiles_the_model(tmp_path):
+    source = tiny("qwen3_moe", tmp_path / "source", shard_size="1GB", num_hidden_layers=2)
+    pack_checkpoint(source, tmp_path / "packed", tmp_path / "twin", alone=2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", device_map="cuda")
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    plain = model.generate(samples(2, 9).cuda(), **settings)
+    compiled = model.generate(samples(2, 9).cuda(), cache_implementation="static", **settings)
+    assert compiled.shape == plain.shape
+    assert torch.equal(compiled[:, :10], plain[:, :10])

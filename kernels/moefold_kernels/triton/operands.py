@@ -1,0 +1,122 @@
+"""What the operations of torch take: one layer's experts as plain tensors and numbers, and whether they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from moefold_kernels.errors import FormatError
+from moefold_kernels.triton.layer import Biases, Projections, Weights
+
+INDICES = (torch.int32, torch.int64)
+
+
+class Operands(NamedTuple):
+    """One layer's experts, in the order of the operations' arguments. Pairs, experts alone, or both; `gated` or not."""
+
+    gate_up_packed: Tensor | None  # [pair, 2 * inner, hidden] int16, gate rows before up rows ([pair, inner, hidden])
+    down_packed: Tensor | None  # [pair, hidden, inner] int16
+    gate_up_dense: Tensor | None  # [alone, 2 * inner, hidden] float (or [alone, inner, hidden]); computed with as bf16
+    down_dense: Tensor | None  # [alone, hidden, inner] float
+    gate_up_bias: Tensor | None  # [expert, 2 * inner] (or [expert, inner]), by original expert
+    down_bias: Tensor | None  # [expert, hidden]
+    places: Tensor  # [expert] int32: 2 * pair + slot, or after all pairs the number among those alone
+    placed: Tensor  # [place] int32: the inverse
+    tops: Sequence[int]
+    """The windows' tops of gate, up and down (without a gate the first is not looked at)."""
+    gated: bool
+    interleaved: bool
+    """Whether `gate_up_bias` alternates gate and up, as gpt-oss has it, rather than all of gate before up."""
+
+
+def sample(operands: Operands) -> tuple[Tensor, Tensor]:
+    """Gate-up and down of either kind, for their sizes."""
+    kinds = (
+        (operands.gate_up_packed, operands.down_packed),
+        (operands.gate_up_dense, operands.down_dense),
+    )
+    for gate_up, down in kinds:
+        if gate_up is not None and down is not None:
+            return gate_up, down
+    raise FormatError("a layer needs gate_up and down, of pairs (packed), of experts alone (dense), or both")
+
+
+def check(
+    operands: Operands,
+    hidden: Tensor | None,
+    top_k_index: Tensor,
+    top_k_weights: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> None:
+    """Raise FormatError unless everything fits; looks at shapes and types only."""
+    _, down = sample(operands)
+    outer, inner = down.shape[1:]
+    wide = (2 if operands.gated else 1) * inner
+    n_experts = len(operands.places)
+    if top_k_index.dim() != 2 or top_k_index.dtype not in INDICES:
+        raise FormatError(f"top_k_index: [token, top_k] of int32 or int64, not {_is(top_k_index)}")
+    tokens, top_k = top_k_index.shape
+    wanted: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+        ("hidden", hidden, (tokens, outer)),
+        ("rows", rows, (tokens * top_k, inner)),
+        ("top_k_weights", top_k_weights, (tokens, top_k)),
+        ("gate_up_packed", operands.gate_up_packed, (_length(operands.gate_up_packed), wide, outer)),
+        ("down_packed", operands.down_packed, (_length(operands.gate_up_packed), outer, inner)),
+        ("gate_up_dense", operands.gate_up_dense, (_length(operands.gate_up_dense), wide, outer)),
+        ("down_dense", operands.down_dense, (_length(operands.gate_up_dense), outer, inner)),
+        ("gate_up_bias", operands.gate_up_bias, (n_experts, wide)),
+        ("down_bias", operands.down_bias, (n_experts, outer)),
+        ("placed", operands.placed, (n_experts,)),
+    ]
+    for name, tensor, shape in wanted:
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise FormatError(f"{name} is {_is(tensor)}, and the other operands want {list(shape)}")
+    words, tables = (operands.gate_up_packed, operands.down_packed), (operands.places, operands.placed)
+    for kind, tensors in ((torch.int16, words), (torch.int32, tables)):
+        if bad := [tensor for tensor in tensors if tensor is not None and tensor.dtype != kind]:
+            raise FormatError(f"words are int16 and tables of places int32; one of them is {_is(bad[0])}")
+    if (operands.gate_up_bias is None) != (operands.down_bias is None):
+        raise FormatError("biases are those of both projections, or none")
+    if 2 * _length(operands.gate_up_packed) + _length(operands.gate_up_dense) != n_experts:
+        raise FormatError(f"places has {n_experts} experts, which the pairs and the experts alone do not make up")
+
+
+def _length(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.shape[0]
+
+
+def _is(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype}"
+
+
+def weights(operands: Operands) -> Weights:
+    """The layer as the kernels take it: views, but for experts alone that are not bfloat16."""
+    packed = _projections(operands.gate_up_packed, operands.down_packed, operands)
+    alone = _projections(_bfloat16(operands.gate_up_dense), _bfloat16(operands.down_dense), operands)
+    return Weights(packed, alone, operands.places, operands.placed, _biases(operands))
+
+
+def _projections(gate_up: Tensor | None, down: Tensor | None, operands: Operands) -> Projections | None:
+    if gate_up is None or down is None or not len(down):
+        return None
+    inner = down.shape[2]
+    gate, up = (gate_up[:, :inner], gate_up[:, inner:]) if operands.gated else (None, gate_up)
+    return Projections(gate, up, down, cast(Any, tuple(operands.tops)))
+
+
+def _biases(operands: Operands) -> Biases | None:
+    both, down = operands.gate_up_bias, operands.down_bias
+    if both is None or down is None:
+        return None
+    if not operands.gated:
+        return Biases(None, both, down)
+    inner = both.shape[1] // 2
+    gate, up = (both[:, 0::2], both[:, 1::2]) if operands.interleaved else (both[:, :inner], both[:, inner:])
+    return Biases(gate, up, down)
+
+
+def _bfloat16(weights: Tensor | None) -> Tensor | None:
+    return None if weights is None else weights.to(torch.bfloat16)

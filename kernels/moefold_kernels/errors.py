@@ -13,3 +13,11 @@ class FormatError(KernelsError, ValueError):
 
 class BackendError(KernelsError):
     """No backend, or not the one asked for, can do what is asked; the message has every reason."""
+
+
+class BenchmarkError(KernelsError):
+    """A benchmark cannot be run or read: an unknown case, a device that lacks something, a file of another kind."""
+
+
+class WrongResultError(BenchmarkError):
+    """What was to be timed does not compute the layer, so its time means nothing."""

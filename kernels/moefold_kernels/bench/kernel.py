@@ -1,0 +1,59 @@
+"""The Triton layer as the benchmarks call it: the one file here that knows its interface."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moefold_kernels.bench.routing import Batch
+from moefold_kernels.reference import PackedExperts
+
+if TYPE_CHECKING:
+    from moefold_kernels.triton.layer import Weights
+
+NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def can_run(device: torch.device) -> tuple[bool, str]:
+    """Whether the Triton layer runs on this device, and why not."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed"
+    if device.type == "cuda" or interpreted():
+        return True, ""
+    return False, f"Triton compiles for a GPU, not for {device.type} (TRITON_INTERPRET=1 interprets, slowly)"
+
+
+def packed(experts: PackedExperts) -> Callable[[Batch], Tensor]:
+    """The layer over the words themselves."""
+    from moefold_kernels.triton.layer import Projections, Weights
+
+    gate, up, down = (experts.words[name] for name in NAMES)
+    tops = experts.window["gate_proj"], experts.window["up_proj"], experts.window["down_proj"]
+    order = torch.tensor(experts.pairs, device=gate.device, dtype=torch.int32).flatten()  # [2 * pair + slot] -> expert
+    places = order.argsort().to(torch.int32)
+    return _layer(Weights(Projections(gate, up, down, tops), None, places, order))
+
+
+def dense(experts: PackedExperts) -> Callable[[Batch], Tensor]:
+    """The same layer over every expert's own bf16 weights: the packed kernel's twin."""
+    from moefold_kernels.triton.layer import Projections, Weights
+
+    gate, up, down = (experts.unpacked(name) for name in NAMES)
+    places = torch.arange(len(down), device=down.device, dtype=torch.int32)
+    return _layer(Weights(None, Projections(gate, up, down), places, places))
+
+
+def _layer(weights: Weights) -> Callable[[Batch], Tensor]:
+    from moefold_kernels.triton.layer import forward
+
+    return lambda batch: forward(weights, batch.hidden, batch.top_k_index, batch.top_k_weights)

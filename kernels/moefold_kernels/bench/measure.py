@@ -1,0 +1,131 @@
+"""The timing core: for a case and a contender, what is checked, what is timed, and what is recorded beside it."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moefold_kernels.bench import ceilings, correctness, routing, timing
+from moefold_kernels.bench.cases import Case, Shape
+from moefold_kernels.bench.contenders import Contender, Forward
+from moefold_kernels.bench.correctness import Expected
+from moefold_kernels.bench.routing import Batch
+from moefold_kernels.bench.weights import random_experts
+from moefold_kernels.errors import BenchmarkError, WrongResultError
+from moefold_kernels.reference import PackedExperts
+
+BATCHES = 8
+"""Differently routed batches that one round goes through."""
+
+ROUNDS = 30
+"""Rounds of which the median counts."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Checked, warm and ready to be timed: a round, and what to record beside its times."""
+
+    name: str
+    group: str
+    rounds: timing.Rounds
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One case's inputs: the batches to be timed, one more that is only checked, and what they must give."""
+
+    batches: list[Batch]
+    expected: list[Expected]
+    fresh: Batch
+    fresh_expected: Expected
+
+
+class Bench:
+    """Prepares cases on one device; it keeps the weights of one shape and the batches of one case."""
+
+    def __init__(self, device: torch.device, batches: int = BATCHES) -> None:
+        if batches < 1:
+            raise BenchmarkError(f"{batches} batches: write at least 1")
+        self.device = device
+        self.batches = batches
+        self.ceilings = ceilings.measure(device)
+        self._experts = functools.lru_cache(maxsize=1)(self._make_experts)
+        self._work = functools.lru_cache(maxsize=1)(self._make_work)
+        self._forward = functools.lru_cache(maxsize=1)(self._make_forward)
+
+    @torch.no_grad()
+    def prepare(self, case: Case, contender: Contender) -> Prepared:
+        """Check the contender on this case and get it ready.
+
+        Raises BenchmarkError when it cannot run on the device, WrongResultError when it does not compute the layer.
+        """
+        able, reason = contender.can(self.device)
+        if not able:
+            raise BenchmarkError(f"{contender.name} cannot run on {self.device}: {reason}")
+        work = self._work(case)
+        call = self._forward(case.shape, contender)
+        name = f"{case.name}-{contender.name}"
+        try:
+            error = self._check(call, work)
+            rounds = timing.rounds(self.device, call, work.batches)
+            error = max(error, self._check_rounds(rounds, work))
+        except WrongResultError as wrong:
+            raise WrongResultError(f"{name}: the output {wrong}") from None
+        return Prepared(name, case.name, rounds, self._info(case, contender, work, error))
+
+    def _check(self, call: Forward, work: _Work) -> float:
+        """On a batch of its own, with every fresh tensor poisoned."""
+        with correctness.poisoned():
+            out = call(work.fresh)
+        return work.fresh_expected.error(out)
+
+    def _check_rounds(self, rounds: timing.Rounds, work: _Work) -> float:
+        """What is timed is what is checked: poison what a captured graph writes to, run a round, compare."""
+        for out in rounds.outputs:
+            out.fill_(torch.nan)
+        rounds()
+        return max(one.error(out) for one, out in zip(work.expected, rounds.outputs, strict=True))
+
+    def _info(self, case: Case, contender: Contender, work: _Work, error: float) -> dict[str, Any]:
+        experts = statistics.mean(map(routing.experts_hit, work.batches))
+        pairs = statistics.mean(routing.pairs_hit(b, self._experts(case.shape).pairs) for b in work.batches)
+        read = case.shape.unit_bytes * (pairs if contender.reads == "pairs" else experts)
+        return {
+            "case": case.name,
+            "contender": contender.name,
+            "shape": case.shape.name,
+            "tokens": case.tokens,
+            "routing": case.routing,
+            "batches": len(work.batches),
+            "experts_hit": experts,
+            "pairs_hit": pairs,
+            "bytes": read,  # of weights; tokens are small beside them
+            "flops": case.flops,
+            "read_bandwidth": self.ceilings.read_bandwidth,
+            "matmul_rate": self.ceilings.matmul_rate,
+            "floor": self.ceilings.floor(read, case.flops),
+            "bound": self.ceilings.bound(read, case.flops),
+            "error": error,
+        }
+
+    def _generator(self, *of: object) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(zlib.crc32(repr(of).encode()))
+
+    def _make_experts(self, shape: Shape) -> PackedExperts:
+        return random_experts(shape, self._generator(shape))
+
+    def _make_work(self, case: Case) -> _Work:
+        experts = self._experts(case.shape)
+        sampling = self._generator(case, "sample")
+        *batches, fresh = (routing.draw(case, self._generator(case, n)) for n in range(self.batches + 1))
+        expected = [Expected(experts, batch, sampling) for batch in (*batches, fresh)]
+        return _Work(batches, expected[:-1], fresh, expected[-1])
+
+    def _make_forward(self, shape: Shape, contender: Contender) -> Forward:
+        return contender.prepare(self._experts(shape))

@@ -1,0 +1,161 @@
+"""The timing core with pretended kernels: right ones are timed, wrong ones never."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from moefold_kernels import reference
+from moefold_kernels.bench import CONTENDERS, TINY, Bench, Case, Contender, record, results
+from moefold_kernels.bench.correctness import poisoned
+from moefold_kernels.errors import BenchmarkError, WrongResultError
+
+CASE = Case(TINY, 5)
+
+
+def right(experts):
+    def forward(batch):
+        gate = lambda gate, up: silu(gate) * up  # noqa: E731
+        return reference.experts(experts, batch.hidden, batch.top_k_index, batch.top_k_weights, gate).bfloat16()
+
+    return forward
+
+
+def pretended(change):
+    """A contender that computes the layer and then spoils it."""
+
+    def prepare(experts):
+        forward = right(experts)
+        return lambda batch: change(forward(batch), batch)
+
+    return Contender("pretended", "pairs", prepare, lambda device: (True, ""))
+
+
+def unwritten(out, _batch):
+    spoilt = torch.empty_like(out)
+    spoilt[:-1] = out[:-1]
+    return spoilt
+
+
+def one_batch_only(seen=[]):  # noqa: B006  (remembers between calls on purpose)
+    """Right the first time, for the check; then what it gave before."""
+
+    def change(out, _batch):
+        seen.append(out)
+        return seen[0].clone()
+
+    return change
+
+
+WRONG = {
+    "scaled": (lambda out, _: out * 1.02, "off float64 by 2"),
+    "one row swapped": (lambda out, _: out.roll(1, 0), "off float64"),
+    "zeros": (lambda out, _: torch.zeros_like(out), "off float64 by 1"),
+    "a row unwritten": (unwritten, "left 1 of 5 rows unwritten"),
+    "float32": (lambda out, _: out.float(), r"is \(5, 64\) torch.float32, not"),
+    "short": (lambda out, _: out[:-1], r"is \(4, 64\)"),
+    "always the first": (one_batch_only(), "off float64"),
+}
+
+
+def test_a_right_kernel_is_timed_and_described(bench):
+    prepared = bench.prepare(CASE, pretended(lambda out, _: out))
+    entry = record.measure(prepared, 5)
+    assert entry["stats"]["rounds"] == 5
+    assert 0 < entry["stats"]["min"] <= entry["stats"]["median"] <= entry["stats"]["max"]
+    info = entry["extra_info"]
+    assert 2 <= info["pairs_hit"] <= 4
+    assert info["experts_hit"] >= info["pairs_hit"]
+    assert info["bytes"] == info["pairs_hit"] * 3 * 64 * 96 * 2
+    assert info["flops"] == 5 * 2 * 3 * 2 * 64 * 96
+    assert info["floor"] == max(info["bytes"] / info["read_bandwidth"], info["flops"] / info["matmul_rate"])
+    assert 0 < info["error"] < 1e-2
+    dense = Contender("d", "experts", right, lambda device: (True, ""))
+    assert bench.prepare(CASE, dense).info["bytes"] == info["experts_hit"] * 3 * 64 * 96 * 2
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=list(WRONG))
+def test_a_wrong_kernel_is_never_timed(change, message, bench):
+    with pytest.raises(WrongResultError, match=f"^tiny-5-balanced-pretended: the output .*{message}"):
+        bench.prepare(CASE, pretended(change))
+
+
+def test_poison_fills_fresh_memory_and_is_taken_back():
+    with poisoned():
+        assert torch.empty(3).isnan().all()
+        assert torch.ones(3, dtype=torch.bfloat16).new_empty(4).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_what_cannot_run_says_why(bench):
+    refusing = Contender("picky", "pairs", right, lambda device: (False, "wants another device"))
+    with pytest.raises(BenchmarkError, match=r"picky cannot run on (cpu|cuda): wants another device"):
+        bench.prepare(CASE, refusing)
+    with pytest.raises(BenchmarkError, match="0 batches"):
+        Bench(torch.device("cpu"), batches=0)
+
+
+def test_a_written_run_is_read_by_us_and_by_pytest_benchmark(bench, tmp_path):
+    entries = [record.measure(bench.prepare(CASE, CONTENDERS["grouped_mm"]), rounds) for rounds in (2,)]
+    record.write(tmp_path / "run.json", bench.device, entries)
+    run = results.read(tmp_path / "run.json")
+    assert [row.seconds for row in run.rows] == [entries[0]["stats"]["median"]]
+    assert run.versions["torch"] == torch.__version__
+    written = json.loads((tmp_path / "run.json").read_text())
+    assert written["machine_info"]["node"] == ""
+    tool = [sys.executable, "-m", "pytest_benchmark", "compare", str(tmp_path / "run.json")]
+    done = subprocess.run(tool, capture_output=True, text=True, cwd=tmp_path)
+    assert "tiny-5-balanced-grouped_mm" in done.stdout, done.stderr
+
+
+def test_statistics_are_those_of_pytest_benchmark():
+    from pytest_benchmark.stats import Stats
+
+    theirs, data = Stats(), [3.0, 1.0, 2.0, 2.5, 40.0, 2.0, 1.5]
+    for value in data:
+        theirs.update(value)
+    ours = record.statistics_of(data)
+    same = set(theirs.as_dict()) - {"q1", "q3", "iqr", "hd15iqr"}  # quartiles have several definitions
+    assert set(ours) == set(theirs.as_dict()) | {"iterations"}
+    assert {key: ours[key] for key in same} == pytest.approx({key: theirs.as_dict()[key] for key in same})
+
+
+READING = """
+import torch
+from moefold_kernels.bench.reading import _reader
+x = torch.randint(1000, (8 * 256,), dtype=torch.int32)  # the interpreter refuses to overflow
+print(int(_reader(256, 4, 3)(x).sum(dtype=torch.int32)) == int(x.sum(dtype=torch.int32)))
+"""
+
+
+OURS = """
+import torch
+from moefold_kernels.bench import CONTENDERS, TINY, Bench, Case
+torch.set_num_threads(1)
+bench = Bench(torch.device("cpu"), batches=1)
+for name in ("packed", "dense"):
+    print(name, bench.prepare(Case(TINY, 3), CONTENDERS[name]).info["error"] < 2e-2)
+"""
+
+
+def interpret(code, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "kernels"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return done.stdout
+
+
+def test_the_reading_kernel_reads_everything(monkeypatch):
+    """8 tiles over 3 programs, so that they are uneven."""
+    assert interpret(READING, monkeypatch) == "True\n"
+
+
+def test_our_kernels_are_called_as_they_are(monkeypatch):
+    assert interpret(OURS, monkeypatch) == "packed True\ndense True\n"

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moefold import __version__, describe, doctor, report, shipped
+from moefold import __version__, benchmarks, describe, doctor, report, shipped
+from moefold import tune as tuning
 from moefold.arguments import AsJson, Device, Model, PipelineName, Settings, Strict, Texts, To, Work
 from moefold.errors import InputError, MoefoldError, PipelineError
 from moefold.session import Session
@@ -31,6 +32,8 @@ app = typer.Typer(
     lost. `moefold run puzzlemoe --model DIR_OR_HUB_ID --to out/packed` does the same to yours.
     """,
 )
+
+app.add_typer(benchmarks.app, name="bench")
 
 out = Console()
 err = Console(stderr=True)
@@ -218,6 +221,9 @@ def evaluate(
             )
         out.print(table)
         return None
+
+
+app.command(epilog=tuning.EPILOG)(tuning.tune)
 
 
 def _version(value: bool) -> None:

@@ -11,6 +11,8 @@ import torch
 from moefold.artifact import Json
 from moefold.hooks import Registry
 from moefold_kernels.backend import Need, ask
+from moefold_kernels.errors import KernelsError
+from moefold_kernels.triton.configs import origin
 
 _LIBRARIES = ("moefold", "torch", "transformers", "safetensors", "triton", "accelerate", "datasets", "vllm")
 
@@ -23,7 +25,8 @@ def examine() -> dict[str, dict[str, Json]]:
         "Versions": {"python": platform.python_version()} | {name: _version(name) for name in _LIBRARIES},
         "Devices": _devices(),
         "Plugins": {name: _version(name) for name in plugins},
-        "Kernel backends": _backends(registry),
+        "Kernel backends": _backends(registry) | _plans(),
+        "Packing": _packers(registry),
     }
 
 
@@ -46,8 +49,31 @@ def _devices() -> dict[str, Json]:
 
 def _backends(registry: Registry) -> dict[str, Json]:
     """For each format and device: which backend is chosen, and what every other one answered."""
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return {f"{name} on {device}": _answers(registry, name, device) for name in registry.codecs for device in devices}
+    return {f"{name} on {device}": _answers(registry, name, device) for name in registry.codecs for device in _usable()}
+
+
+def _packers(registry: Registry) -> dict[str, Json]:
+    """For each format and device: who merges and packs there."""
+    return {
+        f"pack.{name} on {device}": codec.packer(torch.device(device))
+        for name, codec in registry.codecs.items()
+        for device in _usable()
+    }
+
+
+def _plans() -> dict[str, Json]:
+    """For each GPU: whose measurements say how the Triton kernels are cut."""
+    found: dict[str, Json] = {}
+    for index in range(torch.cuda.device_count()):
+        try:
+            found[f"plans on cuda:{index}"] = origin(torch.device("cuda", index))
+        except KernelsError as error:
+            found[f"plans on cuda:{index}"] = str(error)
+    return found
+
+
+def _usable() -> list[str]:
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def _answers(registry: Registry, name: str, device: str) -> str:

@@ -42,7 +42,7 @@ class Skeleton:
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype or _dtype(checkpoint)
-        self.model = _on_meta(checkpoint, self.dtype)
+        self.model = on_meta(checkpoint, self.dtype)
         self.name = type(self.model).__name__
         self.experts, self.layers = self._find_experts()
         """Decoder layer -> path of its experts module; the path of the list of decoder layers."""
@@ -213,7 +213,7 @@ class Skeleton:
         return self.module(path)
 
 
-def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+def on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """The causal language model that config.json describes, without weights; code from the checkpoint is never run."""
     make: Any = AutoModelForCausalLM.from_config
     try:

@@ -1,0 +1,161 @@
+"""Kernels compiled in parallel before any is timed: processes fill Triton's cache on disk, which all of them share.
+
+A kernel is compiled by running it on tables without a tile, over one unit's worth of weights that stands for all: what
+Triton compiles for (types, strides, alignment, options) comes out as in the real layer, and nothing is computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moefold_kernels.bench.cases import Shape
+from moefold_kernels.errors import BenchmarkError
+from moefold_kernels.triton import layer
+from moefold_kernels.triton.configs import Plan
+from moefold_kernels.triton.layer import Projections, Weights
+
+Part = Literal["first", "second", "whole"]
+MOST_WORKERS = 16
+CONTEXT = 1 << 30
+"""Bytes of GPU memory that a process takes before it holds any tensor of ours (0.5 GB on an H200), and some more."""
+
+
+class Job(NamedTuple):
+    """One projection's kernel, or a whole layer's, for a batch of so many tokens."""
+
+    shape: Shape
+    dense: bool
+    tokens: int
+    plan: Plan
+    part: Part
+    device: str
+
+
+def build(job: Job) -> str:
+    """Compile what a job needs; says in a line why that cannot be, or nothing."""
+    try:
+        with torch.no_grad():
+            _run(job)
+            if job.device != "cpu":
+                torch.cuda.synchronize()
+    except torch.OutOfMemoryError:
+        return ""  # of this process, not of the kernel: it is compiled where it is timed
+    except Exception as error:  # whatever a compiler raises condemns one kernel
+        return reason(error)
+    return ""
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:160].removesuffix(": ")
+
+
+class Compiler:
+    """Compiles jobs in `workers` processes; with none, everything is compiled where it is first run."""
+
+    def __init__(self, workers: int) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+        if workers:
+            context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
+            self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_deaf)
+
+    def __enter__(self) -> Compiler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def compile(
+        self, jobs: Sequence[Job], deadline: float, report: Callable[[int, int], None]
+    ) -> tuple[list[Job], dict[Job, str]]:
+        """The jobs that can be run, in their order, and why others cannot; those not done in time are in neither."""
+        if self._pool is None:
+            return list(jobs), {}
+        said: dict[Job, str] = {}
+        try:
+            for job, answer in _answers({self._pool.submit(build, job): job for job in jobs}, deadline):
+                said[job] = answer
+                report(len(said), len(jobs))
+        except BrokenExecutor as error:
+            raise BenchmarkError(
+                "a process that compiles kernels died, as they do when memory runs out; give --workers a smaller number"
+            ) from error
+        return [job for job in jobs if said.get(job) == ""], {job: answer for job, answer in said.items() if answer}
+
+
+def workers(shape: Shape, tokens: int, device: torch.device) -> int:
+    """How many processes the cores and the GPU's free memory allow; none where nothing is compiled."""
+    if device.type != "cuda":
+        return 0
+    unit = shape.unit_bytes
+    work = 2 * tokens * shape.top_k * (shape.inner + 2 * shape.hidden)
+    room = torch.cuda.mem_get_info(device)[0] // (CONTEXT + unit + work)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(MOST_WORKERS, cores - 1, room))
+
+
+def _answers(futures: dict[Future[str], Job], deadline: float) -> Iterator[tuple[Job, str]]:
+    left = set(futures)
+    try:
+        while left:
+            done, left = wait(left, max(0.0, min(deadline - time.monotonic(), 3600.0)), FIRST_COMPLETED)
+            if not done:
+                return
+            for future in done:
+                yield futures[future], future.result()
+    finally:
+        for future in left:
+            future.cancel()
+
+
+def _deaf() -> None:
+    """Control-C is for the process that asked; a worker ends when that one says so."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(RuntimeError):
+        torch.set_num_threads(1)
+
+
+def _run(job: Job) -> None:
+    shape, plan = job.shape, job.plan
+    weights = _stand_in(shape, job.dense, job.device)
+    index = torch.zeros(job.tokens, shape.top_k, dtype=torch.int64, device=job.device)
+    tables = layer.route_for(weights, index, plan)
+    for table in (*tables.first, *tables.second):
+        table.fill_(-1)
+    for table in (tables.order, tables.offsets):
+        table.zero_()
+    if job.part != "second":
+        x = torch.zeros(job.tokens, shape.hidden, dtype=torch.bfloat16, device=job.device)
+        layer.gate_up(weights, x, shape.top_k, tables, plan)
+    if job.part != "first":
+        x = torch.zeros(index.numel(), shape.inner, dtype=torch.bfloat16, device=job.device)
+        scales = torch.zeros(index.shape, dtype=torch.bfloat16, device=job.device)
+        layer.down(weights, x, index, scales, tables, plan, torch.bfloat16)
+
+
+@functools.lru_cache(maxsize=1)
+def _stand_in(shape: Shape, dense: bool, device: str) -> Weights:
+    """One unit in the place of all."""
+    units = shape.experts if dense else shape.experts // 2
+    dtype = torch.bfloat16 if dense else torch.int16
+
+    def repeated(rows: int, columns: int) -> Tensor:
+        return torch.zeros(1, rows, columns, dtype=dtype, device=device).expand(units, -1, -1)
+
+    wide, down = repeated(2 * shape.inner, shape.hidden), repeated(shape.hidden, shape.inner)
+    places = torch.arange(shape.experts, dtype=torch.int32, device=device)
+    matrices = Projections(wide[:, : shape.inner], wide[:, shape.inner :], down)
+    return Weights(None if dense else matrices, matrices if dense else None, places, places)

@@ -1,0 +1,286 @@
+"""Tuning with pretended times: the fastest right plan is found, and what is broken is named and never chosen."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton")
+from moefold_kernels import errors
+from moefold_kernels.bench import Shape
+from moefold_kernels.triton import compilation, configs, layer, search, tune
+from moefold_kernels.triton.candidates import Room, candidates
+from moefold_kernels.triton.compilation import Compiler, Job
+from moefold_kernels.triton.configs import Plan, Tile
+
+FOREVER = float("inf")
+SMALL = Shape("small", experts=4, hidden=32, inner=48, top_k=2)
+TILES = [Tile("pair", 16, 0, 32, 32, 4, stages) for stages in (2, 3, 4, 5)]
+OLD = Plan(TILES[0], TILES[0])
+BEST = Plan(TILES[2], TILES[3])
+
+
+class Pretended:
+    """Times by what `cost` says of a plan; the first projection's best is TILES[2], the second's TILES[3]."""
+
+    def __init__(self) -> None:
+        self.clock = 0.0
+        self.parts: list[str] = []
+
+    def cost(self, plan: Plan, part: str) -> float:
+        first, second = abs(plan.first.stages - 4), abs(plan.second.stages - 5)
+        return 10.0 + {"first": first, "second": second, "whole": first + second}[part]
+
+    def __call__(self, plan, part, call, inputs):
+        self.clock += 1
+        self.parts.append(part)
+        return lambda: self.cost(plan, part) * 1e-6
+
+
+@pytest.fixture
+def few(monkeypatch, tmp_path):
+    """Four tiles to try, the first of which the shape has now, and a clock that each timing advances by a second."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(search, "candidates", lambda shape, room, before: (TILES, TILES))
+    monkeypatch.setattr(configs, "choose", lambda shape, device: OLD)
+    monkeypatch.setattr(search, "_batches", lambda tokens: 2)
+    monkeypatch.setattr(tune.ceilings, "measure", lambda device: SimpleNamespace(read_bandwidth=1e12))
+    timer = Pretended()
+    for module in (search, tune):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: timer.clock))
+    return timer
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Results are taken for right: interpreting takes a second."""
+    monkeypatch.setattr(search.Search, "_error", lambda self, plan: 0.001)
+
+
+def tuned(timer, device, tokens=(4,), **options):
+    return list(tune.Tuner(SMALL, device, workers=0, timer=timer, **options).run(tokens))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_fastest_is_found_and_checked(dense, few, device):
+    (found,) = tuned(few, device, dense=dense)
+    plan = replace(found.plan, first=replace(found.plan.first, ahead=4), second=replace(found.plan.second, ahead=4))
+    assert plan == BEST
+    assert (found.before, found.seconds, found.seconds_before) == (OLD, pytest.approx(10e-6), pytest.approx(15e-6))
+    assert found.shape == configs.Shape(32, 48, 4, 2, dense, 4)
+    assert 0 < found.error < 2e-2
+    assert (found.tried, found.late, found.rejected) == (8, 0, {})
+    assert 2 * SMALL.unit_bytes / (1 if dense else 2) <= found.read <= 4 * SMALL.unit_bytes
+    assert tune.entry(found) == (found.shape, found.plan, {"us": 10.0})
+    assert few.parts[:9] == ["first"] * 4 + ["second"] * 4 + ["whole"]
+
+
+def test_the_plan_before_stays_unless_another_is_faster(few, device, unchecked):
+    few.cost = lambda plan, part: 10.0
+    (found,) = tuned(few, device)
+    assert found.plan == OLD
+    assert found.seconds == found.seconds_before
+
+
+def test_a_plan_that_is_wrong_is_named_and_never_chosen(few, device, monkeypatch):
+    right = layer.forward
+
+    def sometimes_wrong(*arguments, plan):
+        out = right(*arguments, plan=plan)
+        return out * 1.5 if plan.first == BEST.first else out
+
+    monkeypatch.setattr(layer, "forward", sometimes_wrong)
+    (found,) = tuned(few, device)
+    assert found.plan.first in (TILES[1], TILES[3])
+    assert "the output is off float64 by" in found.rejected[str(BEST)]
+
+
+def test_the_plan_before_may_be_the_wrong_one(few, device, monkeypatch):
+    right = layer.forward
+    wrong = lambda *arguments, plan: right(*arguments, plan=plan) * (2 if plan == OLD else 1)  # noqa: E731
+    monkeypatch.setattr(layer, "forward", wrong)
+    (found,) = tuned(few, device)
+    assert found.plan.second == BEST.second
+    assert found.seconds_before is None
+    assert list(found.rejected) == [str(OLD)]
+
+
+def test_nothing_right_is_an_error_with_reasons(few, device, monkeypatch):
+    monkeypatch.setattr(layer, "forward", lambda weights, hidden, *_, plan: torch.zeros_like(hidden))
+    with pytest.raises(errors.WrongResultError, match=r"small, 4 tokens: no plan is right .*off float64 by 1"):
+        tuned(few, device)
+
+
+def test_a_tile_that_cannot_be_run_is_named_and_never_chosen(few, device, unchecked):
+    class Broken(Pretended):
+        def __call__(self, plan, part, call, inputs):
+            if plan.first == TILES[2]:
+                raise RuntimeError("out of resource: shared memory\nand more")
+            return super().__call__(plan, part, call, inputs)
+
+    (found,) = tuned(Broken(), device)
+    assert found.plan.first in (TILES[1], TILES[3])
+    assert found.rejected["gate and up " + str(TILES[2])] == "RuntimeError: out of resource: shared memory"
+
+
+def test_time_that_is_over_leaves_out_tiles_and_then_numbers_of_tokens(few, device, unchecked):
+    found = tuned(few, device, tokens=(4, 5), seconds=100)
+    assert [one.shape.tokens for one in found] == [4, 5]
+    few.clock = 0.0
+    (found,) = tuned(few, device, tokens=(4, 5), seconds=7)  # 4 of the first's tiles, 3 of the second's
+    assert (found.shape.tokens, found.tried, found.late) == (4, 7, 1)
+    assert found.plan.second.stages == 4
+    few.clock = 0.0
+    assert tuned(few, device, tokens=(4, 5), seconds=5) == []  # of the second, the old one only
+    assert tuned(few, device, seconds=0) == []
+
+
+def test_where_nothing_can_be_measured(few):
+    with pytest.raises(errors.BenchmarkError, match="cannot tune on meta: meta tensors hold no values"):
+        tuned(few, torch.device("meta"))
+
+
+def test_too_little_memory_is_said(few, device, monkeypatch):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr(tune, "random_experts", no_memory)
+    with pytest.raises(errors.BenchmarkError, match="small and what is made around it do not fit the free memory"):
+        tuned(few, device)
+
+
+def job(part="whole", plan=OLD, device="cpu", **changes) -> Job:
+    return Job(SMALL, False, 4, plan, part, str(device))._replace(**changes)
+
+
+def test_processes_compile_and_say_why_not(device):
+    """What is not a plan at all stands for what the compiler refuses."""
+    jobs, seen = [job("first", device=device), job("second", plan=None, device=device), job(device=device)], []
+    with Compiler(1) as compiler:
+        able, refused = compiler.compile(jobs, FOREVER, lambda *progress: seen.append(progress))
+        assert able == [jobs[0], jobs[2]]
+        assert "AttributeError" in refused[jobs[1]]
+        assert seen == [(1, 3), (2, 3), (3, 3)]
+        assert compiler.compile(jobs, 0.0, lambda *_: None) == ([], {})  # no time
+
+
+def die(_job):
+    os._exit(1)
+
+
+def test_a_process_that_dies_is_an_error_with_a_remedy(monkeypatch):
+    monkeypatch.setattr(compilation, "build", die)
+    with Compiler(1) as compiler, pytest.raises(errors.BenchmarkError, match="give --workers a smaller number"):
+        compiler.compile([job()], FOREVER, lambda *_: None)
+
+
+SPECIAL = ("capacity", "units")
+"""What the kernels are told not to specialise on, and depends on the routing."""
+
+
+def seen_by(kernel, monkeypatch, run):
+    """What Triton would specialise on in a launch: types, divisibility, alignment, and constants."""
+    launches = []
+
+    class Launch:
+        def __getitem__(self, grid):
+            return lambda *arguments, **named: launches.append(
+                [special(a) for a in arguments] + [(k, special(v)) for k, v in named.items() if k not in SPECIAL]
+            )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer.project, kernel, Launch())
+        run()
+    return launches
+
+
+def special(value):
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, float):
+        return "float"
+    if isinstance(value, int) and not isinstance(value, bool) and value > 64:  # smaller ones are constants here
+        return "int", value % 16 == 0, value < 2**31
+    return ("int", True, True) if value == 0 and not isinstance(value, bool) else value
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in reduce")  # what no tile computed is summed all the same
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("tokens", [4, 7])
+@pytest.mark.parametrize(("kernel", "part"), [("project_in", "first"), ("project_out", "second")])
+def test_what_is_compiled_ahead_is_what_is_run(kernel, part, tokens, dense, monkeypatch, device):
+    """Else every candidate would be compiled again, one after another, where it is timed."""
+    plan = Plan(replace(TILES[1], group=4), replace(TILES[2], splits=2))
+    shape = Shape("wide", 4, 128, 160, 2)
+    experts, weights = tune._layer(shape, dense, torch.Generator(device).manual_seed(0))
+    ground = search.Ground(
+        shape, device, dense, experts, weights, Compiler(0), Pretended(), lambda *_: None, FOREVER
+    )  # fmt: skip
+    one = search.Search(ground, tokens)
+    real = seen_by(kernel, monkeypatch, lambda: one._call(plan, part)(one._work(plan)[0]))
+    wanted = Job(shape, dense, tokens, plan, part, str(device))
+    ahead = seen_by(kernel, monkeypatch, lambda: compilation._run(wanted))
+    assert len(real) == 1
+    assert ahead == real
+
+
+ROOMS = {
+    "H200": Room(232448, 132, overlap=True),
+    "A100": Room(166912, 108, overlap=False),
+    "RTX 4060": Room(101376, 24, overlap=False),
+}
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("tokens", tune.TOKENS)
+@pytest.mark.parametrize("sizes", [(4096, 14336, 8, 2), (2048, 768, 128, 8), (2048, 1408, 64, 6), (72, 40, 6, 2)])
+def test_candidates_suit_the_device(sizes, tokens, dense):
+    shape = configs.Shape(*sizes, dense, tokens)
+    counts = []
+    for room in ROOMS.values():
+        before = configs.rule(shape)
+        firsts, seconds = candidates(shape, room, before)
+        assert (firsts[0], seconds[0]) == (before.first, before.second)
+        for tiles, gated, length in ((firsts, True, shape.hidden), (seconds, False, shape.inner)):
+            assert len(tiles) == len(set(tiles))
+            assert 8 <= len(tiles) <= 130
+            assert all(configs.tile_fits(tile, gated, room.memory) for tile in tiles)
+            overlapped = [tile for tile in tiles if tile.overlapped]
+            assert room.overlap or not overlapped
+            assert not (dense and overlapped)
+            assert all(length % (2 * tile.columns) == 0 and tile.splits == 1 for tile in overlapped)
+        assert all(tile.splits == 1 for tile in firsts)
+        counts.append(len(firsts) + len(seconds))
+    assert counts[2] < counts[1]
+
+
+def test_columns_are_split_where_processors_wait():
+    splits = lambda tokens, room: {t.splits for t in candidates(shape._replace(tokens=tokens), room, OLD)[1]}  # noqa: E731
+    shape = configs.Shape(4096, 14336, 8, 2, False, 1)
+    assert splits(1, ROOMS["H200"]) == {1, 2, 4}
+    assert splits(64, ROOMS["H200"]) == {1}
+    shape = configs.Shape(4096, 1024, 8, 2, False, 1)
+    assert splits(1, ROOMS["H200"]) == {1, 2}
+
+
+def test_all_gpus_and_the_interpreter_have_room(device):
+    room = Room.of(torch.empty(0, device=device))
+    assert room.memory >= 48 * 1024
+    assert compilation.workers(SMALL, 4096, torch.device("cpu")) == 0
+
+
+@pytest.mark.gpu
+def test_tuning_on_a_gpu(device, tmp_path, monkeypatch):
+    """Processes, graphs and all, with the tiles of a tiny layer."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shape = Shape("small", 8, 256, 128, 2)
+    (found,) = tune.Tuner(shape, device, workers=4, seconds=300).run([4])
+    assert found.late == 0
+    assert found.seconds_before is None or found.seconds <= found.seconds_before
+    path = configs.cache() / tune.table_name(device)
+    configs.write_table(path, tune.about(device), [tune.entry(found)])
+    assert configs.choose(found.shape, device) == found.plan

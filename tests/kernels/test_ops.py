@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 from layers import assert_near, batch, expected, operands, random_layer
 
 from moefold_kernels import BackendError, FormatError
@@ -23,10 +24,10 @@ def made(device):
 
 def test_torch_checks_them(made):
     given, (x, index, weights), _ = made
-    torch.library.opcheck(ops.experts, (x, index, weights, *given, *SILU, torch.float32))
-    torch.library.opcheck(ops.gate_up, (x, index, *given))
+    library.opcheck(ops.experts, (x, index, weights, *given, *SILU, torch.float32))
+    library.opcheck(ops.gate_up, (x, index, *given))
     rows = torch.ops.moefold.gate_up(x, index, *given)[:, :24].contiguous()
-    torch.library.opcheck(ops.down, (rows, index, weights, *given, torch.bfloat16))
+    library.opcheck(ops.down, (rows, index, weights, *given, torch.bfloat16))
 
 
 def test_fakes_have_the_shapes_and_types(made):

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from moefold_kernels.errors import BackendError, FormatError
 from moefold_kernels.triton import layer
@@ -22,7 +22,7 @@ from moefold_kernels.triton.layer import Activation
 from moefold_kernels.triton.operands import Operands, check, sample, weights
 
 
-@torch.library.custom_op("moefold::experts", mutates_args=())
+@library.custom_op("moefold::experts", mutates_args=())
 def experts(
     hidden: Tensor,
     top_k_index: Tensor,
@@ -57,7 +57,7 @@ def experts(
         return layer.forward(weights(operands), hidden, top_k_index, top_k_weights, fused, dtype)
 
 
-@torch.library.custom_op("moefold::gate_up", mutates_args=())
+@library.custom_op("moefold::gate_up", mutates_args=())
 def gate_up(
     hidden: Tensor,
     top_k_index: Tensor,
@@ -87,7 +87,7 @@ def gate_up(
         return layer.gate_up(held, x, top_k_index.shape[1], tables, plan, _AS_THEY_ARE)
 
 
-@torch.library.custom_op("moefold::down", mutates_args=())
+@library.custom_op("moefold::down", mutates_args=())
 def down(
     rows: Tensor,
     top_k_index: Tensor,
@@ -118,7 +118,7 @@ def down(
         return layer.down(held, x, top_k_index, top_k_weights, tables, plan, dtype)
 
 
-@torch.library.register_fake("moefold::experts")
+@library.register_fake("moefold::experts")
 def _(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest: Any) -> Tensor:
     operands, (activation, limit, alpha, dtype) = Operands(*rest[:-4]), rest[-4:]
     check(operands, hidden, top_k_index, top_k_weights)
@@ -126,14 +126,14 @@ def _(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest: Any) ->
     return hidden.new_empty(hidden.shape, dtype=dtype)
 
 
-@torch.library.register_fake("moefold::gate_up")
+@library.register_fake("moefold::gate_up")
 def _(hidden: Tensor, top_k_index: Tensor, *rest: Any) -> Tensor:
     operands = Operands(*rest)
     check(operands, hidden, top_k_index)
     return hidden.new_empty(top_k_index.numel(), sample(operands)[0].shape[1], dtype=torch.bfloat16)
 
 
-@torch.library.register_fake("moefold::down")
+@library.register_fake("moefold::down")
 def _(rows: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest: Any) -> Tensor:
     operands, dtype = Operands(*rest[:-1]), rest[-1]
     check(operands, None, top_k_index, top_k_weights, rows)
@@ -148,7 +148,7 @@ def _refuse_gradients(context: Any, *gradients: Any) -> NoReturn:  # noqa: ARG00
 
 
 for _operation in ("experts", "gate_up", "down"):
-    torch.library.register_autograd(f"moefold::{_operation}", _refuse_gradients)
+    library.register_autograd(f"moefold::{_operation}", _refuse_gradients)
 
 _AS_THEY_ARE = Activation("none", function=lambda rows: rows)
 

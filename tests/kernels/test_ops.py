@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import library
 from layers import assert_near, batch, expected, operands, random_layer
+from torch import library
 
 from moefold_kernels import BackendError, FormatError
 

@@ -138,6 +138,8 @@ def _cases(shapes: str, tokens: str, routing: str, hit: int | None, free: bool, 
 
     usual = [shape for shape in SHAPES.values() if (shape is TINY) == (device.type == "cpu")]
     chosen = [find("shape", name, SHAPES) for name in _listed(shapes)] or usual
+    if device.type == "cpu" and (large := [shape.name for shape in chosen if shape is not TINY]):
+        raise InputError(f"--shapes {large[0]} takes a GPU; on a CPU there is --shapes {TINY.name}")
     try:
         counts = [int(word) for word in _listed(tokens)]
     except ValueError:
@@ -179,7 +181,11 @@ def _told(entry: dict[str, Any]) -> str:
 
 
 def _table(found: Comparison, margin: float, before: Path, after: Path) -> Table:
-    table = Table("case", "speed", before.name, after.name, "change", title="Ratios within a run", title_justify="left")
+    table = Table(title="Ratios within a run", title_justify="left")
+    for name in ("case", "speed"):
+        table.add_column(name, overflow="fold")  # what is cut off would be the number of tokens
+    for name in (before.name, after.name, "change"):
+        table.add_column(name, justify="right", overflow="fold")
     for one in found.changes:
         text = f"{one.relative:+.1%}"
         table.add_row(

@@ -61,6 +61,7 @@ def test_a_wrong_kernel_is_told_and_the_rest_is_kept(some, monkeypatch, tmp_path
     ("options", "message"),
     [
         (["--shapes", "mixtral"], "there is no shape mixtral; did you mean mixtral-8x7b?"),
+        (["--shapes", "mixtral-8x7b"], "--shapes mixtral-8x7b takes a GPU; on a CPU there is --shapes tiny"),
         (["--contenders", "pakced"], "there is no contender pakced; did you mean packed?"),
         (["--contenders", "packed"], "packed cannot run on cpu: not in this test"),
         (["--tokens", "1,two"], "--tokens 1,two: write whole numbers"),

@@ -16,12 +16,57 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moefold_kernels import layout
+
 FIELD_BIAS = tl.constexpr(33)
 """An operand's biased exponent minus its word's exponent field."""
 
-_MAGNITUDE = tl.constexpr(0x0FFF)
-_OFFSET = tl.constexpr(33 << 7)
-_SIGN = tl.constexpr(-0x8000)
+RESTORE = tl.constexpr(2.0**63)
+"""What undoes the factor of the sign and keep bit."""
+
+
+def _twice(bits: int) -> str:
+    """A constant for both words of a 32-bit register."""
+    return f"0x{bits << 16 | bits:08X}"
+
+
+_MASKS = {
+    "magnitude": _twice(layout.MAGNITUDE_BITS),
+    "keep": _twice(layout.KEEP_BITS),
+    "own": _twice(1 << layout.SIGN_SHIFT[0] | 1 << layout.KEEP_SHIFT[0]),
+}
+
+BOTH = tl.constexpr(
+    """{{
+    .reg .b32 magnitude, own, other, none;
+    mov.b32 none, 0x80008000;
+    lop3.b32 magnitude, $2, {magnitude}, {keep}, 0xEA;
+    and.b32 own, $2, {own};
+    fma.rn.bf16x2 $0, magnitude, own, none;
+    shl.b32 other, $2, 1;
+    and.b32 other, other, {own};
+    fma.rn.bf16x2 $1, magnitude, other, none;
+    }}""".format(**_MASKS)
+)
+"""PTX: two words in $2 to the operands of slot 0 in $0 and of slot 1 in $1."""
+
+SLOT = tl.constexpr(
+    """{{
+    .reg .b32 magnitude, kept, none, slot;
+    mov.b32 none, 0x80008000;
+    mov.u32 slot, %ctaid.x;
+    and.b32 slot, slot, 1;
+    lop3.b32 magnitude, $1, {magnitude}, {keep}, 0xEA;
+    shl.b32 kept, $1, slot;
+    and.b32 kept, kept, {own};
+    fma.rn.bf16x2 $0, magnitude, kept, none;
+    }}""".format(**_MASKS)
+)
+"""PTX: two words in $1 to the operands in $0 of the slot that is the lowest bit of the program number."""
+
+_MAGNITUDE = tl.constexpr(layout.MAGNITUDE_BITS)
+_OFFSET = tl.constexpr(33 << layout.FRACTION_BITS)
+_FIRST_KEEP = tl.constexpr(layout.KEEP_SHIFT[0])
 
 
 @triton.jit
@@ -29,16 +74,7 @@ def decode_both(words, ASM: tl.constexpr):
     """Both slots' operands (bf16, shape of `words`, an int16 tile)."""
     if ASM:
         first, second = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 magnitude, own, other, none;
-            mov.b32 none, 0x80008000;
-            lop3.b32 magnitude, $2, 0x0FFF0FFF, 0x30003000, 0xEA;
-            and.b32 own, $2, 0xA000A000;
-            fma.rn.bf16x2 $0, magnitude, own, none;
-            shl.b32 other, $2, 1;
-            and.b32 other, other, 0xA000A000;
-            fma.rn.bf16x2 $1, magnitude, other, none;
-            }""",
+            BOTH,
             "=r,=r,r",
             [words],
             dtype=(tl.bfloat16, tl.bfloat16),
@@ -59,16 +95,7 @@ def decode_slot(words, slot, ASM: tl.constexpr):
     """
     if ASM:
         return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 magnitude, kept, none, slot;
-            mov.b32 none, 0x80008000;
-            mov.u32 slot, %ctaid.x;
-            and.b32 slot, slot, 1;
-            lop3.b32 magnitude, $1, 0x0FFF0FFF, 0x30003000, 0xEA;
-            shl.b32 kept, $1, slot;
-            and.b32 kept, kept, 0xA000A000;
-            fma.rn.bf16x2 $0, magnitude, kept, none;
-            }""",
+            SLOT,
             "=r,r",
             [words],
             dtype=tl.bfloat16,
@@ -82,7 +109,7 @@ def decode_slot(words, slot, ASM: tl.constexpr):
 def _operand(words, slot):
     """The same in plain Triton, for the interpreter and for devices without this assembly."""
     bits = words.to(tl.int32)
-    kept = (bits >> (13 - slot)) & 1
+    kept = (bits >> (_FIRST_KEEP - slot)) & 1
     sign = (bits << slot) & 0x8000
     operand = (sign | ((bits & _MAGNITUDE) + _OFFSET)) * kept
     return operand.to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -91,4 +118,4 @@ def _operand(words, slot):
 @triton.jit
 def rescale(accumulator, shift):
     """The accumulator of a matrix whose operands are to be multiplied by 2 ** 63 and by `shift` = 2 ** (low - 96)."""
-    return accumulator * 9223372036854775808.0 * shift
+    return accumulator * RESTORE * shift

@@ -16,6 +16,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 
+from moefold_kernels.triton.decode import RESTORE
+from moefold_kernels.triton.decode import SLOT as DECODE_SLOT
+
 SILU, CLAMPED = gl.constexpr(1), gl.constexpr(2)  # as in project.py
 
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # Triton 3.6 and from 3.7 on
@@ -53,16 +56,7 @@ def store_layout(rows, warps):
 def _operand(words):
     """decode.decode_slot, the slot being the lowest bit of the program number."""
     return gl.inline_asm_elementwise(
-        """{
-        .reg .b32 magnitude, kept, none, slot;
-        mov.b32 none, 0x80008000;
-        mov.u32 slot, %ctaid.x;
-        and.b32 slot, slot, 1;
-        lop3.b32 magnitude, $1, 0x0FFF0FFF, 0x30003000, 0xEA;
-        shl.b32 kept, $1, slot;
-        and.b32 kept, kept, 0xA000A000;
-        fma.rn.bf16x2 $0, magnitude, kept, none;
-        }""",
+        DECODE_SLOT,
         "=r,r",
         [words],
         dtype=gl.bfloat16,
@@ -142,8 +136,8 @@ def write_inner(
     """project._write_inner for a gated layer with a fused activation: out [entry in order, inner]."""
     gate, up = gl.split(gl.permute(gl.reshape(sums, (ROWS // 8, 2, 8, TOKENS)), (0, 2, 3, 1)))
     gate, up = gl.reshape(gate, (ROWS, TOKENS)), gl.reshape(up, (ROWS, TOKENS))
-    gate = gate * 9223372036854775808.0 * gate_shift
-    up = up * 9223372036854775808.0 * up_shift
+    gate = gate * RESTORE * gate_shift
+    up = up * RESTORE * up_shift
     if bias is not None:
         own: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 1], [32, 1], [gl.num_warps(), 1], [1, 0]))
         at = first_row + gl.arange(0, ROWS, own)
@@ -276,7 +270,7 @@ def write_outer(
     ROWS: gl.constexpr, TOKENS: gl.constexpr,
 ):  # fmt: skip
     """project._write_outer: bias, gate weight, out [entry, hidden]."""
-    sums = sums * 9223372036854775808.0 * shift
+    sums = sums * RESTORE * shift
     if bias is not None:
         own: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 1], [32, 1], [gl.num_warps(), 1], [1, 0]))
         at = first_row + gl.arange(0, ROWS, own)

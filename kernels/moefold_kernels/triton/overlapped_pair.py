@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 
+from moefold_kernels.triton.decode import BOTH
 from moefold_kernels.triton.overlapped import (
     after_the_one_before,
     barrier,
@@ -29,16 +30,7 @@ from moefold_kernels.triton.overlapped import (
 def _operands(words):
     """decode.decode_both."""
     return gl.inline_asm_elementwise(
-        """{
-        .reg .b32 magnitude, own, other, none;
-        mov.b32 none, 0x80008000;
-        lop3.b32 magnitude, $2, 0x0FFF0FFF, 0x30003000, 0xEA;
-        and.b32 own, $2, 0xA000A000;
-        fma.rn.bf16x2 $0, magnitude, own, none;
-        shl.b32 other, $2, 1;
-        and.b32 other, other, 0xA000A000;
-        fma.rn.bf16x2 $1, magnitude, other, none;
-        }""",
+        BOTH,
         "=r,=r,r",
         [words],
         dtype=(gl.bfloat16, gl.bfloat16),

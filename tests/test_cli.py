@@ -223,7 +223,7 @@ def test_calibrating_through_compressed_layers_is_wiring(folder):
     tokens = [[r["activity"]["observe"][n]["tokens"] for n in "012"] for r in (one, other)]
     assert tokens[0][0] == tokens[1][0]
     assert tokens[0][1:] != tokens[1][1:]
-    assert other["saved"]["save"]["all"]["packed_layers"] == 3
+    assert other["saved"]["save"]["all"]["replaced_layers"] == 3
 
 
 def test_a_stage_that_breaks_leaves_its_traceback(folder, monkeypatch):

@@ -43,7 +43,7 @@ def loaded(folder: Path, report: dict):
 def test_half_of_the_expert_bytes(report):
     saved = report["saved"]["save"]["all"]
     assert saved["expert_bytes"]["after"] * 2 == saved["expert_bytes"]["before"]
-    assert saved["packed_layers"] == saved["layers"] >= 4
+    assert saved["replaced_layers"] == saved["layers"] >= 4
     assert saved["clipped"] == 0
     # Independent Gaussian weights would give 48.5 / 25.8 / 25.8 %.
     assert saved["masks"]["shared"] == pytest.approx(0.485, abs=0.03)

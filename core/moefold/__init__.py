@@ -14,7 +14,6 @@ from moefold.artifacts import (
     Groups,
     MergedPair,
     Metrics,
-    Packed,
     PairMerge,
     Routed,
     Similarity,
@@ -25,6 +24,7 @@ from moefold.codec import Codec, Coded, CodedLayer
 from moefold.errors import MoefoldError
 from moefold.families import StreamedModel
 from moefold.hooks import hookimpl
+from moefold.replacements import Aligned, Packed, Reduced, Replacement, Unpacked
 from moefold.saved import Saved
 from moefold.stage import Context, Layers, Previous, Provenance, Stage, stage
 
@@ -32,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Activity",
+    "Aligned",
     "Artifact",
     "Baseline",
     "Checkpoint",
@@ -53,12 +54,15 @@ __all__ = [
     "PairMerge",
     "Previous",
     "Provenance",
+    "Reduced",
+    "Replacement",
     "Routed",
     "Saved",
     "Similarity",
     "Stage",
     "StreamedModel",
     "Text",
+    "Unpacked",
     "__version__",
     "hookimpl",
     "stage",

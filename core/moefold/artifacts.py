@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moefold.artifact import Artifact, Json
+from moefold.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Experts(Artifact):
 
     `gate_up` is `[expert, 2 * inner, hidden]` (`[expert, inner, hidden]` when `gated` is false: families with an up
     projection only), `down` is `[expert, hidden, inner]`. `route[i]` is the expert that router output i now means
-    (None: expert i), so that merging never edits the router.
+    (None: expert i), so that merging never edits the router; -1: the output is gone, and so is its router row
+    (pruning: the router chooses among the others).
     """
 
     gate_up: Tensor
@@ -72,8 +74,20 @@ class Routed(Artifact):
 
     layer_input: Tensor  # [sample, length, hidden]
     tokens: Tensor  # [token, hidden]
-    top_k_index: Tensor  # [token, top_k] int64
+    top_k_index: Tensor  # [token, top_k] int64: router outputs
     top_k_weights: Tensor  # [token, top_k]
+
+    def reaches(self, experts: Experts) -> Tensor:
+        """The expert that each of the router's choices means: [token, top_k] int64.
+
+        A token may reach one merged expert twice; its gate weights then add up. Raises InputError for pruned experts,
+        among which the router would choose anew.
+        """
+        if experts.route is None:
+            return self.top_k_index
+        if bool((experts.route < 0).any()):
+            raise InputError("pruned experts change what the router chooses; take figures of the experts before")
+        return experts.route.to(self.top_k_index.device)[self.top_k_index]
 
 
 @dataclass(frozen=True)
@@ -124,6 +138,10 @@ class Groups(Artifact):
     members: list[list[int]]
     alone: list[int]
 
+    def all(self) -> list[list[int]]:
+        """Every group, those of one expert among them, by its lowest expert; the first named of each comes first."""
+        return sorted([*self.members, *([expert] for expert in self.alone)], key=min)
+
     def facts(self) -> dict[str, Json]:
         return {"members": self.members, "alone": self.alone}
 
@@ -163,38 +181,6 @@ class PairMerge(Artifact):
     def merged(self, matrix: str) -> Iterator[MergedPair]:
         """One matrix of every pair, in order."""
         return (self.merge(matrix, pair) for pair in range(len(self.pairs)))
-
-
-@dataclass(frozen=True)
-class Packed(Artifact):
-    """One layer in a packed format: words per pair, and the experts left alone as they were."""
-
-    format: str
-    pairs: list[list[int]]
-    """The two experts of each pair; a position in the inner list is a slot of the format."""
-    dense: list[int]
-    """The experts left alone, in the order of their rows in `experts`."""
-    words: dict[str, Tensor]  # "gate_proj", "up_proj", "down_proj" -> [pair, rows, columns] int16
-    experts: dict[str, Tensor]  # the same names -> [dense expert, rows, columns], source dtype
-    settings: dict[str, Json]
-    """What decoding needs beside the words, by matrix; for `exponent`: the top exponent of the window."""
-    counts: dict[str, Json]
-    """Positions (one word each) by what they hold, over all pairs and matrices: weights, shared, own, other, zero,
-    clipped, flushed."""
-
-    def bytes(self) -> int:
-        """Bytes of the packed and the dense experts."""
-        return sum(t.numel() * t.element_size() for t in (*self.words.values(), *self.experts.values()))
-
-    def facts(self) -> dict[str, Json]:
-        return {
-            "format": self.format,
-            "pairs": self.pairs,
-            "dense": self.dense,
-            "counts": self.counts,
-            "settings": self.settings,
-            "bytes": self.bytes(),
-        }
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from moefold.artifact import Json
-from moefold.artifacts import Experts, MergedPair, Packed, PairMerge, as_index
+from moefold.artifacts import Experts, MergedPair, PairMerge, as_index
 from moefold.checkpoint import Layer
 from moefold.errors import FormatError
+from moefold.replacements import Packed, Unpacked
 from moefold.stage import Context, Port, Stage, stage
 
 _COUNTS = ("weights", "shared", "own", "other", "zero", "clipped", "flushed")
@@ -80,6 +81,7 @@ def pack(codec: Codec, merge: PairMerge) -> Packed:
         experts=_alone(merge.experts, merge.alone),
         settings=coded.settings,
         counts=coded.counts,
+        route=None if merge.experts.route is None else merge.experts.route.tolist(),
     )
 
 
@@ -135,22 +137,44 @@ def pack_stage(codec: type[Codec]) -> Stage[Any, Packed]:
     )
 
 
-def unpack(codec: Codec, packed: Packed, layer: Layer, device: torch.device) -> Experts:
-    """A layer's experts as they read once packed: the model's own, with every paired expert decoded in its place."""
-    experts = layer.experts(device)
-    for matrix, weights in experts.matrices().items():
+def unpack(codec: Codec, packed: Packed, layer: Layer, device: torch.device) -> Unpacked:
+    """A layer's experts as they read once packed: those left alone as they were, every paired one decoded."""
+    if packed.route is not None:
+        return _unpack_merged(codec, packed, device)
+    own = layer.experts(device)
+    _decode(codec, packed, own.matrices(), device)
+    return Unpacked(own.gate_up, own.down, own.gate_up_bias, own.down_bias, own.gated)
+
+
+def _decode(codec: Codec, packed: Packed, matrices: dict[str, Tensor], device: torch.device) -> None:
+    for matrix, weights in matrices.items():
         for index, pair in enumerate(packed.pairs):
             words = packed.words[matrix][index].to(device)
             for slot, expert in enumerate(pair):
                 weights[expert] = codec.decode(words, packed.settings[matrix], slot).to(weights.dtype)
-    return experts
 
 
-def unpack_stage(codec: type[Codec]) -> Stage[Any, Experts]:
+def _unpack_merged(codec: Codec, packed: Packed, device: torch.device) -> Unpacked:
+    """The same of experts that were merged before they were packed: nothing of them is in the model's files."""
+    dtype = next((part.dtype for part in packed.experts.values()), torch.bfloat16)
+    shapes = {name: words.shape[1:] for name, words in packed.words.items()}
+    inner, hidden = shapes["up_proj"]
+    count, gated = 2 * len(packed.pairs) + len(packed.dense), "gate_proj" in shapes
+    gate_up = torch.empty(count, inner * (1 + gated), hidden, dtype=dtype, device=device)
+    down = torch.empty(count, hidden, inner, dtype=dtype, device=device)
+    out = Unpacked(gate_up, down, gated=gated, route=as_index(packed.route or []))
+    for name, weights in out.matrices().items():
+        for row, expert in enumerate(packed.dense):
+            weights[expert] = packed.experts[name][row].to(device)
+    _decode(codec, packed, out.matrices(), device)
+    return out
+
+
+def unpack_stage(codec: type[Codec]) -> Stage[Any, Unpacked]:
     """The stage `unpack.<name>`: what the next layer's calibration reads to go through already compressed layers."""
 
     @stage(f"unpack.{codec.name}", keep="never", version=codec.version)
-    def run(packed: Packed, layer: Layer, context: Context) -> Experts:
+    def run(packed: Packed, layer: Layer, context: Context) -> Unpacked:
         """Decode a packed layer, to calibrate the next ones through it: `needs: {experts: unpack.NAME}` of forward."""
         if packed.pairs and packed.format != codec.name:
             raise FormatError(f"unpack.{codec.name} was given the format {packed.format}; use unpack.{packed.format}")

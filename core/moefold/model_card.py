@@ -1,4 +1,4 @@
-"""What a run adds to the model card of the checkpoint that it saved: the losses that it measured.
+"""What a run adds to the checkpoint that it saved: the losses that it measured in the model card, its report beside it.
 
 `save` writes the card before anything can be evaluated, and writes it anew when the directory was lost. So the section
 is put in at the end of every run, from the report, whether its figures were measured now or are stored.
@@ -6,11 +6,13 @@ is put in at the end of every run, from the report, whether its figures were mea
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from moefold.artifact import Json
 from moefold.pipeline import Pipeline
+from moefold.saved import RECORD
 
 HEADING = "## What was lost"
 
@@ -23,6 +25,15 @@ def write_losses(report: Mapping[str, Json], pipeline: Pipeline) -> None:
         for saved in sources:
             if rows:
                 _write(Path(report["saved"][saved]["all"]["path"]) / "README.md", rows)
+
+
+def write_records(report: Mapping[str, Json]) -> None:
+    """Put the whole report into every checkpoint that the run saved, where `moefold compare` finds it."""
+    for layers in report["saved"].values():
+        for facts in layers.values():
+            place = Path(facts["path"])
+            if place.is_dir():
+                (place / RECORD).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def _write(card: Path, rows: Iterable[Mapping[str, Json]]) -> None:

@@ -12,15 +12,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from moefold.artifact import Artifact, Json
-from moefold.artifacts import Activity, Metrics, Packed, Text
+from moefold.artifacts import Activity, Metrics, Text
 from moefold.pipeline import Pipeline
 from moefold.plan import Plan
+from moefold.replacements import Packed, Reduced
 from moefold.run import Event
 from moefold.saved import Saved
 
 VERSION = 1
 """Of the report's schema; raised when a field changes its meaning."""
 
+_STOCK = "import transformers"
 _LIBRARIES = ("moefold", "torch", "transformers", "safetensors", "triton")
 
 
@@ -56,6 +58,7 @@ def build(plan: Plan, facts: Mapping[str, Json], times: Times, device: str) -> d
         "texts": _made(pipeline, facts, Text),
         "activity": _made(pipeline, facts, Activity),
         "packed": _made(pipeline, facts, Packed),
+        "reduced": _made(pipeline, facts, Reduced),
         "saved": _made(pipeline, facts, Saved),
         "metrics": _made(pipeline, facts, Metrics),
         "stages": {step: _took(step, facts, times) for step in pipeline.steps if step in times.totals},
@@ -109,6 +112,14 @@ def _warnings(report: Mapping[str, Json]) -> Iterator[str]:
         if clipped:
             yield f"{step}: {clipped} values were above the exponent window and clipped; leave `window` to the data"
 
+    for step, layers in report["reduced"].items():
+        for layer, facts in layers.items():
+            if thin := facts["figures"].get("thin"):
+                yield (
+                    f"{step}: layer {layer}: merged experts {_short(thin)} were fitted on fewer calibration tokens "
+                    "than they have neurons, and lean on the average of their members; more text helps"
+                )
+
 
 def _short(numbers: Iterable[int], most: int = 12) -> str:
     listed = list(numbers)
@@ -128,7 +139,7 @@ def show(report: Mapping[str, Json], console: Console) -> None:
             console.print(_metric_table(facts))
     console.print(_stage_table(report["stages"]))
     for facts in saved:
-        console.print(_how_to_load(facts["path"]), highlight=False)
+        console.print(_how_to_load(facts), highlight=False)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -144,13 +155,21 @@ def _size_table(facts: Mapping[str, Json]) -> Table:
         before, after = facts[key]["before"], facts[key]["after"]
         table.add_row(label, size(before), size(after), f"{after / before:.3f}x")
     table.add_section()
-    for label, key in (("shared by both", "shared"), ("first expert's", "own"), ("second expert's", "other")):
-        table.add_row(f"mask: {label}", "", f"{facts['masks'][key]:.1%}", "")
-    table.add_row("exponents clipped / flushed to zero", "", f"{facts['clipped']:,} / {facts['flushed']:,}", "")
+    if "masks" in facts:
+        for label, key in (("shared by both", "shared"), ("first expert's", "own"), ("second expert's", "other")):
+            table.add_row(f"mask: {label}", "", f"{facts['masks'][key]:.1%}", "")
+        table.add_row("exponents clipped / flushed to zero", "", f"{facts['clipped']:,} / {facts['flushed']:,}", "")
+    before, after = (sum(counts[i] for counts in facts["experts"].values()) for i in (0, 1))
+    if before != after:
+        table.add_row("experts", f"{before:,}", f"{after:,}", f"{after / before:.3f}x")
     starved = facts["starved"]
     told = "not calibrated" if starved is None else str(sum(len(experts) for experts in starved.values()))
     table.add_row("experts that saw too few tokens", "", told, "")
-    table.add_row("layers packed", str(facts["layers"]), str(facts["packed_layers"]), "")
+    if facts["thin"]:
+        thin = sum(len(experts) for experts in facts["thin"].values())
+        table.add_row("merged experts fitted on few tokens", "", str(thin), "")
+    for kind, count in facts["kinds"].items():
+        table.add_row(f"layers {kind}", str(facts["layers"]), str(count), "")
     return table
 
 
@@ -202,11 +221,12 @@ def _stage_table(stages: Mapping[str, Json]) -> Table:
     return table
 
 
-def _how_to_load(path: str) -> str:
+def _how_to_load(facts: Mapping[str, Json]) -> str:
+    path, imports = escape(facts["path"]), "import moefold, transformers" if facts["needs_moefold"] else _STOCK
     return (
-        f"\nsaved in [bold]{escape(path)}[/]; load it with\n\n"
-        "  import moefold, transformers\n"
-        f'  model = transformers.AutoModelForCausalLM.from_pretrained("{escape(path)}")\n'
+        f"\nsaved in [bold]{path}[/]; load it with\n\n"
+        f"  {imports}\n"
+        f'  model = transformers.AutoModelForCausalLM.from_pretrained("{path}")\n'
     )
 
 

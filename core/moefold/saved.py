@@ -8,6 +8,9 @@ from typing import Self
 
 from moefold.artifact import Artifact, Json
 
+RECORD = "moefold.json"
+"""What was saved, and after the run its whole report: tells that moefold wrote the directory, and serves `compare`."""
+
 
 @dataclass(frozen=True)
 class Saved(Artifact):
@@ -17,15 +20,15 @@ class Saved(Artifact):
     files: dict[str, list[int]]
     """Size in bytes and modification time in nanoseconds by file name.
 
-    The model card is not among them (later stages write into it). The time matters: a run with another threshold
-    into the same directory leaves files of the same sizes.
+    The model card and the record are not among them (what comes later writes into them). The time matters: a run with
+    another threshold into the same directory leaves files of the same sizes.
     """
     figures: dict[str, Json]
 
     @classmethod
-    def of(cls, root: Path, path: str, figures: dict[str, Json], leave_out: str) -> Self:
-        """What stands in the directory `root` now, to be known as `path`; the file `leave_out` aside."""
-        found = (p for p in sorted(root.rglob("*")) if p.is_file() and p.name != leave_out)
+    def of(cls, root: Path, path: str, figures: dict[str, Json], leave_out: tuple[str, ...]) -> Self:
+        """What stands in the directory `root` now, to be known as `path`; the files `leave_out` aside."""
+        found = (p for p in sorted(root.rglob("*")) if p.is_file() and p.name not in leave_out)
         return cls(path, {str(p.relative_to(root)): _stamp(p) for p in found}, figures)
 
     def intact(self) -> bool:

@@ -20,7 +20,7 @@ from moefold.artifact import Json
 from moefold.artifacts import Baseline
 from moefold.errors import InputError, StageError
 from moefold.hooks import Registry
-from moefold.model_card import write_losses
+from moefold.model_card import write_losses, write_records
 from moefold.models import locate
 from moefold.overrides import Overrides
 from moefold.pipeline import Pipeline
@@ -101,6 +101,7 @@ class Session:
         made = report.build(self.plan, found, times, self.device)
         (self.store.root / "report.json").write_text(json.dumps(made, indent=2))
         write_losses(made, self.plan.pipeline)
+        write_records(made)
         return made
 
     def _run(self, pool: Executor, hear: Reporter, workers: int) -> dict[str, Json]:

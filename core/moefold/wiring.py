@@ -47,6 +47,7 @@ class Wiring:
         """Fill `wired` of every draft, and look for circles."""
         for draft in self.drafts.values():
             self._step(draft)
+        self._unread()
         self._circles()
 
     def _step(self, draft: Draft) -> None:
@@ -87,7 +88,9 @@ class Wiring:
         return [d for d in self.drafts.values() if issubclass(d.stage.produces, port.type)]
 
     def _found(self, draft: Draft, port: Port) -> tuple[str, ...]:
-        makers = [d.id for d in self._makers(port) if d is not draft or port.kind == "previous"]
+        found = [d for d in self._makers(port) if d is not draft or port.kind == "previous"]
+        exact = [d for d in found if d.stage.produces is port.type]  # kinds of it, such as merged experts, by name only
+        makers = [d.id for d in exact or found]
         if len(makers) == 1:
             return (makers[0],)
         path = (*draft.path, "needs", port.name)
@@ -102,6 +105,22 @@ class Wiring:
             remedy = f"add one of {', '.join(known)}" if known else "no installed plugin makes it either"
             self.document.problem(path, f"{draft.id} needs {kind}, and no stage makes that; {remedy}")
         return ()
+
+    def _unread(self) -> None:
+        """Work that nobody reads and nobody keeps is a mistake in the wiring: merged experts packed by no one."""
+        read = {identity for draft in self.drafts.values() for ids in draft.wired.values() for identity in ids}
+        for draft in self.drafts.values():
+            if draft.index < 0 or draft.id in read or draft.stage.keep == "always" or self.lost:
+                continue
+            made = draft.stage.produces
+            readers = [
+                f"{d.id}: needs: {{{port.name}: {draft.id}}}"
+                for d in self.drafts.values()
+                for port in d.stage.ports.values()
+                if issubclass(made, port.type)
+            ]
+            remedy = f"write one of {'; '.join(readers)}" if readers else f"add a stage that reads {made.__name__}"
+            self.document.problem(draft.path, f"nothing reads what {draft.id} makes, and it is not kept; {remedy}")
 
     def _circles(self) -> None:
         edges = {

@@ -1,4 +1,4 @@
-"""The model card of a packed checkpoint: how it was made, what it holds, how to load it."""
+"""The model card of a compressed checkpoint: how it was made, what it holds, how to load it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ tags:
 ---
 # {title}
 
-Compressed by moefold {version}: experts of a layer share weights in pairs.
+Compressed by moefold {version}.
 
 ## Loading
 
 ```python
-import moefold_kernels, transformers  # pip install moefold
+{imports}
 model = transformers.AutoModelForCausalLM.from_pretrained("path/of/this/directory")
 ```
 
@@ -47,6 +47,8 @@ Source: `{model}`, fingerprint `{fingerprint}`.
 {steps}
 """
 
+_STOCK = "import transformers"
+
 
 def write_card(title: str, provenance: Provenance, figures: Mapping[str, Json], version: str) -> str:
     """The card as Markdown with the hub's front matter."""
@@ -58,8 +60,8 @@ def write_card(title: str, provenance: Provenance, figures: Mapping[str, Json], 
         sizes="\n".join(
             _size(name, figures[key]) for name, key in (("experts", "expert_bytes"), ("checkpoint", "checkpoint_bytes"))
         ),
-        layers=f"{figures['packed_layers']} of {figures['layers']} layers with experts are packed, format "
-        f"`{figures['format']}`; the others are as in the source.",
+        imports="import moefold_kernels, transformers  # pip install moefold" if figures["needs_moefold"] else _STOCK,
+        layers=_layers(figures),
         masks=_masks(figures),
         starved=_starved(figures["starved"]),
         model=provenance.model,
@@ -72,7 +74,23 @@ def _size(name: str, sizes: Mapping[str, int]) -> str:
     return f"| {name} | {sizes['before']:,} bytes | {sizes['after']:,} bytes | {sizes['after'] / sizes['before']:.3f} |"
 
 
+def _layers(figures: Mapping[str, Json]) -> str:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in figures["kinds"].items()) or "none changed"
+    lines = [f"Of {figures['layers']} layers with experts: {kinds}; the others are as in the source."]
+    if figures["format"] != "none":
+        lines.append(f"Packed in the format `{figures['format']}`.")
+    changed = {tuple(pair) for pair in figures["experts"].values() if pair[0] != pair[1]}
+    if changed:
+        lines.append("Experts per layer: " + ", ".join(f"{a} before, {b} after" for a, b in sorted(changed)) + ".")
+    if figures["thin"]:
+        listed = "\n".join(f"- layer {layer}: {', '.join(map(str, who))}" for layer, who in figures["thin"].items())
+        lines.append(f"Merged experts that were fitted on few calibration tokens:\n\n{listed}")
+    return "\n\n".join(lines)
+
+
 def _masks(figures: Mapping[str, Json]) -> str:
+    if "masks" not in figures:
+        return ""
     share = ", ".join(f"{name} {part:.1%}" for name, part in figures["masks"].items())
     return (
         f"Positions of merged matrices: {share} (own: only the first expert of the pair keeps it; other: only the "

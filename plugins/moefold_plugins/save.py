@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +18,12 @@ from moefold import (
     Activity,
     Checkpoint,
     Json,
+    Layer,
     Layers,
     Packed,
     Provenance,
+    Reduced,
+    Replacement,
     Saved,
     Stage,
     __version__,
@@ -27,20 +32,22 @@ from moefold import (
 )
 from moefold.artifacts import tensor_bytes
 from moefold.errors import FormatError, InputError
-from moefold_kernels import PackedLayer, layout, read_config, write_config
+from moefold.saved import RECORD
+from moefold_kernels import PackedLayer, read_config, write_config
 from moefold_kernels.checkpoint import METHOD
+from moefold_plugins.files import LayerFiles, layer_files
 from moefold_plugins.model_card import write_card
 from moefold_plugins.shards import Shards, check_size, flush, parse_size, write_text
 
 CARD = "README.md"
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "LICENSE*", "NOTICE*")
-_REWRITTEN = ("config.json", "*.index.json", "*.safetensors", "adapter_*", CARD)
+_REWRITTEN = ("config.json", "*.index.json", "*.safetensors", "adapter_*", CARD, RECORD)
 
 
 @stage("save")
 def save(
     checkpoint: Checkpoint,
-    packed: Layers[Packed],
+    experts: Layers[Replacement],
     activity: Layers[Activity] | None,
     provenance: Provenance,
     *,
@@ -49,79 +56,76 @@ def save(
         int | str, AfterValidator(check_size), Field(description="largest shard: bytes, or like 4GB")
     ] = "4GB",
 ) -> Saved:
-    """Write a checkpoint with the packed experts in place of the source's."""
+    """Write a checkpoint with packed, merged or pruned experts in place of the source's."""
     target = Path(to).expanduser()
     _refuse(target, checkpoint)
     with _replacing(target) as directory:
         with Shards(directory, parse_size(shard_size)) as shards:
-            entries, totals = _write_tensors(checkpoint, packed, shards)
-        figures = _figures(checkpoint, totals, shards.total, activity)
-        write_text(directory / "config.json", _config(checkpoint, entries))
+            written = _write_tensors(checkpoint, experts, shards)
+        figures = _figures(checkpoint, written, shards.total, activity)
+        write_text(directory / "config.json", _config(checkpoint, written))
         _copy_others(checkpoint.path, directory)
         write_text(directory / CARD, write_card(target.name, provenance, figures, __version__))
-        return Saved.of(directory, str(target), figures, leave_out=CARD)
+        write_text(directory / RECORD, json.dumps({"moefold": __version__, "saved": figures}, indent=2) + "\n")
+        return Saved.of(directory, str(target), figures, leave_out=(CARD, RECORD))
 
 
-class _Totals:
-    """What is summed over layers while each is in memory."""
+@dataclass
+class _Written:
+    """What is gathered over layers while each is in memory."""
 
-    def __init__(self) -> None:
-        self.before = self.after = self.layers = self.packed = 0
-        self.counts: dict[str, int] = {}
-        self.formats: set[str] = set()
+    entries: dict[int, PackedLayer]
+    config: dict[str, Json] = field(default_factory=dict)
+    kinds: dict[int, str] = field(default_factory=dict)
+    experts: dict[int, list[int]] = field(default_factory=dict)
+    """Layer -> how many experts before and after."""
+    before: int = 0
+    after: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    formats: set[str] = field(default_factory=set)
+    thin: dict[int, list[int]] = field(default_factory=dict)
 
-    def add(self, packed: Packed, before: int, after: int) -> None:
+    def add(self, layer: Layer, value: Replacement | None, files: LayerFiles | None, before: int) -> None:
         self.before += before
-        self.after += after
-        self.layers += 1
-        self.packed += bool(packed.pairs)
-        for name, count in packed.counts.items():
-            self.counts[name] = self.counts.get(name, 0) + count
-        self.formats |= {packed.format} if packed.pairs else set()
+        self.after += before if files is None else files.bytes
+        self.experts[layer.number] = [layer.expert_count, layer.expert_count if files is None else files.experts]
+        if files is None:
+            return
+        self.kinds[layer.number] = files.kind
+        if files.entry is not None:
+            self.entries[layer.number] = files.entry
+        for name, given in files.config.items():
+            if self.config.setdefault(name, given) != given:
+                raise FormatError(
+                    f"layer {layer.number} wants {name}: {given} in config.json and a layer before it "
+                    f"{self.config[name]}; such models have one number for all layers: compress all layers alike"
+                )
+        if isinstance(value, Packed):
+            self.formats.add(value.format)
+            for name, count in value.counts.items():
+                self.counts[name] = self.counts.get(name, 0) + count
+        if isinstance(value, Reduced) and value.figures.get("thin"):
+            self.thin[layer.number] = value.figures["thin"]
 
 
-def _write_tensors(
-    checkpoint: Checkpoint, packed: Layers[Packed], shards: Shards
-) -> tuple[dict[int, PackedLayer], _Totals]:
-    """Copy what is not replaced, then each layer's experts; one layer is in memory at a time."""
-    entries, totals = dict(checkpoint.packed_layers), _Totals()
-    names = {layer.number: layer.names() for layer in checkpoint.layers()}
-    if unknown := sorted(set(packed) - set(names)):
+def _write_tensors(checkpoint: Checkpoint, replaced: Layers[Replacement], shards: Shards) -> _Written:
+    """Each layer's experts, one layer in memory at a time, then what is copied as it is."""
+    layers = {layer.number: layer for layer in checkpoint.layers()}
+    if unknown := sorted(set(replaced) - set(layers)):
         raise FormatError(f"{checkpoint.path}: decoder layer {unknown[0]} has no routed experts to replace")
-    keys = {number: set(place.keys) for number, place in names.items()}
-    sizes = {number: sum(_bytes(checkpoint, key) for key in own) for number, own in keys.items()}
-    experts = set[str]().union(*keys.values())
+    written, dropped = _Written(dict(checkpoint.packed_layers)), set[str]()
+    for number, layer in layers.items():
+        value = replaced.get(number)
+        files = None if value is None else layer_files(layer, value)
+        for name, tensor in () if files is None else files.tensors:
+            shards.add(name, tensor)
+        dropped |= files.drops if files else set()
+        written.add(layer, value, files, sum(_bytes(checkpoint, key) for key in layer.names().keys))
     with checkpoint.reading() as read:
         for key in checkpoint.weight_map:
-            if key not in experts:
+            if key not in dropped:
                 shards.add(key, read(key))
-        for number, place in names.items():
-            layer = packed.get(number)
-            if layer is not None and layer.pairs:
-                entries[number] = _entry(place.prefix, place.matrix, layer)
-                _write_layer(entries[number], layer, shards)
-                totals.add(layer, sizes[number], layer.bytes())
-                continue
-            for key in place.keys:
-                shards.add(key, read(key))
-            totals.add(layer or Packed("", [], [], {}, {}, {}, {}), sizes[number], sizes[number])
-    return entries, totals
-
-
-def _entry(prefix: str, matrix: dict[str, str], layer: Packed) -> PackedLayer:
-    if layer.format != layout.EXPONENT:
-        raise FormatError(f"format {layer.format} has no checkpoint layout; save knows {layout.EXPONENT}")
-    pairs = tuple((first, second) for first, second in layer.pairs)
-    return PackedLayer(prefix, layer.settings, pairs, tuple(layer.dense), {name: matrix[name] for name in layer.words})
-
-
-def _write_layer(entry: PackedLayer, layer: Packed, shards: Shards) -> None:
-    for matrix, words in layer.words.items():
-        for pair in range(len(layer.pairs)):
-            shards.add(entry.packed(pair, matrix), words[pair])
-        for number in range(len(layer.dense)):
-            shards.add(entry.alone(number, matrix), layer.experts[matrix][number])
-    shards.add(entry.tripwire, torch.empty(0, dtype=torch.bfloat16))
+    return written
 
 
 def _bytes(checkpoint: Checkpoint, key: str) -> int:
@@ -129,38 +133,52 @@ def _bytes(checkpoint: Checkpoint, key: str) -> int:
     return tensor_bytes(torch.empty(shape, dtype=dtype, device="meta"))
 
 
-def _figures(checkpoint: Checkpoint, totals: _Totals, after: int, activity: Layers[Activity] | None) -> dict[str, Json]:
-    weights = max(totals.counts.get("weights", 0), 1)
+def _figures(
+    checkpoint: Checkpoint, written: _Written, after: int, activity: Layers[Activity] | None
+) -> dict[str, Json]:
     starved = None
     if activity is not None:
         found = ((number, value.starved) for number, value in activity.items())
         starved = {str(number): list(who) for number, who in found if who}
-    return {
-        "format": ", ".join(sorted(totals.formats)) or "none",
-        "expert_bytes": {"before": totals.before, "after": totals.after},
+    figures: dict[str, Json] = {
+        "format": ", ".join(sorted(written.formats)) or "none",
+        "kinds": dict(Counter(written.kinds.values())),
+        "experts": {str(number): counts for number, counts in written.experts.items()},
+        "expert_bytes": {"before": written.before, "after": written.after},
         "checkpoint_bytes": {"before": sum(_bytes(checkpoint, key) for key in checkpoint.weight_map), "after": after},
-        "masks": {name: totals.counts.get(name, 0) / weights for name in ("shared", "own", "other", "zero")},
-        "clipped": totals.counts.get("clipped", 0),
-        "flushed": totals.counts.get("flushed", 0),
         "starved": starved,
-        "layers": totals.layers,
-        "packed_layers": totals.packed,
+        "thin": {str(number): who for number, who in written.thin.items()},
+        "layers": len(written.experts),
+        "replaced_layers": len(written.kinds),
+        "needs_moefold": bool(written.entries),
     }
+    weights = written.counts.get("weights", 0)
+    if weights:
+        figures["masks"] = {name: written.counts[name] / weights for name in ("shared", "own", "other", "zero")}
+        figures |= {name: written.counts.get(name, 0) for name in ("clipped", "flushed")}
+    return figures
 
 
-def _config(checkpoint: Checkpoint, entries: dict[int, PackedLayer]) -> str:
+def _config(checkpoint: Checkpoint, written: _Written) -> str:
     """The source's config.json, its text untouched, with our entry at its end: one line per layer."""
-    entry = write_config(entries)
-    read_config(json.loads(json.dumps(entry)))  # what is written must be what readers accept
     source = (checkpoint.path / "config.json").read_text(encoding="utf-8")
-    if not entries:
+    config = dict(checkpoint.config)
+    if written.config:
+        part = config.get("text_config")
+        if isinstance(part, dict):
+            config["text_config"] = part | written.config
+        else:
+            config |= written.config
+        source = json.dumps(config, indent=2) + "\n"
+    if not written.entries:
         return source
+    entry = write_config(written.entries)
+    read_config(json.loads(json.dumps(entry)))  # what is written must be what readers accept
     lines = ",\n".join(f"      {json.dumps(number)}: {json.dumps(layer)}" for number, layer in entry["layers"].items())
     head = json.dumps({name: value for name, value in entry.items() if name != "layers"})
     ours = f'"quantization_config": {{\n    {head[1:-1]},\n    "layers": {{\n{lines}\n    }}\n  }}'
-    if "quantization_config" in checkpoint.config:
-        config = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
-        source = json.dumps(config, indent=2)
+    if "quantization_config" in config:
+        source = json.dumps({name: value for name, value in config.items() if name != "quantization_config"}, indent=2)
     text = source.rstrip().removesuffix("}").rstrip()
     comma = "" if text.endswith("{") else ","
     return f"{text}{comma}\n  {ours}\n}}\n"
@@ -193,7 +211,9 @@ def _refuse(target: Path, checkpoint: Checkpoint) -> None:
 
 
 def _ours(target: Path) -> bool:
-    try:
+    if (target / RECORD).is_file():
+        return True
+    try:  # written before there were records
         entry = json.loads((target / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError):
         return False

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from moefold import Activity, Experts, Groups, PairMerge, Routed, Saved
-from moefold.artifacts import Packed
 from moefold.errors import StoreError
+from moefold.replacements import Packed
 
 
 def experts(gated: bool = True) -> Experts:

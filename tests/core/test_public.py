@@ -19,10 +19,10 @@ from moefold_kernels import layout
 ROOT = Path(__file__).parents[2]
 
 PUBLIC = {
-    "Activity", "Artifact", "Baseline", "Checkpoint", "Codec", "Coded", "CodedLayer", "Context", "DualMask",
+    "Activity", "Aligned", "Artifact", "Baseline", "Checkpoint", "Codec", "Coded", "CodedLayer", "Context", "DualMask",
     "ExpertNames", "Experts", "Groups", "Json", "Layer", "Layers", "MergedPair", "Metrics", "MoefoldError", "Packed",
-    "PairMerge", "Previous", "Provenance", "Routed", "Saved", "Similarity", "Stage", "StreamedModel", "Text",
-    "__version__", "hookimpl", "stage",
+    "PairMerge", "Previous", "Provenance", "Reduced", "Replacement", "Routed", "Saved", "Similarity", "Stage",
+    "StreamedModel", "Text", "Unpacked", "__version__", "hookimpl", "stage",
 }  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def test_what_is_saved_loads_as_packed(sources, family, pairs, tmp_path):
     with torch.no_grad():
         assert torch.equal(model(ids).logits, twin(ids).logits)
     assert saved.intact()
-    assert saved.figures["packed_layers"] == saved.figures["layers"] == len(layers)
+    assert saved.figures["replaced_layers"] == saved.figures["layers"] == len(layers)
 
 
 def fill(model, number: int, experts) -> None:
@@ -135,7 +135,7 @@ def test_shards_and_index(sources, tmp_path):
     assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
     assert len(shards) > 2
     assert index["metadata"]["total_size"] == saved.figures["checkpoint_bytes"]["after"]
-    assert saved.files.keys() == {p.name for p in (tmp_path / "out").iterdir()} - {"README.md"}
+    assert saved.files.keys() == {p.name for p in (tmp_path / "out").iterdir()} - {"README.md", "moefold.json"}
     (tmp_path / "out" / shards[1]).write_bytes(b"")
     assert not saved.intact()
 
@@ -176,7 +176,7 @@ def test_layers_without_pairs_stay_as_they_are(sources, tmp_path):
     source = sources("mixtral")
     mixed = Layers({0: packed_layer(source.layer(0), []), 1: packed_layer(source.layer(1), [[0, 1]])})
     saved = save(source, mixed, None, PROVENANCE, to=tmp_path / "out")
-    assert (saved.figures["layers"], saved.figures["packed_layers"]) == (2, 1)
+    assert (saved.figures["layers"], saved.figures["replaced_layers"]) == (2, 1)
     out = Checkpoint.open(str(tmp_path / "out"))
     assert all(torch.equal(out.tensor(key), source.tensor(key)) for key in source.layer(0).names().keys)
     assert list(out.packed_layers) == [1]

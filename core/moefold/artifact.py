@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -20,6 +21,8 @@ from moefold.errors import StoreError
 
 Json = Any
 """A value that JSON can hold."""
+
+T = TypeVar("T")
 
 _KEY = "moefold"
 
@@ -55,10 +58,11 @@ class Artifact:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote; tensors are on the CPU."""
+        """Read what `save` wrote, as the kind of it that was saved; tensors are on the CPU."""
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(_KEY, "null"))
-            if not header or header["type"] != cls.__name__:
+            kind = next((k for k in _kinds(cls) if header and k.__name__ == header["type"]), None)
+            if kind is None:
                 raise StoreError(f"{path} does not hold a {cls.__name__}; delete it, and it is computed again")
             values: dict[str, Any] = dict(header["plain"]) | {name: {} for name in header["groups"]}
             for key in file.keys():  # noqa: SIM118  (safe_open is no dict)
@@ -67,7 +71,7 @@ class Artifact:
                     values[name][inner] = file.get_tensor(key)
                 else:
                     values[name] = file.get_tensor(key)
-        return cls(**values)
+        return kind(**values)
 
     def intact(self) -> bool:
         """Whether what the artifact points to outside the store is still as it was written."""
@@ -76,3 +80,9 @@ class Artifact:
     def facts(self) -> dict[str, Json]:
         """Small figures for the report: JSON, no tensors."""
         return {}
+
+
+def _kinds(artifact: type[T]) -> Iterator[type[T]]:
+    yield artifact
+    for kind in artifact.__subclasses__():
+        yield from _kinds(kind)

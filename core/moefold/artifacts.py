@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -56,6 +56,11 @@ class Experts(Artifact):
     def inner(self) -> int:
         """The width of an expert's hidden activations."""
         return self.down.shape[2]
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device."""
+        values: dict[str, Json] = {item.name: getattr(self, item.name) for item in fields(self)}
+        return replace(self, **{name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)})
 
     def matrices(self) -> dict[str, Tensor]:
         """The weight matrices by their standard names, as views: `[expert, rows, columns]`."""

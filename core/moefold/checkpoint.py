@@ -227,6 +227,15 @@ class Layer:
         """Where the routed experts are on disk."""
         return self.checkpoint.skeleton.names(self.number)
 
+    def activate(self, experts: Experts, expert: int, tokens: Tensor) -> Tensor:
+        """Hidden activations h_e(x), `[token, inner]`, of one of `experts`, with the family's own gate and biases."""
+        return self.checkpoint.skeleton.activate(self.number, experts, expert, tokens)
+
+    def output(self, experts: Experts, expert: int, tokens: Tensor) -> Tensor:
+        """What one of `experts` gives before its gate weight, f_e(x): `[token, hidden]`."""
+        bias = None if experts.down_bias is None else experts.down_bias[expert]
+        return torch.nn.functional.linear(self.activate(experts, expert, tokens), experts.down[expert], bias)
+
     def tensor(self, name: str, device: str | torch.device = "cpu") -> Tensor:
         """Any tensor of the checkpoint by its full name."""
         return self.checkpoint.tensor(name, device)

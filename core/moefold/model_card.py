@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moefold.artifact import Json
 from moefold.pipeline import Pipeline
-from moefold.saved import RECORD
+from moefold.saved import Saved
 
 HEADING = "## What was lost"
 
@@ -33,7 +33,7 @@ def write_records(report: Mapping[str, Json]) -> None:
         for facts in layers.values():
             place = Path(facts["path"])
             if place.is_dir():
-                (place / RECORD).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                (place / Saved.RECORD).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def _write(card: Path, rows: Iterable[Mapping[str, Json]]) -> None:

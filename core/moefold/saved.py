@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from moefold.artifact import Artifact, Json
-
-RECORD = "moefold.json"
-"""What was saved, and after the run its whole report: tells that moefold wrote the directory, and serves `compare`."""
 
 
 @dataclass(frozen=True)
 class Saved(Artifact):
     """A checkpoint directory that a stage wrote: its files with sizes, and what was saved."""
 
+    RECORD: ClassVar[str] = "moefold.json"
+    """What was saved, and after the run its whole report: tells that moefold wrote the directory, serves `compare`."""
     path: str
     files: dict[str, list[int]]
     """Size in bytes and modification time in nanoseconds by file name.

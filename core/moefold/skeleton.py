@@ -72,6 +72,10 @@ class Skeleton:
             return fused.canonical(module, own)
         return fused.with_biases(module, self._decoded(packed, device), [own[name] for name in stored])
 
+    def activate(self, number: int, experts: Experts, expert: int, tokens: Tensor) -> Tensor:
+        """Hidden activations h_e(x), `[token, inner]`, of one expert through the module's own gate and biases."""
+        return fused.activate(self.module(self.experts[number]), experts, expert, tokens)
+
     def names(self, number: int) -> ExpertNames:
         """Where one layer's routed experts are on disk."""
         packed = self.checkpoint.packed_layers.get(number)

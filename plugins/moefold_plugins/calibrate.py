@@ -70,8 +70,8 @@ def observe(
     The L2 norm over routed tokens is Wanda's (arXiv 2306.11695, section 3) and PuzzleMoE's (arXiv 2511.04805): of the
     expert's inputs for gate and up, of its hidden activations for down.
     """
-    streamed = StreamedModel(layer.checkpoint, context.device)
-    counts = torch.bincount(routed.top_k_index.flatten(), minlength=experts.count)[: experts.count]
+    experts, reached = experts.to(context.device), routed.reaches(experts)
+    counts = torch.stack([(reached == expert).any(dim=1).sum() for expert in range(experts.count)])
     input_norm = torch.empty(experts.count, routed.tokens.shape[1])
     inner_norm = torch.empty(experts.count, experts.inner)
     starved = (counts < minimum).nonzero().flatten().tolist()
@@ -79,19 +79,15 @@ def observe(
     for expert in range(experts.count):
         tokens, scale = typical, (minimum / len(typical)) ** 0.5
         if expert not in starved:
-            tokens, scale = routed.tokens[(routed.top_k_index == expert).any(dim=1)], 1.0
-        squares = [
-            _squares(streamed, layer.number, experts, expert, part.to(context.device)) for part in tokens.split(CHUNK)
-        ]
+            tokens, scale = routed.tokens[(reached == expert).any(dim=1)], 1.0
+        squares = [_squares(layer, experts, expert, part.to(context.device)) for part in tokens.split(CHUNK)]
         input_norm[expert] = sum(s[0] for s in squares).sqrt().cpu() * scale  # type: ignore[union-attr]
         inner_norm[expert] = sum(s[1] for s in squares).sqrt().cpu() * scale  # type: ignore[union-attr]
     return Activity(counts, input_norm, inner_norm, len(routed.tokens), minimum, starved)
 
 
-def _squares(
-    streamed: StreamedModel, number: int, experts: Experts, expert: int, tokens: Tensor
-) -> tuple[Tensor, Tensor]:
-    inner = streamed.activate(number, experts, expert, tokens)
+def _squares(layer: Layer, experts: Experts, expert: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    inner = layer.activate(experts, expert, tokens)
     return tokens.float().square().sum(dim=0), inner.float().square().sum(dim=0)
 
 

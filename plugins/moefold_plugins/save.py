@@ -32,7 +32,6 @@ from moefold import (
 )
 from moefold.artifacts import tensor_bytes
 from moefold.errors import FormatError, InputError
-from moefold.saved import RECORD
 from moefold_kernels import PackedLayer, read_config, write_config
 from moefold_kernels.checkpoint import METHOD
 from moefold_plugins.files import LayerFiles, layer_files
@@ -41,7 +40,7 @@ from moefold_plugins.shards import Shards, check_size, flush, parse_size, write_
 
 CARD = "README.md"
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "LICENSE*", "NOTICE*")
-_REWRITTEN = ("config.json", "*.index.json", "*.safetensors", "adapter_*", CARD, RECORD)
+_REWRITTEN = ("config.json", "*.index.json", "*.safetensors", "adapter_*", CARD, Saved.RECORD)
 
 
 @stage("save")
@@ -66,8 +65,8 @@ def save(
         write_text(directory / "config.json", _config(checkpoint, written))
         _copy_others(checkpoint.path, directory)
         write_text(directory / CARD, write_card(target.name, provenance, figures, __version__))
-        write_text(directory / RECORD, json.dumps({"moefold": __version__, "saved": figures}, indent=2) + "\n")
-        return Saved.of(directory, str(target), figures, leave_out=(CARD, RECORD))
+        write_text(directory / Saved.RECORD, json.dumps({"moefold": __version__, "saved": figures}, indent=2) + "\n")
+        return Saved.of(directory, str(target), figures, leave_out=(CARD, Saved.RECORD))
 
 
 @dataclass
@@ -211,7 +210,7 @@ def _refuse(target: Path, checkpoint: Checkpoint) -> None:
 
 
 def _ours(target: Path) -> bool:
-    if (target / RECORD).is_file():
+    if (target / Saved.RECORD).is_file():
         return True
     try:  # written before there were records
         entry = json.loads((target / "config.json").read_text(encoding="utf-8")).get("quantization_config")

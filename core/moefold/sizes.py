@@ -30,7 +30,7 @@ class Sizes:
 
 def sizes(name: str, registry: Registry) -> list[Sizes]:
     """Every different kind of layer with routed experts, of a model that ships, a directory, or a model of the hub."""
-    from moefold.skeleton import on_meta  # transformers is slow to import
+    from moefold.meta import on_meta  # transformers is slow to import
 
     path = Path(str(registry.models.get(name, name))).expanduser().absolute()
     if not path.exists():

@@ -1,7 +1,7 @@
 """The model without weights, of which a part at a time becomes real.
 
 Leans on functions of transformers that are importable but not promised (`initialization`, dtype plans; read at 5.17
-and 5.23); so does sources.py, and nothing else.
+and 5.23); so do sources.py and meta.py, and nothing else.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.core_model_loading import build_glob_alternation
 
@@ -20,15 +20,12 @@ from moefold import fused
 from moefold.artifacts import Experts
 from moefold.checkpoint import Checkpoint, ExpertNames
 from moefold.errors import CheckpointError
+from moefold.meta import SUPPORTED, dtype_of, on_meta
 from moefold.sources import Device, Sources, split
 from moefold_kernels.checkpoint import PackedLayer, read_layer
 from moefold_kernels.errors import FormatError as KernelFormatError
 
 Wanted = Callable[[str], bool]
-SUPPORTED = (
-    "moefold reads the ForCausalLM models of transformers whose experts have its fused interface "
-    "(Mixtral, Qwen2/3-MoE, OLMoE, DeepSeek-V2/V3, GLM-4-MoE, GPT-OSS and others)"
-)
 
 
 class Skeleton:
@@ -41,7 +38,7 @@ class Skeleton:
         self, checkpoint: Checkpoint, dtype: torch.dtype | None = None, sources: Sources | None = None
     ) -> None:
         self.checkpoint = checkpoint
-        self.dtype = dtype or _dtype(checkpoint)
+        self.dtype = dtype or dtype_of(checkpoint)
         self.model = on_meta(checkpoint, self.dtype)
         self.name = type(self.model).__name__
         self.experts, self.layers = self._find_experts()
@@ -215,32 +212,3 @@ class Skeleton:
         while not isinstance(self.module(path), PreTrainedModel):
             path = path.rpartition(".")[0]
         return self.module(path)
-
-
-def on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model that config.json describes, without weights; code from the checkpoint is never run."""
-    make: Any = AutoModelForCausalLM.from_config
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
-        vars(config).pop("quantization_config", None)  # moefold's own: experts are decoded here
-        with torch.device("meta"), init.no_init_weights(), init.meta_device_safe_creation_ops():
-            model: PreTrainedModel = make(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, OSError, ImportError, LookupError, AttributeError, TypeError) as error:
-        kind = checkpoint.config.get("model_type", "no model_type")
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        message = f"{checkpoint.path / 'config.json'}: {kind}: no model can be made of it ({first}); {SUPPORTED}"
-        raise CheckpointError(message) from error
-    model.train(False)
-    return model
-
-
-def _dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """What `dtype="auto"` means in transformers: config.json's, or that of the first floating tensor."""
-    name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    if isinstance(name, str):
-        found = getattr(torch, name.removeprefix("torch."), None)
-        if not isinstance(found, torch.dtype):
-            raise CheckpointError(f"{checkpoint.path / 'config.json'}: dtype {name!r} is none that torch has")
-        return found
-    dtypes = (checkpoint.header(key)[1] for key in checkpoint.weight_map)
-    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)

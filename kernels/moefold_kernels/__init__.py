@@ -4,7 +4,8 @@ After `import moefold_kernels`, stock transformers loads packed checkpoints (see
 """
 
 from moefold_kernels.backend import Answer, Backend, Need, Reference, ask, builtin, choose
-from moefold_kernels.checkpoint import PackedLayer, fuse, read_config, read_layer, write_config
+from moefold_kernels.checkpoint import LayerEntry, PackedLayer, fuse, read_config, read_layer, write_config
+from moefold_kernels.entry import MergedLayer
 from moefold_kernels.errors import BackendError, FormatError, KernelsError
 from moefold_kernels.reference import PackedExperts, decode, decode_pairs, encode, experts
 from moefold_kernels.registration import arm
@@ -15,6 +16,8 @@ __all__ = [
     "BackendError",
     "FormatError",
     "KernelsError",
+    "LayerEntry",
+    "MergedLayer",
     "Need",
     "PackedExperts",
     "PackedLayer",

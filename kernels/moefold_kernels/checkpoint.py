@@ -1,4 +1,4 @@
-"""A packed checkpoint's names and its entry in config.json: once, for the writer and for every reader.
+"""A compressed checkpoint's names and its entry in config.json: once, for the writer and for every reader.
 
     {experts}.{pair}.gate_proj.packed_weight   [inner, hidden] int16   (up_proj alike; down_proj [hidden, inner])
     {experts}.{number}.gate_proj.weight        the experts left alone, numbered from 0 on their own, source dtype
@@ -7,12 +7,11 @@
 `{experts}` is the prefix that the source's own files use, and so are the matrices' names (Mixtral: w1, w3, w2). The
 names are 2-D and per pair because vLLM's loader takes them for experts; the suffix must not begin with `weight`, on
 which transformers 5.17's patterns would match. The tripwire makes a stock transformers without this package raise
-instead of initialising experts at random.
+instead of initialising experts at random. Layers that were merged and not packed: entry.py.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moefold_kernels import layout
+from moefold_kernels.entry import MERGED, MergedLayer, check_keys, check_prefix, is_name, read_merged, read_route
 from moefold_kernels.errors import FormatError
 from moefold_kernels.reference import decode
 
@@ -95,14 +95,17 @@ class PackedLayer:
         }
 
 
-def write_config(layers: Mapping[int, PackedLayer]) -> dict[str, Json]:
+LayerEntry = PackedLayer | MergedLayer
+
+
+def write_config(layers: Mapping[int, LayerEntry]) -> dict[str, Json]:
     """config.json's `quantization_config` for these decoder layers."""
     entries = {str(number): layers[number].to_json() for number in sorted(layers)}
     return {"quant_method": METHOD, "version": VERSION, "layers": entries}
 
 
-def read_config(config: Mapping[str, Json]) -> dict[int, PackedLayer]:
-    """The packed decoder layers by number; the layers not listed are stock.
+def read_config(config: Mapping[str, Json]) -> dict[int, LayerEntry]:
+    """The packed and merged decoder layers by number; the layers not listed are stock.
 
     Raises FormatError, with the place in config.json, for anything that this version would not write.
     """
@@ -111,7 +114,7 @@ def read_config(config: Mapping[str, Json]) -> dict[int, PackedLayer]:
         raise FormatError(f"{where}.quant_method is {config.get('quant_method')!r}, not {METHOD!r}")
     if config.get("version") != VERSION:
         raise FormatError(f"{where}.version is {config.get('version')!r}, this moefold reads {VERSION}: use another")
-    _check_keys(where, config, {"quant_method", "version", "layers"})
+    check_keys(where, config, {"quant_method", "version", "layers"})
     layers = config["layers"]
     if not isinstance(layers, Mapping):
         raise FormatError(f"{where}.layers is a {type(layers).__name__}, not an object of decoder layers")
@@ -124,7 +127,7 @@ def read_config(config: Mapping[str, Json]) -> dict[int, PackedLayer]:
 
 
 def read_layer(get: Callable[[str], Tensor], layer: PackedLayer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The decoded matrices of every expert in the original order: standard name -> [expert, rows, columns].
+    """The decoded matrices of every expert, in the order before packing: standard name -> [expert, rows, columns].
 
     `get` gives a tensor by its name in the files; it is asked for one pair's matrix at a time. `dtype` is the
     experts' (default: that of the experts left alone, bfloat16 where there are none).
@@ -155,20 +158,21 @@ def _read_matrix(get: Callable[[str], Tensor], layer: PackedLayer, matrix: str, 
     return out
 
 
-def _read_layer_entry(where: str, entry: Json) -> PackedLayer:
+def _read_layer_entry(where: str, entry: Json) -> LayerEntry:
     if not isinstance(entry, Mapping):
         raise FormatError(f"{where} is a {type(entry).__name__}, not an object")
-    _check_keys(where, entry, {"prefix", "format", "window", "pairs", "dense", "route", "matrix"})
+    return read_merged(where, entry) if entry.get("format") == MERGED else _read_packed(where, entry)
+
+
+def _read_packed(where: str, entry: Mapping[str, Json]) -> PackedLayer:
+    check_keys(where, entry, {"prefix", "format", "window", "pairs", "dense", "route", "matrix"})
     if entry["format"] != layout.EXPONENT:
-        raise FormatError(f"{where}.format is {entry['format']!r}; this version knows {layout.EXPONENT} only")
-    if not _is_name(entry["prefix"]):
-        raise FormatError(f"{where}.prefix is {entry['prefix']!r}, not the name of the experts' module")
-    if entry["route"] is not None:
-        raise FormatError(f"{where}.route: format {layout.EXPONENT} version {VERSION} keeps every expert; write null")
+        raise FormatError(f"{where}.format is {entry['format']!r}; this version knows {layout.EXPONENT}, {MERGED}")
+    check_prefix(where, entry["prefix"])
     matrix, window = entry["matrix"], entry["window"]
     if not isinstance(matrix, Mapping) or set(matrix) not in (set(GATED), set(UNGATED)):
         raise FormatError(f"{where}.matrix has to name {', '.join(GATED)} (or {', '.join(UNGATED)})")
-    if not all(map(_is_name, matrix.values())) or len(set(matrix.values())) != len(matrix):
+    if not all(map(is_name, matrix.values())) or len(set(matrix.values())) != len(matrix):
         raise FormatError(f"{where}.matrix: {sorted(map(str, matrix.values()))} are no names of different tensors")
     if not isinstance(window, Mapping) or set(window) != set(matrix):
         raise FormatError(f"{where}.window has to have one exponent for each of {', '.join(sorted(matrix))}")
@@ -178,6 +182,9 @@ def _read_layer_entry(where: str, entry: Json) -> PackedLayer:
         except FormatError as error:
             raise FormatError(f"{where}.window.{name}: {error}") from error
     pairs, dense = _read_members(where, entry["pairs"], entry["dense"])
+    route = None if entry["route"] is None else read_route(where, entry["route"])
+    if route is not None and max(route) + 1 != layout.SLOTS * len(pairs) + len(dense):
+        raise FormatError(f"{where}.route leads to {max(route) + 1} experts, pairs and dense name another number")
     names = GATED if "gate_proj" in matrix else UNGATED
     return PackedLayer(
         prefix=entry["prefix"],
@@ -185,6 +192,7 @@ def _read_layer_entry(where: str, entry: Json) -> PackedLayer:
         pairs=pairs,
         dense=dense,
         matrix={name: matrix[name] for name in names},
+        route=route,
     )
 
 
@@ -196,15 +204,3 @@ def _read_members(where: str, pairs: Json, dense: Json) -> tuple[tuple[tuple[int
     if not all(type(expert) is int for expert in members) or sorted(members) != list(range(len(members))):
         raise FormatError(f"{where}: pairs and dense together have to name each expert 0 .. {len(members) - 1} once")
     return tuple((pair[0], pair[1]) for pair in pairs), tuple(dense)
-
-
-def _is_name(value: Json) -> bool:
-    """Whether it can be (part of) a tensor's name; transformers takes names for regular expressions."""
-    return isinstance(value, str) and re.fullmatch(r"\w+(\.\w+)*", value) is not None
-
-
-def _check_keys(where: str, entry: Mapping[str, Json], known: set[str]) -> None:
-    if unknown := sorted(set(entry) - known):
-        raise FormatError(f"{where}.{unknown[0]}: unknown key; known: {', '.join(sorted(known))}")
-    if missing := sorted(known - set(entry)):
-        raise FormatError(f"{where}.{missing[0]} is missing")

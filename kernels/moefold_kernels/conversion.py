@@ -13,8 +13,6 @@ from moefold_kernels.checkpoint import PACKED_SUFFIX, PackedLayer
 from moefold_kernels.errors import FormatError
 from moefold_kernels.module import DOWN_DENSE, DOWN_PACKED, GATE_UP_DENSE, GATE_UP_PACKED, gate_up_name
 
-__all__ = ["Place", "converters", "gate_up_name"]
-
 
 @dataclass(frozen=True)
 class Place:

@@ -19,6 +19,7 @@ from moefold_kernels.activation import OTHER, between
 from moefold_kernels.backend import Need
 from moefold_kernels.errors import BackendError
 from moefold_kernels.module import PackedModule
+from moefold_kernels.routed import RoutedModule
 from moefold_kernels.triton.backend import Triton
 
 NAME = "moefold"
@@ -118,7 +119,7 @@ def _stock(module: Any, *batch: Tensor) -> Tensor:
             f"{type(module).__name__} is not packed, and experts_implementation={NAME!r} is for packed checkpoints; "
             'name another one: model.set_experts_implementation("grouped_mm")'
         )
-    stock: Any = module.stock_class if isinstance(module, PackedModule) else type(module)
+    stock: Any = module.stock_class if isinstance(module, RoutedModule) else type(module)
     eager = stock.forward.__wrapped__  # what transformers' decorator has wrapped
     return ALL_EXPERTS_FUNCTIONS.get_interface(module.fallback, eager)(module, *batch)  # type: ignore[no-any-return]
 

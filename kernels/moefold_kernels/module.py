@@ -9,8 +9,7 @@ reads the words themselves (implementation.py).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +19,15 @@ from moefold_kernels.checkpoint import PackedLayer
 from moefold_kernels.errors import FormatError
 from moefold_kernels.places import tables
 from moefold_kernels.reference import PackedExperts
+from moefold_kernels.routed import RoutedModule, bias_names, check_outputs, put, resize, route_table, spread
 
 GATE_UP_PACKED, DOWN_PACKED = "gate_up_packed", "down_packed"
 GATE_UP_DENSE, DOWN_DENSE = "gate_up_dense", "down_dense"
-BUFFERS = ("dtype_like", "places", "placed")
-"""They move with the module and are saved nowhere: the checkpoint's entry says what is in them."""
 
 
-class PackedModule(nn.Module):
+class PackedModule(RoutedModule):
     """What a packed experts module has beside its stock class; never instantiated by itself."""
 
-    stock_class: type[nn.Module]
     packed_layer: PackedLayer
     gate_up_packed: Tensor  # [pair, 2 * inner, hidden] int16, gate rows before up rows
     down_packed: Tensor  # [pair, hidden, inner] int16
@@ -64,22 +61,11 @@ class PackedModule(nn.Module):
         finally:
             self._decoded = None
 
-    def fill_tables(self) -> None:
-        """Write the buffers' values, which no checkpoint has; whoever makes memory for a module on meta calls this."""
-        if not self.places.is_meta:
-            for buffer, table in zip((self.places, self.placed), self._tables(), strict=True):
-                buffer.copy_(table)
-
-    def _tables(self) -> tuple[Tensor, Tensor]:
-        return tables(self.packed_layer.pairs, self.packed_layer.dense)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        """As every module does it, and `to_empty` leaves tables that mean something."""
-        was_meta = self.places.is_meta
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
-        if was_meta:
-            self.fill_tables()
-        return self
+    def table_values(self) -> dict[str, Tensor]:
+        """Where each expert's weights are, and the route where experts were merged before they were packed."""
+        layer = self.packed_layer
+        found = dict(zip(("places", "placed"), tables(layer.pairs, layer.dense), strict=True))
+        return found if layer.route is None else {**found, "route": route_table(layer.route)}
 
     def stock_gate_up(self) -> Tensor:
         """Gate and up projections of every expert, in the stock module's own layout."""
@@ -126,10 +112,11 @@ def pack_module(module: nn.Module, layer: PackedLayer, where: str) -> None:
     if bool(flags.has_gate) != layer.gated:
         raise FormatError(f"{where}: the checkpoint is {'' if layer.gated else 'not '}gated, the model is otherwise")
     down: Tensor = flags.down_proj
+    check_outputs(module, layer.experts if layer.route is None else len(layer.route), where)
     del module._parameters[gate_up_name(layer)], module._parameters["down_proj"]
-    experts, inner, hidden = stock_sizes(flags.is_transposed, down)
-    if experts != layer.experts:
-        raise FormatError(f"{where}: the checkpoint lists {layer.experts} experts, the model has {experts}")
+    if layer.route is not None:
+        resize(module, bias_names(module), layer.experts)
+    inner, hidden = stock_sizes(flags.is_transposed, down)
     rows = (2 if layer.gated else 1) * inner
     shapes = {GATE_UP_PACKED: (len(layer.pairs), rows, hidden), DOWN_PACKED: (len(layer.pairs), hidden, inner)}
     for name, shape in shapes.items():
@@ -139,31 +126,28 @@ def pack_module(module: nn.Module, layer: PackedLayer, where: str) -> None:
     for name, shape in dense.items() if layer.dense else ():
         module.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=down.dtype, device=down.device)))
     module.register_buffer("dtype_like", torch.empty(0, dtype=down.dtype, device=down.device), persistent=False)
-    for name in ("places", "placed"):
-        table = torch.empty(experts, dtype=torch.int32, device=down.device)
-        module.register_buffer(name, table, persistent=False)
     module.__class__ = _packed_class(cast(Any, type(module)), gate_up_name(layer))
     flags.packed_layer, flags.arrived, flags._decoded = layer, set(), None
     flags.known_activation, flags.fallback = recognise_module(module), None
-    flags.fill_tables()
+    flags.add_tables(down.device)
     flags._is_hf_initialized = True  # stock initialisation would write normal numbers over the words
 
 
 def unpack_module(module: PackedModule, dtype: torch.dtype | None = None) -> None:
     """Make a packed module a stock one again, with decoded weights (in `dtype`, default the module's)."""
     stock = {gate_up_name(module.packed_layer): module.stock_gate_up(), "down_proj": module.stock_down()}
+    biases = {name: module.get_parameter(name) for name in bias_names(module) if module.route is not None}
+    values = {name: spread(module, value) for name, value in (stock | biases).items()}
+    flags: Any = module
+    flags.num_experts = len(values["down_proj"])
     for name in (GATE_UP_PACKED, DOWN_PACKED, GATE_UP_DENSE, DOWN_DENSE):
         module._parameters.pop(name, None)
-    for name in BUFFERS:
-        del module._buffers[name]
-        module._non_persistent_buffers_set.discard(name)
+    module.drop_tables("dtype_like")
     for name in ("packed_layer", "arrived", "known_activation", "fallback", "_decoded"):
         del module.__dict__[name]
     module.__class__ = module.stock_class  # type: ignore[assignment]  # back to what pack_module found
-    for name, weight in stock.items():
-        parameter = nn.Parameter(weight.to(dtype or weight.dtype))
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark
-        module.register_parameter(name, parameter)
+    for name, value in values.items():
+        put(module, name, value.to(dtype or value.dtype))
 
 
 def gate_up_name(layer: PackedLayer) -> str:
@@ -171,10 +155,10 @@ def gate_up_name(layer: PackedLayer) -> str:
     return "gate_up_proj" if layer.gated else "up_proj"
 
 
-def stock_sizes(is_transposed: bool, down: Tensor) -> tuple[int, int, int]:
-    """(experts, inner, hidden) of a stock module by its down projection."""
-    experts, rows, columns = down.shape
-    return (experts, rows, columns) if is_transposed else (experts, columns, rows)
+def stock_sizes(is_transposed: bool, down: Tensor) -> tuple[int, int]:
+    """(inner, hidden) of a stock module by its down projection."""
+    _, rows, columns = down.shape
+    return (rows, columns) if is_transposed else (columns, rows)
 
 
 def _views(gate_up: Tensor, down: Tensor, gated: bool, inner: int) -> dict[str, Tensor]:

@@ -1,33 +1,32 @@
-"""Lets stock transformers load packed checkpoints: importing this module registers the quantization method.
+"""Lets stock transformers load packed and merged checkpoints: importing this module registers the quantization method.
 
     import moefold_kernels.transformers
     model = AutoModelForCausalLM.from_pretrained(directory)
 
-Experts are run by the implementation `moefold` (implementation.py) unless `experts_implementation` names another one.
+Packed experts are run by the implementation `moefold` (implementation.py) unless `experts_implementation` names another
+one; a checkpoint whose experts are merged and not packed has transformers' own default.
 It rests on functions that transformers does not promise (5.17 to 5.23 read and tried); they are used here only.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moefold_kernels import implementation
-from moefold_kernels.checkpoint import METHOD, VERSION, PackedLayer, read_config
-from moefold_kernels.conversion import Place, converters, gate_up_name
+from moefold_kernels.checkpoint import METHOD, VERSION, LayerEntry, PackedLayer, read_config
+from moefold_kernels.conversion import Place, converters
 from moefold_kernels.errors import FormatError
-from moefold_kernels.module import PackedModule, is_experts, pack_module, stock_sizes, unpack_module
+from moefold_kernels.finding import check_tensors, find, headers, wanted_dtypes
+from moefold_kernels.module import PackedModule, is_experts, pack_module, unpack_module
+from moefold_kernels.routed import MergedModule, RoutedModule, merge_module, unmerge_module
 
 
 class MoefoldConfig(QuantizationConfigMixin):
@@ -59,13 +58,18 @@ class MoefoldConfig(QuantizationConfigMixin):
         """What a caller may choose about a checkpoint whose entry says the rest."""
         return {"dequantize": self.dequantize}
 
-    def packed_layers(self) -> dict[int, PackedLayer]:
-        """The packed decoder layers by number."""
+    def entries(self) -> dict[int, LayerEntry]:
+        """The packed and merged decoder layers by number."""
         return read_config(self.to_dict())
+
+    @property
+    def packs(self) -> bool:
+        """Whether any layer is packed, rather than merged only."""
+        return any(isinstance(entry, PackedLayer) for entry in self.entries().values())
 
 
 class MoefoldQuantizer(HfQuantizer):
-    """Puts packed experts modules into a model before its weights are read, and checks that all of them came."""
+    """Puts packed and merged experts modules into a model before its weights are read; checks that all of them came."""
 
     requires_calibration = True  # it loads what moefold packed; it packs nothing
     quantization_config: MoefoldConfig
@@ -79,18 +83,23 @@ class MoefoldQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _refuse_expert_parallelism(model)
-        self.places = [_find(model, layer) for layer in self.quantization_config.packed_layers().values()]
-        found = _headers(kwargs.get("checkpoint_files"))
-        for place in self.places:
+        found = headers(kwargs.get("checkpoint_files"))
+        for entry in self.quantization_config.entries().values():
+            place = find(model, entry.prefix)
             module = model.get_submodule(place.module)
             if found is not None:
-                _check_tensors(place.layer, module, found)
-            pack_module(module, place.layer, place.module)
-        self._provide_fallbacks(model)
+                check_tensors(entry, module, found)
+            if isinstance(entry, PackedLayer):
+                self.places.append(Place(entry, *place))
+                pack_module(module, entry, place.module)
+            else:
+                merge_module(module, entry, place.module)
+        if self.places:
+            self._provide_fallbacks(model)
         tripwires = [name for place in self.places for name in place.tripwires()]
         ignored = [f"{re.escape(name)}$" for name in tripwires]
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
-        self.dtypes = _wanted_dtypes(model, kwargs.get("dtype"))
+        self.dtypes = wanted_dtypes(model, kwargs.get("dtype"))
         return model
 
     def _process_model_after_weight_loading(
@@ -101,7 +110,7 @@ class MoefoldQuantizer(HfQuantizer):
         for place in self.places:
             place.check_loaded(model)
         for module in model.modules():
-            if isinstance(module, PackedModule):
+            if isinstance(module, RoutedModule):
                 module.fill_tables()  # transformers gives buffers memory, and no values
         for name, parameter in model.named_parameters():
             # transformers 5.17 leaves renamed float tensors of prequantised checkpoints in the file's dtype
@@ -121,8 +130,11 @@ class MoefoldQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         # a string is what transformers makes of its configuration's once it has saved it
         kind: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        for module in [module for module in model.modules() if isinstance(module, PackedModule)]:
-            unpack_module(module, kind)
+        for module in [module for module in model.modules() if isinstance(module, RoutedModule)]:
+            if isinstance(module, PackedModule):
+                unpack_module(module, kind)
+            elif isinstance(module, MergedModule):
+                unmerge_module(module, kind)
         stock, named = model.get_correct_experts_implementation(None), model.get_experts_implementation()
         model.set_experts_implementation({k: stock if v == implementation.NAME else v for k, v in named.items()})
         if hasattr(model, "_weight_conversions"):
@@ -151,11 +163,11 @@ class MoefoldQuantizer(HfQuantizer):
         return config
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Take `moefold` where the user named nothing: the last look at what they named, from 5.18 on."""
+        """Take `moefold` for packed layers where the user named nothing: the last look at it, from 5.18 on."""
         return self._take_by_default(config)
 
     def _take_by_default(self, config: Any) -> Any:
-        if config._experts_implementation is None:
+        if config._experts_implementation is None and self.quantization_config.packs:
             parts = {key: getattr(config, key, None) for key in config.sub_configs}
             named = {key: getattr(part, "_experts_implementation", None) for key, part in parts.items()}
             default = dict.fromkeys(("", *named), implementation.NAME)
@@ -187,50 +199,6 @@ def register() -> None:
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, MoefoldConfig)  # type: ignore[assignment]  # a tuple of fixed length there
 
 
-def _find(model: PreTrainedModel, layer: PackedLayer) -> Place:
-    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
-    stock = gate_up_name(layer)
-    converted, _ = rename_source_key(f"{layer.prefix}.{stock}", renamings, [])
-    names = model.state_dict()
-    name, _ = rename_source_key(f"{layer.prefix}.{stock}", renamings, [], model.base_model_prefix, names)
-    module = name.removesuffix(f".{stock}")
-    if name not in names or not is_experts(model.get_submodule(module)):
-        raise FormatError(
-            f"quantization_config: {layer.prefix} is no experts module of {type(model).__name__} that transformers' "
-            "experts interface runs; was config.json edited, or is this another architecture?"
-        )
-    return Place(layer, module, converted.removesuffix(f".{stock}"))
-
-
-def _headers(files: Sequence[str] | None) -> dict[str, tuple[int, ...]] | None:
-    if not files or not all(str(file).endswith(".safetensors") for file in files):
-        return None
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
-    return shapes
-
-
-def _check_tensors(layer: PackedLayer, module: nn.Module, found: Mapping[str, tuple[int, ...]]) -> None:
-    stock: Any = module
-    _, inner, hidden = stock_sizes(stock.is_transposed, stock.down_proj)
-    for name, shape in layer.shapes(inner, hidden):
-        if name not in found:
-            raise FormatError(f"{name} is not in the checkpoint's files; save or download it again")
-        if found[name] != shape:
-            raise FormatError(f"{name} is {list(found[name])} in the checkpoint's files, not {list(shape)}")
-
-
-def _wanted_dtypes(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    floats = {name: value.dtype for name, value in model.named_parameters() if value.is_floating_point()}
-    special = model._get_dtype_plan(dtype) if dtype is not None else {}
-    for pattern, other in special.items():
-        expression = re.compile(pattern.replace("*", ".*"))
-        floats.update({name: other for name in floats if expression.search(name)})
-    return floats
-
-
 def _packed_styles(plan: Mapping[str, str]) -> dict[str, str]:
     styles: dict[str, str] = {}
     for name, style in plan.items():
@@ -243,7 +211,10 @@ def _packed_styles(plan: Mapping[str, str]) -> dict[str, str]:
 def _refuse_expert_parallelism(model: PreTrainedModel) -> None:
     settings = getattr(model.config, "distributed_config", None)
     if getattr(settings, "enable_expert_parallel", False) or (getattr(settings, "ep_size", None) or 1) > 1:
-        raise FormatError("expert parallelism would separate the experts of a pair; use tensor parallelism (tp_plan)")
+        raise FormatError(
+            "expert parallelism would separate the experts of a pair, and route to experts that were merged away; "
+            "use tensor parallelism (tp_plan)"
+        )
 
 
 register()

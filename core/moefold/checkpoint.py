@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from moefold.skeleton import Skeleton
-    from moefold_kernels.checkpoint import PackedLayer
+    from moefold_kernels import LayerEntry, PackedLayer
 
 QUANT_METHOD = "moefold"
 _ADD_TOKENIZER = "put the model's tokenizer.json and tokenizer_config.json beside the weights"
@@ -91,9 +91,16 @@ class Checkpoint:
 
         return Skeleton(self)
 
-    @cached_property
+    @property
     def packed_layers(self) -> dict[int, PackedLayer]:
-        """The decoder layers that moefold has packed, with what reading them takes; none in a stock checkpoint."""
+        """The decoder layers that moefold has packed, with what reading them takes."""
+        from moefold_kernels.checkpoint import PackedLayer
+
+        return {number: entry for number, entry in self.entries.items() if isinstance(entry, PackedLayer)}
+
+    @cached_property
+    def entries(self) -> dict[int, LayerEntry]:
+        """The decoder layers that moefold has packed, or merged experts of; none in a stock checkpoint."""
         from moefold_kernels.checkpoint import read_config
         from moefold_kernels.errors import FormatError
 
@@ -202,6 +209,8 @@ class ExpertNames:
     """The tensors that hold the expert weight matrices (not biases)."""
     fused: bool
     """One tensor for all experts on disk (gpt-oss), or one for each."""
+    biases: tuple[str, ...] = ()
+    """The tensors that hold the experts' biases."""
 
 
 @dataclass(frozen=True)
@@ -219,13 +228,36 @@ class Layer:
         """How many routed experts it has; reads no weights."""
         return self.checkpoint.skeleton.expert_count(self.number)
 
+    @property
+    def router_outputs(self) -> int:
+        """Among how many the router chooses: the experts, or more where some were merged."""
+        entry = self.checkpoint.entries.get(self.number)
+        return self.expert_count if entry is None or entry.route is None else len(entry.route)
+
     def experts(self, device: str | torch.device = "cpu") -> Experts:
-        """The routed experts in canonical order and the dtype of the files; packed ones are decoded."""
+        """The routed experts in canonical order and the dtype of the files; packed ones are decoded.
+
+        Those of a layer saved with merged experts have a `route`.
+        """
         return self.checkpoint.skeleton.read_experts(self.number, device)
 
     def names(self) -> ExpertNames:
         """Where the routed experts are on disk."""
-        return self.checkpoint.skeleton.names(self.number)
+        from moefold.expert_files import expert_names
+
+        return expert_names(self.checkpoint.skeleton, self.number)
+
+    def stored(self, experts: Experts, order: Sequence[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Other experts, with biases, as the files hold the layer's own; `order[i]` is the one that gets number i."""
+        from moefold.expert_files import stored
+
+        return stored(self.checkpoint.skeleton, self.number, experts, order)
+
+    def stored_biases(self, experts: Experts) -> Iterator[tuple[str, Tensor]]:
+        """Their biases alone."""
+        from moefold.expert_files import stored_biases
+
+        return stored_biases(self.checkpoint.skeleton, self.number, experts)
 
     def activate(self, experts: Experts, expert: int, tokens: Tensor) -> Tensor:
         """Hidden activations h_e(x), `[token, inner]`, of one of `experts`, with the family's own gate and biases."""

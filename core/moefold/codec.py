@@ -82,6 +82,7 @@ def pack(codec: Codec, merge: PairMerge) -> Packed:
         settings=coded.settings,
         counts=coded.counts,
         route=None if merge.experts.route is None else merge.experts.route.tolist(),
+        biases={} if merge.experts.route is None else _biases(merge.experts),
     )
 
 
@@ -110,6 +111,11 @@ def _masks(pair: MergedPair) -> dict[str, int]:
     own, other = int(first.sum()) - shared, int(second.sum()) - shared
     total = first.numel()
     return {"weights": total, "shared": shared, "own": own, "other": other, "zero": total - shared - own - other}
+
+
+def _biases(experts: Experts) -> dict[str, Tensor]:
+    found = {"gate_up_bias": experts.gate_up_bias, "down_bias": experts.down_bias}
+    return {name: bias.cpu() for name, bias in found.items() if bias is not None}
 
 
 def _alone(experts: Experts, alone: list[int]) -> dict[str, Tensor]:
@@ -162,7 +168,8 @@ def _unpack_merged(codec: Codec, packed: Packed, device: torch.device) -> Unpack
     count, gated = 2 * len(packed.pairs) + len(packed.dense), "gate_proj" in shapes
     gate_up = torch.empty(count, inner * (1 + gated), hidden, dtype=dtype, device=device)
     down = torch.empty(count, hidden, inner, dtype=dtype, device=device)
-    out = Unpacked(gate_up, down, gated=gated, route=as_index(packed.route or []))
+    biases = {name: bias.to(device) for name, bias in packed.biases.items()}
+    out = Unpacked(gate_up, down, gated=gated, route=as_index(packed.route or []), **biases)
     for name, weights in out.matrices().items():
         for row, expert in enumerate(packed.dense):
             weights[expert] = packed.experts[name][row].to(device)

@@ -69,7 +69,7 @@ class StreamedModel:
         with ExitStack() as stack:
             stack.callback(self._open.pop, number, None)
             stack.callback(self._skeleton.clear, lambda name: name.startswith(prefix))
-            direct = with_experts and experts is None and number not in self.checkpoint.packed_layers
+            direct = with_experts and experts is None and number not in self.checkpoint.entries
             self._skeleton.fill(self.device, lambda name: name.startswith(prefix) and (direct or name not in own))
             if with_experts and own and not direct:
                 found = self.checkpoint.layer(number).experts(self.device) if experts is None else experts

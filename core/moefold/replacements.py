@@ -37,6 +37,8 @@ class Packed(Replacement):
     clipped, flushed."""
     route: list[int] | None = None
     """The expert that router output i means, where experts were merged before (None: expert i)."""
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    """`gate_up_bias` and `down_bias` of experts that were merged before; the source's own stay where they are."""
 
     def bytes(self) -> int:
         """Bytes of the packed and the dense experts' weights."""

@@ -18,12 +18,13 @@ from transformers.core_model_loading import build_glob_alternation
 
 from moefold import fused
 from moefold.artifacts import Experts
-from moefold.checkpoint import Checkpoint, ExpertNames
+from moefold.checkpoint import Checkpoint
 from moefold.errors import CheckpointError
 from moefold.meta import SUPPORTED, dtype_of, on_meta
-from moefold.sources import Device, Sources, split
+from moefold.sources import Device, Sources
 from moefold_kernels.checkpoint import PackedLayer, read_layer
 from moefold_kernels.errors import FormatError as KernelFormatError
+from moefold_kernels.routed import resize
 
 Wanted = Callable[[str], bool]
 
@@ -43,10 +44,16 @@ class Skeleton:
         self.name = type(self.model).__name__
         self.experts, self.layers = self._find_experts()
         """Decoder layer -> path of its experts module; the path of the list of decoder layers."""
+        self._fit_routes()
         self._blank = dict(self._tensors())
         # Another skeleton's serve this one too: which tensor fills what is the same, and 45,000 names take 1.6 s.
         self.sources = sources or Sources(checkpoint, self.model)
         self._plan: dict[str, torch.dtype] = self.model._get_dtype_plan(self.dtype)
+
+    @property
+    def where(self) -> str:
+        """Which model this is, for messages."""
+        return f"{self.checkpoint.path}: {type(self.model).__name__}"
 
     def module(self, path: str) -> Any:
         """A submodule by its path."""
@@ -66,29 +73,12 @@ class Skeleton:
         stored = names if packed is None else names[2:]  # a packed layer keeps the source's biases
         own = {name: self.sources.read(f"{path}.{name}", device)[f"{path}.{name}"] for name in stored}
         if packed is None:
-            return fused.canonical(module, own)
-        return fused.with_biases(module, self._decoded(packed, device), [own[name] for name in stored])
+            return replace(fused.canonical(module, own), route=self._route(number, device))
+        return fused.with_biases(module, self._decoded(number, packed, device), [own[name] for name in stored])
 
     def activate(self, number: int, experts: Experts, expert: int, tokens: Tensor) -> Tensor:
         """Hidden activations h_e(x), `[token, inner]`, of one expert through the module's own gate and biases."""
         return fused.activate(self.module(self.experts[number]), experts, expert, tokens)
-
-    def names(self, number: int) -> ExpertNames:
-        """Where one layer's routed experts are on disk."""
-        packed = self.checkpoint.packed_layers.get(number)
-        if packed is not None:
-            keys = tuple(name for name, _ in packed.shapes(0, 0))
-            return ExpertNames(packed.prefix, dict(packed.matrix), keys, fused=False)
-        path = self.experts[number]
-        module = self.module(path)
-        sources = [self.sources.find(f"{path}.{name}") for name in fused.parameters(module)[:2]]
-        keys = tuple(key for source in sources for key in source.all_keys)
-        standard = fused.matrices(module)
-        if not all(source.stacks for source in sources):
-            return ExpertNames(path, {name: name for name in standard}, keys, fused=True)
-        first = [split(group[0]) for source in sources for group in source.keys.values()]
-        matrix = dict(zip(standard, (name for _, _, name in first), strict=True))
-        return ExpertNames(first[0][0], matrix, keys, fused=False)
 
     def fill(self, device: Device, wanted: Wanted) -> None:
         """Make the `wanted` parameters and buffers real, in the dtypes that stock loading gives them.
@@ -137,7 +127,7 @@ class Skeleton:
                 return self._plan[groups[match.lastgroup]]
         return self._blank[name].dtype
 
-    def _decoded(self, packed: PackedLayer, device: Device) -> Experts:
+    def _decoded(self, number: int, packed: PackedLayer, device: Device) -> Experts:
         """A packed layer's weights; one matrix at a time, so that no second copy of the layer exists."""
         gate_up, down, rows = None, None, 0
         try:
@@ -155,8 +145,27 @@ class Skeleton:
             raise CheckpointError(f"{self.checkpoint.path}: {error}") from error
         if gate_up is None or down is None:
             raise CheckpointError(f"{self.checkpoint.path}: {packed.prefix} names no up_proj or down_proj")
-        route = None if packed.route is None else torch.tensor(packed.route, device=device)
-        return Experts(gate_up, down, gated=packed.gated, route=route)
+        return Experts(gate_up, down, gated=packed.gated, route=self._route(number, device))
+
+    def _route(self, number: int, device: Device) -> Tensor | None:
+        entry = self.checkpoint.entries.get(number)
+        route = None if entry is None else entry.route
+        return None if route is None else torch.tensor(route, dtype=torch.int64, device=device)
+
+    def _fit_routes(self) -> None:
+        """Give the layers whose experts were merged as many as they have, which is fewer than config.json says."""
+        for number, entry in self.checkpoint.entries.items():
+            if number not in self.experts:
+                raise CheckpointError(f"{self.where} has no experts in layer {number}, of which config.json says more")
+            if entry.route is None:
+                continue
+            module, count = self.module(self.experts[number]), self.expert_count(number)
+            if len(entry.route) != count:
+                raise CheckpointError(
+                    f"{self.checkpoint.path / 'config.json'}: quantization_config.layers.{number}.route has "
+                    f"{len(entry.route)} entries, the router {count} outputs; they do not belong together"
+                )
+            resize(module, fused.parameters(module), entry.experts)
 
     def _find_experts(self) -> tuple[dict[int, str], str]:
         lists = [name for name, module in self.model.named_modules() if isinstance(module, nn.ModuleList)]
@@ -168,18 +177,14 @@ class Skeleton:
             trunk = min((name for name in lists if path.startswith(f"{name}.")), key=len, default="")
             number = path.removeprefix(f"{trunk}.").partition(".")[0]
             if not number.isdigit() or int(number) in experts:
-                raise CheckpointError(f"{self._where} has experts outside its decoder layers, or two kinds ({path})")
+                raise CheckpointError(f"{self.where} has experts outside its decoder layers, or two kinds ({path})")
             experts[int(number)] = path
             trunks.add(trunk)
         if not experts:
-            raise CheckpointError(f"{self._where} {self._why_no_experts()}; {SUPPORTED}")
+            raise CheckpointError(f"{self.where} {self._why_no_experts()}; {SUPPORTED}")
         if len(trunks) > 1:
-            raise CheckpointError(f"{self._where} has experts in several towers ({', '.join(sorted(trunks))})")
+            raise CheckpointError(f"{self.where} has experts in several towers ({', '.join(sorted(trunks))})")
         return dict(sorted(experts.items())), trunks.pop()
-
-    @property
-    def _where(self) -> str:
-        return f"{self.checkpoint.path}: {type(self.model).__name__}"
 
     def _why_no_experts(self) -> str:
         if any("expert" in key or "moe" in key for key in self.model.config.to_dict()):

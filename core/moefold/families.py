@@ -19,6 +19,7 @@ from moefold import fused
 from moefold.artifacts import Experts
 from moefold.checkpoint import Checkpoint
 from moefold.errors import CheckpointError
+from moefold.pruned import kept, renumbered
 from moefold.standins import Forward, Stop, Unfit, bare, beside, compare, feed, hidden_of, replaced, rerouted, tupled
 
 
@@ -35,7 +36,7 @@ class StreamedModel:
 
         self._skeleton = Skeleton(checkpoint, dtype, checkpoint.skeleton.sources)
         self._model = self._skeleton.module("")  # Any: much of PreTrainedModel is untyped
-        self._layers: list[Any] = list(self._skeleton.module(self._skeleton.layers))
+        self._layers: Any = self._skeleton.module(self._skeleton.layers)  # pruned layers are put into it
         self._embedding = self._model.get_input_embeddings()
         self._ends = {
             "embed": self._names_in(self._embedding),
@@ -68,6 +69,9 @@ class StreamedModel:
         prefix = f"{self._skeleton.layers}.{number}."
         with ExitStack() as stack:
             stack.callback(self._open.pop, number, None)
+            if experts is not None and (outputs := kept(experts)) is not None:
+                stack.enter_context(self._skeleton.pruned(number, outputs))
+                experts = renumbered(experts)
             stack.callback(self._skeleton.clear, lambda name: name.startswith(prefix))
             direct = with_experts and experts is None and number not in self.checkpoint.entries
             self._skeleton.fill(self.device, lambda name: name.startswith(prefix) and (direct or name not in own))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 
@@ -50,3 +51,9 @@ def dtype_of(checkpoint: Checkpoint) -> torch.dtype:
         return found
     dtypes = (checkpoint.header(key)[1] for key in checkpoint.weight_map)
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+def tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer of a model by its full name; tied ones under each name."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)

@@ -7,6 +7,7 @@ and 5.23); so do sources.py and meta.py, and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,8 @@ from moefold import fused
 from moefold.artifacts import Experts
 from moefold.checkpoint import Checkpoint
 from moefold.errors import CheckpointError
-from moefold.meta import SUPPORTED, dtype_of, on_meta
+from moefold.meta import SUPPORTED, dtype_of, on_meta, tensors_of
+from moefold.narrow import Narrow, router
 from moefold.sources import Device, Sources
 from moefold_kernels.checkpoint import PackedLayer, read_layer
 from moefold_kernels.errors import FormatError as KernelFormatError
@@ -45,9 +47,11 @@ class Skeleton:
         self.experts, self.layers = self._find_experts()
         """Decoder layer -> path of its experts module; the path of the list of decoder layers."""
         self._fit_routes()
-        self._blank = dict(self._tensors())
+        self._blank = dict(tensors_of(self.model))
         # Another skeleton's serve this one too: which tensor fills what is the same, and 45,000 names take 1.6 s.
         self.sources = sources or Sources(checkpoint, self.model)
+        self._narrow: dict[int, Narrow] = {}
+        self._parts: dict[str, tuple[int, Tensor]] = {}  # of these, what is read is this index along this axis
         self._plan: dict[str, torch.dtype] = self.model._get_dtype_plan(self.dtype)
 
     @property
@@ -80,6 +84,37 @@ class Skeleton:
         """Hidden activations h_e(x), `[token, inner]`, of one expert through the module's own gate and biases."""
         return fused.activate(self.module(self.experts[number]), experts, expert, tokens)
 
+    def narrow(self, count: int) -> Narrow:
+        """The same model with `count` experts in every layer; raises InputError where its router cannot do with them.
+
+        Raises CheckpointError for a model of which it cannot be told what follows the number of experts.
+        """
+        if count not in self._narrow:
+            made = Narrow.of(self, count)
+            made.check_choice(self)
+            self._narrow[count] = made
+        return self._narrow[count]
+
+    def router(self, number: int, device: Device = "cpu") -> tuple[Tensor, Tensor | None]:
+        """A layer's router in the dtype of the files: weight `[output, hidden]`, and the bias of its logits, if any."""
+        weight, bias = router(self, number)
+        return self.sources.read(weight, device)[weight], None if bias is None else self.sources.read(bias, device)[
+            bias
+        ]
+
+    @contextmanager
+    def pruned(self, number: int, outputs: Tensor) -> Iterator[None]:
+        """Inside, one decoder layer is that of a model whose router has only these outputs."""
+        narrow, prefix = self.narrow(len(outputs)), f"{self.layers}.{number}."
+        layers, own, blank = self.module(self.layers), self.module(prefix[:-1]), self._blank
+        layers[number] = narrow.model.get_submodule(prefix[:-1])
+        self._blank = blank | {name: t for name, t in tensors_of(narrow.model) if name.startswith(prefix)}
+        self._parts = {name: (axis, outputs) for name, axis in narrow.axes.items() if name.startswith(prefix)}
+        try:
+            yield
+        finally:
+            layers[number], self._blank, self._parts = own, blank, {}
+
     def fill(self, device: Device, wanted: Wanted) -> None:
         """Make the `wanted` parameters and buffers real, in the dtypes that stock loading gives them.
 
@@ -89,7 +124,8 @@ class Skeleton:
         for name in names:
             if not self._computed(name) and not self.is_real(name):
                 for target, tensor in self.sources.read(name, device, self.target_dtype(name)).items():
-                    self.place(target, tensor)
+                    axis, index = self._parts.get(target, (0, None))
+                    self.place(target, tensor if index is None else tensor.index_select(axis, index.to(tensor.device)))
         self._compute(device, [name for name in names if self._computed(name)])
 
     def place(self, name: str, tensor: Tensor) -> None:
@@ -116,7 +152,7 @@ class Skeleton:
 
     def live_bytes(self) -> int:
         """Bytes of everything that is real now."""
-        return sum(t.numel() * t.element_size() for _, t in self._tensors() if not t.is_meta)
+        return sum(t.numel() * t.element_size() for _, t in tensors_of(self.model) if not t.is_meta)
 
     def target_dtype(self, name: str) -> torch.dtype:
         """The dtype in which stock loading keeps a parameter (some stay in float32)."""
@@ -190,10 +226,6 @@ class Skeleton:
         if any("expert" in key or "moe" in key for key in self.model.config.to_dict()):
             return "keeps its routed experts in a form of its own, not in transformers' fused interface"
         return "has no routed experts"
-
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.model.named_parameters(remove_duplicate=False)
-        yield from self.model.named_buffers(remove_duplicate=False)
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, local = name.rpartition(".")

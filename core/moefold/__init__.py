@@ -24,7 +24,9 @@ from moefold.codec import Codec, Coded, CodedLayer
 from moefold.errors import MoefoldError
 from moefold.families import StreamedModel
 from moefold.hooks import hookimpl
-from moefold.replacements import Aligned, Packed, Reduced, Replacement, Unpacked
+from moefold.pruned import Pruning
+from moefold.quantized import Scheme
+from moefold.replacements import Aligned, Packed, Quantized, Reduced, Replacement, Unpacked
 from moefold.saved import Saved
 from moefold.stage import Context, Layers, Previous, Provenance, Stage, stage
 
@@ -54,10 +56,13 @@ __all__ = [
     "PairMerge",
     "Previous",
     "Provenance",
+    "Pruning",
+    "Quantized",
     "Reduced",
     "Replacement",
     "Routed",
     "Saved",
+    "Scheme",
     "Similarity",
     "Stage",
     "StreamedModel",

@@ -22,7 +22,9 @@ from torch import Tensor
 from moefold.artifact import Json
 from moefold.artifacts import Experts
 from moefold.errors import CheckpointError, suggest
+from moefold.quantized import Scheme, find_scheme
 from moefold.shards import Entry, contents_digest, header_digest, read_entries, read_json, shards
+from moefold.stored import StoredTensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from moefold.skeleton import Skeleton
     from moefold_kernels import LayerEntry, PackedLayer
 
-QUANT_METHOD = "moefold"
 _ADD_TOKENIZER = "put the model's tokenizer.json and tokenizer_config.json beside the weights"
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _DTYPES = {
@@ -59,8 +60,7 @@ class Checkpoint:
             checkpoint = cls(local)
         else:
             checkpoint = cls(_download(name, revision))
-        checkpoint._refuse_foreign_quantisation()
-        _ = checkpoint._entries  # reads every header: truncated shards and an index that lies are found now
+        _ = checkpoint.config, checkpoint._entries  # reads headers: truncated shards, an index that lies are found now
         return checkpoint
 
     def __getstate__(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class Checkpoint:
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
-        """Tensor name -> shard file."""
+        """Tensor name -> shard file; a quantised matrix has the name that it has unquantised."""
         return {name: entry.shard for name, entry in self._entries.items()}
 
     @cached_property
@@ -90,6 +90,19 @@ class Checkpoint:
         from moefold.skeleton import Skeleton  # transformers is slow to import, and not every stage needs it
 
         return Skeleton(self)
+
+    @cached_property
+    def quantized(self) -> Scheme | None:
+        """How compressed-tensors quantised it: what it did is undone as tensors are read; None: it did not.
+
+        Raises CheckpointError for a quantisation that moefold cannot read.
+        """
+        if not (self.path / "config.json").is_file():
+            return None  # shards are read back before there is one
+        try:
+            return find_scheme(self.config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
 
     @property
     def packed_layers(self) -> dict[int, PackedLayer]:
@@ -105,7 +118,8 @@ class Checkpoint:
         from moefold_kernels.errors import FormatError
 
         try:
-            return read_config(self.config["quantization_config"]) if "quantization_config" in self.config else {}
+            ours = "quantization_config" in self.config and self.quantized is None
+            return read_config(self.config["quantization_config"]) if ours else {}
         except FormatError as error:
             raise CheckpointError(f"{self.path / 'config.json'}: {error}") from error
 
@@ -131,13 +145,13 @@ class Checkpoint:
             files: dict[str, Any] = {}
 
             def read(name: str) -> Tensor:
-                shard = self._entry(name).shard
+                shard = self._stored.files[name].shard
                 if shard not in files:
                     files[shard] = stack.enter_context(safe_open(self.path / shard, framework="pt"))
                 tensor: Tensor = files[shard].get_tensor(name)
                 return tensor
 
-            yield read
+            yield lambda name: self._stored.read(name, read) if self._entry(name) else read(name)
 
     def header(self, name: str) -> tuple[list[int], torch.dtype]:
         """Shape and dtype of one tensor; reads no data."""
@@ -174,8 +188,12 @@ class Checkpoint:
         raise CheckpointError(f"{self.path}: decoder layer {number} has no routed experts; those that do: {known}")
 
     @cached_property
+    def _stored(self) -> StoredTensors:
+        return StoredTensors(read_entries(self.path), self.quantized)
+
+    @property
     def _entries(self) -> dict[str, Entry]:
-        return read_entries(self.path)
+        return self._stored.plain
 
     def _entry(self, name: str) -> Entry:
         if name not in self._entries:
@@ -185,17 +203,6 @@ class Checkpoint:
     def _near(self, name: str) -> list[str]:
         stem = name.rpartition(".")[0]
         return [known for known in self._entries if known.startswith(stem)][:50]
-
-    def _refuse_foreign_quantisation(self) -> None:
-        text = self.config.get("text_config")
-        nested = text.get("quantization_config") if isinstance(text, dict) else None
-        for found in (self.config.get("quantization_config"), nested):
-            method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found
-            if found is not None and method != QUANT_METHOD:
-                raise CheckpointError(
-                    f"{self.path}: already quantised by {method}; give the unquantised checkpoint "
-                    "(or load it with transformers and dequantize=True, save_pretrained it, and give that directory)"
-                )
 
 
 @dataclass(frozen=True)

@@ -40,21 +40,32 @@ class Scheme:
         """What people call it."""
         return self.name if self.group is None else f"{self.name} in groups of {self.group}"
 
-    def to_json(self) -> dict[str, Json]:
-        """A config group of the library's, for all linear modules.
+    def to_config(self, experts: str = "experts") -> dict[str, Json]:
+        """config.json's `quantization_config` for a model whose modules below `experts`, and no others, are so stored.
 
-        vLLM runs fp8 experts only with activations that it quantises per token as it goes; transformers and moefold
-        leave activations alone.
+        Readers differ in what they call the other modules, and in whether they take patterns as targets; all skip what
+        matches `ignore`. vLLM runs fp8 experts only with activations that it quantises per token as it goes;
+        transformers and moefold leave activations alone.
         """
         activations = _arguments("fp8", "token") | {"dynamic": True} if self.name == "fp8" else None
-        strategy = "channel" if self.group is None else "group"
-        return {
+        group = {
             "targets": ["Linear"],
-            "weights": _arguments(self.name, strategy, self.group),
+            "weights": self.arguments(),
             "input_activations": activations,
             "output_activations": None,
             "format": FORMATS[self.name],
         }
+        return {
+            "quant_method": METHOD,
+            "format": FORMATS[self.name],
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": [rf"re:(?!.*\.{experts}(\.|$)).*"],
+        }
+
+    def arguments(self) -> dict[str, Json]:
+        """What the library calls the arguments of weights."""
+        return _arguments(self.name, "channel" if self.group is None else "group", self.group)
 
     def check(self, *columns: int) -> None:
         """Raise FormatError unless matrices of so many columns can be stored; it names a group that works."""
@@ -97,27 +108,12 @@ class Scheme:
     def _library(self) -> Any:
         from compressed_tensors.quantization import QuantizationScheme
 
-        return QuantizationScheme.model_validate(self.to_json())
+        return QuantizationScheme.model_validate({"targets": [], "weights": self.arguments()})
 
     def _compressor(self) -> Any:
         from compressed_tensors.compressors import BaseCompressor
 
         return BaseCompressor.get_value_from_registry(FORMATS[self.name])
-
-
-def write_config(scheme: Scheme, experts: str = "experts") -> dict[str, Json]:
-    """config.json's `quantization_config` for a model whose modules below `experts`, and no others, are in one scheme.
-
-    Readers differ in what they call the other modules, and in whether they take patterns as targets; all skip what
-    matches `ignore`.
-    """
-    return {
-        "quant_method": METHOD,
-        "format": FORMATS[scheme.name],
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": scheme.to_json()},
-        "ignore": [rf"re:(?!.*\.{experts}(\.|$)).*"],
-    }
 
 
 def read_config(config: Mapping[str, Json]) -> Scheme:
@@ -171,6 +167,6 @@ def _same(scheme: Scheme, weights: Json) -> bool:
         given = QuantizationArgs.model_validate(weights)
     except ValueError:
         return False
-    own = QuantizationArgs.model_validate(scheme.to_json()["weights"])
+    own = QuantizationArgs.model_validate(scheme.arguments())
     asked = ("num_bits", "type", "symmetric", "strategy", "dynamic")
     return all(getattr(given, name) == getattr(own, name) for name in asked)

@@ -57,6 +57,45 @@ class Packed(Replacement):
 
 
 @dataclass(frozen=True)
+class Quantized(Replacement):
+    """One layer's experts, each matrix quantised alike in a format of compressed-tensors (moefold.quantized)."""
+
+    scheme: str
+    group: int | None
+    tensors: dict[str, Tensor]
+    """`gate_proj.weight_packed`, `gate_proj.weight_scale` and so on -> [expert, ...]."""
+    route: list[int] | None = None
+    """The expert that router output i means, where experts were merged before (None: expert i), or pruned (-1)."""
+
+    @property
+    def count(self) -> int:
+        """How many experts there are."""
+        return next(iter(self.tensors.values())).shape[0]
+
+    @property
+    def pruned(self) -> bool:
+        """Whether router outputs are gone, rather than led to other experts."""
+        return self.route is not None and -1 in self.route
+
+    def matrices(self) -> list[str]:
+        """The standard names of the weight matrices."""
+        return list(dict.fromkeys(name.partition(".")[0] for name in self.tensors))
+
+    def bytes(self) -> int:
+        """Bytes of everything that is stored for the matrices: values, scales, shapes."""
+        return sum(tensor_bytes(tensor) for tensor in self.tensors.values())
+
+    def facts(self) -> dict[str, Json]:
+        return {
+            "scheme": self.scheme,
+            "group": self.group,
+            "experts": self.count,
+            "route": self.route,
+            "bytes": self.bytes(),
+        }
+
+
+@dataclass(frozen=True)
 class Reduced(Experts, Replacement):
     """Fewer experts than the router has outputs: merged (`route` says which one an output means) or pruned (-1).
 
@@ -65,7 +104,7 @@ class Reduced(Experts, Replacement):
     """
 
     groups: list[list[int]] = field(default_factory=list)
-    """The router outputs that each expert stands for."""
+    """Of the experts that its maker was given, those that each expert stands for."""
     figures: dict[str, Json] = field(default_factory=dict)
     """What its maker measured, for the report; `thin`: numbers of experts that were fitted on few tokens."""
 

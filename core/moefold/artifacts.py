@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -27,7 +28,14 @@ class Text(Artifact):
 
     def facts(self) -> dict[str, Json]:
         samples, length = self.tokens.shape
-        return {"name": self.name, "samples": samples, "length": length, "bytes": self.bytes, "sources": self.sources}
+        return {
+            "name": self.name,
+            "samples": samples,
+            "length": length,
+            "bytes": self.bytes,
+            "digest": digest(self.tokens),
+            "sources": self.sources,
+        }
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,8 @@ class Experts(Artifact):
     def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
         values: dict[str, Json] = {item.name: getattr(self, item.name) for item in fields(self)}
-        return replace(self, **{name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)})
+        moved: Json = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
     def matrices(self) -> dict[str, Tensor]:
         """The weight matrices by their standard names, as views: `[expert, rows, columns]`."""
@@ -203,7 +212,8 @@ class Baseline(Artifact):
         return loss * samples * (length - 1) / math.log(2) / self.bytes[name] if self.bytes[name] else None
 
     def facts(self) -> dict[str, Json]:
-        return {"losses": self.losses, "bytes": self.bytes}
+        digests = {name: digest(tokens) for name, tokens in self.texts.items()}
+        return {"losses": self.losses, "bytes": self.bytes, "digests": digests}
 
 
 @dataclass(frozen=True)
@@ -220,6 +230,12 @@ class Metrics(Artifact):
 def tensor_bytes(tensor: Tensor) -> int:
     """The bytes that a tensor's values take."""
     return tensor.numel() * tensor.element_size()
+
+
+def digest(tokens: Tensor) -> str:
+    """What tells one tokenised text from another: of its shape and its tokens."""
+    shape, values = list(tokens.shape), tokens.to("cpu", torch.int32).contiguous()
+    return hashlib.sha256(str(shape).encode() + values.numpy().tobytes()).hexdigest()[:16]
 
 
 def as_index(values: list[int]) -> Tensor:

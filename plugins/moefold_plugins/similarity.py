@@ -1,26 +1,104 @@
-"""How alike a layer's experts are."""
+"""How alike a layer's experts are: in their weights, in what they give, in what chooses them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
+from torch import Tensor
 
-from moefold import Experts, Similarity, Stage, hookimpl, stage
+from moefold import Context, Experts, Layer, Routed, Similarity, Stage, hookimpl, stage
+from moefold.errors import InputError
+
+Matrix = Literal["gate_proj", "up_proj", "down_proj"]
+Metric = Annotated[
+    Literal["cosine", "euclidean"], Field(description="euclidean: the negative distance, in units of the mean length")
+]
+CHUNK = 4096
+"""Tokens that one expert sees at a time."""
 
 
-@stage("similarity.weights")
-def similarity_weights(experts: Experts) -> Similarity:
-    """Cosine similarity of the experts' weights, all matrices of an expert taken as one vector."""
+@stage("similarity.weights", version=2)
+def similarity_weights(
+    experts: Experts,
+    *,
+    matrices: Annotated[
+        list[Matrix], Field(min_length=1, description="which matrices (MergeMoE compares gate_proj and up_proj)")
+    ] = ["gate_proj", "up_proj", "down_proj"],  # noqa: B006  (pydantic copies defaults)
+) -> Similarity:
+    """Cosine similarity of the experts' weights, the chosen matrices of an expert taken as one vector."""
     gram = torch.zeros(experts.count, experts.count, dtype=torch.float64, device=experts.down.device)
-    for weights in experts.matrices().values():
+    chosen = {name: weights for name, weights in experts.matrices().items() if name in matrices}
+    if not chosen:
+        raise InputError(f"these experts have {', '.join(experts.matrices())}, none of {', '.join(matrices)}")
+    for weights in chosen.values():
         for rows in range(0, weights.shape[1], 64):  # in slices: no float32 copy of a layer
             part = weights[:, rows : rows + 64].flatten(1).float()
             gram += (part @ part.T).double()
+    return Similarity(_cosine(gram), f"cosine of weights ({', '.join(chosen)})")
+
+
+@stage("similarity.outputs")
+def similarity_outputs(
+    layer: Layer,
+    routed: Routed,
+    experts: Experts,
+    context: Context,
+    *,
+    tokens: Annotated[
+        int, Field(ge=1, description="tokens, evenly spaced over the layer's, that every expert sees")
+    ] = 4096,
+    metric: Metric = "euclidean",
+) -> Similarity:
+    """By the experts' mean outputs over the layer's tokens, routed to them or not (HC-SMoE, arXiv 2410.08589)."""
+    sample = routed.tokens[:: max(1, len(routed.tokens) // tokens)].to(context.device)
+    experts = experts.to(context.device)
+    means = [_mean_output(layer, experts, expert, sample) for expert in range(experts.count)]
+    return Similarity(_compared(torch.stack(means), metric), f"{metric}, mean outputs")
+
+
+@stage("similarity.gated_outputs")
+def similarity_gated_outputs(
+    layer: Layer, routed: Routed, experts: Experts, context: Context, *, metric: Metric = "euclidean"
+) -> Similarity:
+    """By what each expert adds to the layer on average: gate weight times output, summed over its own routed tokens."""
+    experts, reached = experts.to(context.device), routed.reaches(experts)
+    means = []
+    for expert in range(experts.count):
+        chosen = reached == expert
+        rows = chosen.any(dim=1)
+        gates = (routed.top_k_weights * chosen)[rows].sum(dim=1)
+        own = routed.tokens[rows].to(context.device)
+        means.append(_mean_output(layer, experts, expert, own, gates.to(context.device)) * len(own) / len(rows))
+    return Similarity(_compared(torch.stack(means), metric), f"{metric}, mean gate-weighted outputs")
+
+
+def _mean_output(layer: Layer, experts: Experts, expert: int, tokens: Tensor, gates: Tensor | None = None) -> Tensor:
+    """The mean of g f_e(x) over tokens, [hidden] float64; zero where there are none."""
+    total = torch.zeros(experts.down.shape[1], dtype=torch.float64, device=tokens.device)
+    weights = torch.ones(len(tokens), device=tokens.device) if gates is None else gates
+    for part, weight in zip(tokens.split(CHUNK), weights.split(CHUNK), strict=True):
+        if len(part):
+            total += (weight.float() @ layer.output(experts, expert, part).float()).double()
+    return total / max(1, len(tokens))
+
+
+def _compared(vectors: Tensor, metric: str) -> Tensor:
+    """The similarity of every two rows, [row, row] float32 on the CPU."""
+    if metric == "cosine":
+        return _cosine(vectors @ vectors.T)
+    scale = vectors.norm(dim=1).mean().clamp(min=torch.finfo(torch.float64).tiny)
+    distances: Tensor = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist") / scale
+    return -distances.float().cpu()
+
+
+def _cosine(gram: Tensor) -> Tensor:
     length = gram.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()
-    return Similarity((gram / (length[:, None] * length)).float().cpu(), "cosine of weights")
+    cosine: Tensor = gram / (length[:, None] * length)
+    return cosine.float().cpu()
 
 
 @hookimpl
 def moefold_stages() -> list[Stage[Any, Any]]:
-    return [similarity_weights]
+    return [similarity_weights, similarity_outputs, similarity_gated_outputs]

@@ -260,11 +260,11 @@ class Layer:
 
         return stored(self.checkpoint.skeleton, self.number, experts, order)
 
-    def stored_biases(self, experts: Experts) -> Iterator[tuple[str, Tensor]]:
-        """Their biases alone."""
+    def stored_biases(self, gate_up: Tensor, down: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Other experts' biases alone, as the files hold the layer's own."""
         from moefold.expert_files import stored_biases
 
-        return stored_biases(self.checkpoint.skeleton, self.number, experts)
+        return stored_biases(self.checkpoint.skeleton, self.number, gate_up, down)
 
     def activate(self, experts: Experts, expert: int, tokens: Tensor) -> Tensor:
         """Hidden activations h_e(x), `[token, inner]`, of one of `experts`, with the family's own gate and biases."""

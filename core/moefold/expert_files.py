@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 from torch import Tensor
 
@@ -46,31 +47,42 @@ def stored(
             f"{skeleton.checkpoint.path}: the experts of layer {number} are packed, and no others can take their "
             "place; start from the checkpoint that was packed"
         )
-    place, order = expert_names(skeleton, number), list(range(experts.count) if order is None else order)
-    names = fused.parameters(skeleton.module(skeleton.experts[number]))
-    if not place.fused:  # a tensor for each expert
-        for matrix, weights in experts.matrices().items():
-            for index, expert in enumerate(order):
-                yield f"{place.prefix}.{index}.{place.matrix[matrix]}.weight", weights[expert]
-    yield from _fused(skeleton, number, names if place.fused else names[2:], experts, order)
+    module, every = skeleton.module(skeleton.experts[number]), list(range(experts.count))
+    order = every if order is None else list(order)
+    place = expert_names(skeleton, number)
+    if not place.fused:
+        own = fused.biases_in_own_layout(module, experts.gate_up_bias, experts.down_bias)
+        return chain(_each(place, experts, order), _whole(skeleton, number, own, order))
+    return _whole(skeleton, number, fused.in_own_layout(module, experts), order)
 
 
-def stored_biases(skeleton: Skeleton, number: int, experts: Experts) -> Iterator[tuple[str, Tensor]]:
-    """The biases alone."""
-    names = fused.parameters(skeleton.module(skeleton.experts[number]))[2:]
-    return _fused(skeleton, number, names, experts, list(range(experts.count)))
+def stored_biases(skeleton: Skeleton, number: int, gate_up: Tensor, down: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The biases alone, in canonical order, as the files hold this layer's own."""
+    module = skeleton.module(skeleton.experts[number])
+    return _whole(skeleton, number, fused.biases_in_own_layout(module, gate_up, down), list(range(len(down))))
 
 
-def _fused(
-    skeleton: Skeleton, number: int, names: list[str], experts: Experts, order: list[int]
+def _each(place: ExpertNames, experts: Experts, order: list[int]) -> Iterator[tuple[str, Tensor]]:
+    """A tensor for each expert; repeated ones are copies, because no file takes one memory under two names."""
+    for matrix, weights in experts.matrices().items():
+        for index, expert in enumerate(order):
+            again = expert in order[:index]
+            yield (
+                f"{place.prefix}.{index}.{place.matrix[matrix]}.weight",
+                weights[expert].clone() if again else weights[expert],
+            )
+
+
+def _whole(
+    skeleton: Skeleton, number: int, own: Mapping[str, Tensor], order: list[int]
 ) -> Iterator[tuple[str, Tensor]]:
+    """A tensor for all experts."""
     path = skeleton.experts[number]
-    own = fused.in_own_layout(skeleton.module(path), experts) if names else {}
-    for name in names:
+    for name, tensor in own.items():
         source = skeleton.sources.find(f"{path}.{name}")
         if source.converter is not None or len(source.all_keys) != 1:
             raise CheckpointError(
                 f"{skeleton.where}: {path}.{name} is made of {source.all_keys[0]} in a way that moefold cannot "
                 "reverse; save the model with transformers' save_pretrained first, and give that directory"
             )
-        yield source.all_keys[0], own[name] if order == list(range(experts.count)) else own[name][order]
+        yield source.all_keys[0], tensor if order == list(range(len(tensor))) else tensor[order]

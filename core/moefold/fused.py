@@ -54,12 +54,19 @@ def in_own_layout(module: Any, experts: Experts) -> dict[str, Tensor]:
     if _interleaves(module):
         up = _interleaved(up)
     values = [_transposed(up), _transposed(down)] if module.is_transposed else [up, down]
-    if module.has_bias:
-        if experts.gate_up_bias is None or experts.down_bias is None:
-            raise ValueError(f"{type(module).__name__} has biases and these experts have none; keep the source's")
-        bias = experts.gate_up_bias
-        values += [_interleaved(bias) if _interleaves(module) else bias, experts.down_bias]
-    return dict(zip(parameters(module), values, strict=True))
+    biases = biases_in_own_layout(module, experts.gate_up_bias, experts.down_bias)
+    return dict(zip(parameters(module), values, strict=False)) | biases
+
+
+def biases_in_own_layout(module: Any, gate_up: Tensor | None, down: Tensor | None) -> dict[str, Tensor]:
+    """The biases of `Experts` as the module's parameters, if it has any."""
+    if not module.has_bias:
+        return {}
+    if gate_up is None or down is None:
+        raise ValueError(f"{type(module).__name__} has biases and these experts have none; keep the source's")
+    return dict(
+        zip(parameters(module)[2:], [_interleaved(gate_up) if _interleaves(module) else gate_up, down], strict=True)
+    )
 
 
 def activate(module: Any, experts: Experts, expert: int, tokens: Tensor) -> Tensor:

@@ -2,60 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from moefold import ExpertNames, Json, Layer, Packed, Replacement
+from moefold import Experts, Layer, Packed, Quantized, Reduced, Replacement
 from moefold.errors import FormatError
 from moefold_kernels import PackedLayer, layout
+from moefold_plugins.layer_files import Export, LayerFiles
+from moefold_plugins.merged_files import check_route, merged_files
+from moefold_plugins.pruned_files import pruned_files
+from moefold_plugins.quantized_files import quantized_files
 
 
-@dataclass(frozen=True)
-class LayerFiles:
-    """One replaced layer, as it is to be written."""
-
-    kind: str
-    """One word for people: packed, merged, pruned, ..."""
-    experts: int
-    """How many there are now."""
-    bytes: int
-    """Of what takes the place of the experts' weight matrices."""
-    drops: frozenset[str]
-    """The source's tensors that are not copied."""
-    tensors: Iterable[tuple[str, Tensor]]
-    """What is written instead, made one by one."""
-    entry: PackedLayer | None = None
-    """The layer's own place in config.json's `quantization_config`; None: stock readers need none."""
-    config: Mapping[str, Json] = field(default_factory=dict)
-    """Keys of config.json (of its text part, for composite models) that change; every layer has to say the same."""
-
-
-def layer_files(layer: Layer, value: Replacement) -> LayerFiles | None:
+def layer_files(layer: Layer, value: Replacement, export: Export = "route") -> LayerFiles | None:
     """The files of a layer whose experts `value` replaces; None where it replaces nothing (a skipped layer)."""
-    place = layer.names()
     if isinstance(value, Packed):
-        return _packed(place, value) if value.pairs else None
+        return _packed(layer, value, export)
+    if isinstance(value, Reduced):
+        return pruned_files(layer, value) if value.pruned else merged_files(layer, value, export)
+    if isinstance(value, Quantized):
+        return quantized_files(layer, value, export)
     raise FormatError(f"save does not know how to write {type(value).__name__}; give it what a pack.* stage makes")
 
 
-def _packed(place: ExpertNames, value: Packed) -> LayerFiles:
+def _packed(layer: Layer, value: Packed, export: Export) -> LayerFiles | None:
+    if not value.pairs:  # skipped by the packer; merged before, it is still not the source's
+        own = value.route is None or layer.number in layer.checkpoint.packed_layers
+        return None if own else merged_files(layer, _unpaired(value), export)
     if value.format != layout.EXPONENT:
         raise FormatError(f"format {value.format} has no checkpoint layout; save knows {layout.EXPONENT}")
+    if export == "expanded":
+        raise FormatError(
+            f"layer {layer.number}: packed experts have no form that stock readers know; drop `export: expanded`, or "
+            "save what was merged before it was packed"
+        )
+    place = layer.names()
     pairs = tuple((first, second) for first, second in value.pairs)
     matrix = {name: place.matrix[name] for name in value.words}
-    entry = PackedLayer(place.prefix, value.settings, pairs, tuple(value.dense), matrix)
-    return LayerFiles(
-        "packed", entry.experts, value.bytes(), frozenset(place.keys), _packed_tensors(entry, value), entry
-    )
+    route = check_route(layer, value.route, 2 * len(pairs) + len(value.dense))
+    entry = PackedLayer(place.prefix, value.settings, pairs, tuple(value.dense), matrix, route=route)
+    drops = frozenset((*place.keys, *(place.biases if value.biases else ())))
+    return LayerFiles("packed", entry.experts, value.bytes(), drops, _packed_tensors(layer, entry, value), entry)
 
 
-def _packed_tensors(entry: PackedLayer, value: Packed) -> Iterator[tuple[str, Tensor]]:
+def _packed_tensors(layer: Layer, entry: PackedLayer, value: Packed) -> Iterator[tuple[str, Tensor]]:
     for matrix, words in value.words.items():
         for pair in range(len(value.pairs)):
             yield entry.packed(pair, matrix), words[pair]
         for number in range(len(value.dense)):
             yield entry.alone(number, matrix), value.experts[matrix][number]
     yield entry.tripwire, torch.empty(0, dtype=torch.bfloat16)
+    if value.biases:
+        yield from layer.stored_biases(value.biases["gate_up_bias"], value.biases["down_bias"])
+
+
+def _unpaired(value: Packed) -> Experts:
+    """Experts that were merged and then all left alone."""
+    order = torch.tensor(value.dense).argsort()
+    *up, down = (weights[order] for weights in value.experts.values())
+    return Experts(torch.cat(up, dim=1), down, **value.biases, gated=len(up) > 1, route=torch.tensor(value.route))

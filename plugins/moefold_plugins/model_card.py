@@ -82,6 +82,11 @@ def _layers(figures: Mapping[str, Json]) -> str:
     changed = {tuple(pair) for pair in figures["experts"].values() if pair[0] != pair[1]}
     if changed:
         lines.append("Experts per layer: " + ", ".join(f"{a} before, {b} after" for a, b in sorted(changed)) + ".")
+    if "expanded" in figures["kinds"]:
+        lines.append(
+            "Expanded: each merged expert is repeated for every router output that leads to it, so that any reader "
+            "takes the checkpoint for the source's architecture. That saves nothing, neither on disk nor in memory."
+        )
     if figures["thin"]:
         listed = "\n".join(f"- layer {layer}: {', '.join(map(str, who))}" for layer, who in figures["thin"].items())
         lines.append(f"Merged experts that were fitted on few calibration tokens:\n\n{listed}")

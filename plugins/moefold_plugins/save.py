@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +22,11 @@ from moefold import (
     Layers,
     Packed,
     Provenance,
+    Quantized,
     Reduced,
     Replacement,
     Saved,
+    Scheme,
     Stage,
     __version__,
     hookimpl,
@@ -32,9 +34,10 @@ from moefold import (
 )
 from moefold.artifacts import tensor_bytes
 from moefold.errors import FormatError, InputError
-from moefold_kernels import PackedLayer, read_config, write_config
+from moefold_kernels import LayerEntry, read_config, write_config
 from moefold_kernels.checkpoint import METHOD
-from moefold_plugins.files import LayerFiles, layer_files
+from moefold_plugins.files import layer_files
+from moefold_plugins.layer_files import Export, LayerFiles
 from moefold_plugins.model_card import write_card
 from moefold_plugins.shards import Shards, check_size, flush, parse_size, write_text
 
@@ -54,13 +57,24 @@ def save(
     shard_size: Annotated[
         int | str, AfterValidator(check_size), Field(description="largest shard: bytes, or like 4GB")
     ] = "4GB",
+    export: Annotated[
+        Export,
+        Field(
+            description="merged experts once, with a route (needs moefold), or repeated for any reader (saves nothing)"
+        ),
+    ] = "route",
 ) -> Saved:
     """Write a checkpoint with packed, merged or pruned experts in place of the source's."""
     target = Path(to).expanduser()
     _refuse(target, checkpoint)
+    if checkpoint.quantized is not None:
+        raise InputError(
+            f"{checkpoint.path} is quantised already ({checkpoint.quantized.title}); give the checkpoint that it was "
+            "made of"
+        )
     with _replacing(target) as directory:
         with Shards(directory, parse_size(shard_size)) as shards:
-            written = _write_tensors(checkpoint, experts, shards)
+            written = _write_tensors(checkpoint, experts, shards, export)
         figures = _figures(checkpoint, written, shards.total, activity)
         write_text(directory / "config.json", _config(checkpoint, written))
         _copy_others(checkpoint.path, directory)
@@ -73,8 +87,9 @@ def save(
 class _Written:
     """What is gathered over layers while each is in memory."""
 
-    entries: dict[int, PackedLayer]
-    config: dict[str, Json] = field(default_factory=dict)
+    entries: dict[int, LayerEntry]
+    config: dict[str, Json] | None = None
+    """What changes in config.json, which has one number of experts for all layers; None before the first layer."""
     kinds: dict[int, str] = field(default_factory=dict)
     experts: dict[int, list[int]] = field(default_factory=dict)
     """Layer -> how many experts before and after."""
@@ -82,23 +97,27 @@ class _Written:
     after: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     formats: set[str] = field(default_factory=set)
+    quantization: Mapping[str, Json] | None = None
+    """compressed-tensors' entry of config.json."""
     thin: dict[int, list[int]] = field(default_factory=dict)
 
     def add(self, layer: Layer, value: Replacement | None, files: LayerFiles | None, before: int) -> None:
         self.before += before
         self.after += before if files is None else files.bytes
         self.experts[layer.number] = [layer.expert_count, layer.expert_count if files is None else files.experts]
+        config = {} if files is None else dict(files.config)
+        self.config = config if self.config is None else self.config
+        if config != self.config:
+            raise FormatError(
+                f"layer {layer.number} wants {config or 'nothing changed'} in config.json and the layers before it "
+                f"{self.config or 'nothing'}; such models have one number for all layers: prune all of them alike"
+            )
         if files is None:
             return
         self.kinds[layer.number] = files.kind
+        self.entries.pop(layer.number, None)  # the source's own, if it had one
         if files.entry is not None:
             self.entries[layer.number] = files.entry
-        for name, given in files.config.items():
-            if self.config.setdefault(name, given) != given:
-                raise FormatError(
-                    f"layer {layer.number} wants {name}: {given} in config.json and a layer before it "
-                    f"{self.config[name]}; such models have one number for all layers: compress all layers alike"
-                )
         if isinstance(value, Packed):
             self.formats.add(value.format)
             for name, count in value.counts.items():
@@ -107,19 +126,29 @@ class _Written:
             self.thin[layer.number] = value.figures["thin"]
 
 
-def _write_tensors(checkpoint: Checkpoint, replaced: Layers[Replacement], shards: Shards) -> _Written:
+def _write_tensors(checkpoint: Checkpoint, replaced: Layers[Replacement], shards: Shards, export: Export) -> _Written:
     """Each layer's experts, one layer in memory at a time, then what is copied as it is."""
     layers = {layer.number: layer for layer in checkpoint.layers()}
     if unknown := sorted(set(replaced) - set(layers)):
         raise FormatError(f"{checkpoint.path}: decoder layer {unknown[0]} has no routed experts to replace")
-    written, dropped = _Written(dict(checkpoint.packed_layers)), set[str]()
+    written, dropped = _Written(dict(checkpoint.entries)), set[str]()
     for number, layer in layers.items():
         value = replaced.get(number)
-        files = None if value is None else layer_files(layer, value)
+        files = None if value is None else layer_files(layer, value, export)
         for name, tensor in () if files is None else files.tensors:
             shards.add(name, tensor)
         dropped |= files.drops if files else set()
         written.add(layer, value, files, sum(_bytes(checkpoint, key) for key in layer.names().keys))
+        if export == "expanded" and number in written.entries:
+            raise FormatError(
+                f"{checkpoint.path}: layer {number} is merged or packed there already, and nothing replaces it; to "
+                "expand it, load the directory with transformers, call dequantize() and save_pretrained"
+            )
+    if written.quantization is not None and (len(written.formats) > 1 or len(written.kinds) < len(layers)):
+        raise FormatError(
+            f"{checkpoint.path}: some layers are {', '.join(sorted(written.formats))} and others are not; transformers "
+            "loads quantised experts only where every layer's are in one scheme: quantise all layers alike"
+        )
     with checkpoint.reading() as read:
         for key in checkpoint.weight_map:
             if key not in dropped:
@@ -169,6 +198,8 @@ def _config(checkpoint: Checkpoint, written: _Written) -> str:
         else:
             config |= written.config
         source = json.dumps(config, indent=2) + "\n"
+    if written.quantization is not None:
+        return json.dumps({**config, "quantization_config": written.quantization}, indent=2) + "\n"
     if not written.entries:
         return source
     entry = write_config(written.entries)

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moefold import __version__, benchmarks, describe, doctor, report, shipped
+from moefold import compare as comparing
 from moefold import tune as tuning
 from moefold.arguments import AsJson, Device, Model, PipelineName, Settings, Strict, Texts, To, Work
 from moefold.errors import InputError, MoefoldError, PipelineError
@@ -223,6 +224,7 @@ def evaluate(
         return None
 
 
+app.command(epilog=comparing.EPILOG)(comparing.compare)
 app.command(epilog=tuning.EPILOG)(tuning.tune)
 
 

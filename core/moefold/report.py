@@ -1,4 +1,9 @@
-"""From the facts of a run to a report: one JSON document, and a table for the terminal."""
+"""From the facts of a run to a report: one JSON document, and a table for the terminal.
+
+The document's schema is at version 2: beside what was saved and lost it holds what `moefold compare` needs, which is
+the model's fingerprint and number of expert weights (`model`), which steps are the method's own and which calibrate
+(`methods`), the uncompressed model's losses with a digest of each text (`baselines`), and peaks of stored results.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +17,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from moefold.artifact import Artifact, Json
-from moefold.artifacts import Activity, Metrics, Text
+from moefold.artifacts import Activity, Baseline, Metrics, Text
+from moefold.methods import methods, model
 from moefold.pipeline import Pipeline
 from moefold.plan import Plan
 from moefold.replacements import Packed, Reduced
 from moefold.run import Event
 from moefold.saved import Saved
 
-VERSION = 1
+VERSION = 2
 """Of the report's schema; raised when a field changes its meaning."""
 
 _STOCK = "import transformers"
@@ -53,6 +59,8 @@ def build(plan: Plan, facts: Mapping[str, Json], times: Times, device: str) -> d
         "version": VERSION,
         "pipeline": pipeline.resolved(),
         "source": pipeline.source,
+        "model": model(plan),
+        "methods": methods(pipeline),
         "device": device,
         "versions": {name: _version(name) for name in _LIBRARIES} | {"python": platform.python_version()},
         "texts": _made(pipeline, facts, Text),
@@ -60,6 +68,7 @@ def build(plan: Plan, facts: Mapping[str, Json], times: Times, device: str) -> d
         "packed": _made(pipeline, facts, Packed),
         "reduced": _made(pipeline, facts, Reduced),
         "saved": _made(pipeline, facts, Saved),
+        "baselines": _made(pipeline, facts, Baseline),
         "metrics": _made(pipeline, facts, Metrics),
         "stages": {step: _took(step, facts, times) for step in pipeline.steps if step in times.totals},
     }
@@ -81,7 +90,7 @@ def _made(pipeline: Pipeline, facts: Mapping[str, Json], kind: type[Artifact]) -
 
 
 def _took(step: str, facts: Mapping[str, Json], times: Times) -> dict[str, Json]:
-    """Tasks and seconds of a step: in this run, and of the stored results whenever they were made."""
+    """Tasks, seconds and peaks of a step: in this run, and of its results whenever they were made."""
     notes = facts.get(step, {}).values()
     ran, total = times.totals[step]
     now = times.steps.get(step, {"ran": 0, "seconds": 0.0, "peak_bytes": 0, "peak_device_bytes": 0})
@@ -91,6 +100,7 @@ def _took(step: str, facts: Mapping[str, Json], times: Times) -> dict[str, Json]
         **now,
         "stored_seconds": sum(note["seconds"] for note in notes),
         "stored_peak_bytes": max((note["peak_bytes"] for note in notes), default=0),
+        "stored_peak_device_bytes": max((note["peak_device_bytes"] for note in notes), default=0),
     }
 
 

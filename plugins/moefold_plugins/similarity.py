@@ -74,6 +74,18 @@ def similarity_gated_outputs(
     return Similarity(_compared(torch.stack(means), metric), f"{metric}, mean gate-weighted outputs")
 
 
+@stage("similarity.router")
+def similarity_router(layer: Layer, routed: Routed, context: Context) -> Similarity:
+    """Cosine of the experts' router logits over the layer's calibration tokens (M-SMoE, arXiv 2310.01334)."""
+    weight, bias = layer.checkpoint.skeleton.router(layer.number, context.device)
+    weight, bias = weight.float(), None if bias is None else bias.float()
+    gram = torch.zeros(len(weight), len(weight), dtype=torch.float64, device=context.device)
+    for tokens in routed.tokens.split(CHUNK):
+        logits = torch.nn.functional.linear(tokens.to(context.device).float(), weight, bias).double()  # [token, expert]
+        gram += logits.T @ logits
+    return Similarity(_cosine(gram), "cosine of router logits")
+
+
 def _mean_output(layer: Layer, experts: Experts, expert: int, tokens: Tensor, gates: Tensor | None = None) -> Tensor:
     """The mean of g f_e(x) over tokens, [hidden] float64; zero where there are none."""
     total = torch.zeros(experts.down.shape[1], dtype=torch.float64, device=tokens.device)
@@ -101,4 +113,4 @@ def _cosine(gram: Tensor) -> Tensor:
 
 @hookimpl
 def moefold_stages() -> list[Stage[Any, Any]]:
-    return [similarity_weights, similarity_outputs, similarity_gated_outputs]
+    return [similarity_weights, similarity_outputs, similarity_gated_outputs, similarity_router]

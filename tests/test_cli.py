@@ -253,3 +253,65 @@ def test_the_card_has_its_losses_also_when_it_is_written_anew(folder):
     assert f"{row['loss_after']:.4f}" in card
     report("p.yaml")
     assert (folder / "packed" / "README.md").read_text() == card
+
+
+def other_method(folder: Path, name: str, *stages: str) -> str:
+    """The pipeline with other stages between `observe` and `save`."""
+    head, _, rest = (folder / "p.yaml").read_text().partition("  - uses: pair.random\n")
+    _, _, tail = rest.partition("  - uses: pack.exponent\n")
+    (folder / name).write_text(head + "".join(f"  - {stage}\n" for stage in stages) + tail)
+    return name
+
+
+def ran(found: dict) -> dict[str, int]:
+    return {step: took["ran"] for step, took in found["stages"].items() if took["ran"]}
+
+
+def test_a_second_method_costs_only_its_own_stages_and_both_are_compared(folder):
+    second = other_method(folder, "second.yaml", "uses: pair.by_usage", "uses: puzzlemoe", "uses: pack.exponent")
+    report("p.yaml", "--to", "out/random")
+    found = report(second, "--to", "out/by_usage")
+    assert ran(found) == {"pair.by_usage": 3, "pack.exponent": 3, "save": 1, "evaluate.perplexity": 1}
+    compared = json.loads(moefold("compare", "out/by_usage", "out/random", ".moefold", "--json"))
+    rows = {row["run"]: row for row in compared["rows"]}
+    assert set(rows) == {"random", "by_usage", "by_usage #2"}
+    assert rows["by_usage"] | {"run": "by_usage #2"} == rows["by_usage #2"]
+    assert rows["random"]["method"] == "pair.random -> puzzlemoe -> pack.exponent"
+    assert rows["random"]["calibration_seconds"] == rows["by_usage"]["calibration_seconds"] > 0
+    assert {row["group"] for row in rows.values()} == {1}
+    assert {row["bits_per_weight"] for row in rows.values()} == {8.0}
+    assert compared["uncompressed"]["bits_per_weight"] == 16.0
+    printed = moefold("compare", "out/random", "out/by_usage")
+    assert "uncompressed" in printed
+    assert "0.500x" in printed
+
+
+def test_tokens_kept_for_several_methods_are_not_computed_twice(folder):
+    """Least squares reads the tokens themselves, which live until they are read unless --keep says otherwise."""
+    use = ["{uses: group.random, with: {experts: 4}}", "{uses: MERGE, needs: {experts: model}}"]
+    first = other_method(folder, "first.yaml", *(line.replace("MERGE", "average") for line in use))
+    second = other_method(folder, "second.yaml", *(line.replace("MERGE", "mergemoe") for line in use))
+    report(first, "--to", "average", "--keep", "forward")
+    found = report(second, "--to", "merged")
+    assert ran(found) == {"mergemoe": 3, "save": 1, "evaluate.perplexity": 1}
+    dropped = report(second, "--to", "again", "--set", "mergemoe.ridge=0.5")
+    assert ran(dropped) == {"forward": 3, "mergemoe": 3, "save": 1, "evaluate.perplexity": 1}
+    rows = json.loads(moefold("compare", "average", "merged", "again", "--json"))["rows"]
+    assert {row["method"] for row in rows} == {
+        "group.random(experts=4) -> average", "group.random(experts=4) -> mergemoe",
+        "group.random(experts=4) -> mergemoe(ridge=0.5)",
+    }  # fmt: skip
+    assert all(row["per_layer"] == "8 -> 4" and row["random"] for row in rows)
+
+
+def test_runs_on_other_models_or_texts_are_not_compared(folder):
+    report("p.yaml")
+    tiny("qwen3_moe", folder / "other", seed=3)
+    report("p.yaml", "--model", "other", "--to", "out/model", "--work", "w2")
+    (folder / "text.txt").write_text("Everything else is computed again, and compared with care. " * 40)
+    report("p.yaml", "--to", "out/text")
+    assert "fingerprints differ" in moefold("compare", "packed", "out/model", code=2)
+    assert "as many tokens, but other ones" in moefold("compare", "packed", "out/text", code=2)
+    assert "--keep forwrd: no stage of p.yaml has this id; did you mean forward?" in moefold(
+        "run", "p.yaml", "--keep", "forwrd", code=2
+    )

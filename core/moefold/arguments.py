@@ -18,6 +18,10 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="STAGE.OPTION=VALUE", help="One option in place of the pipeline's own (repeatable)."),
 ]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(metavar="STAGE", help="Store its results for other runs (repeatable): forward, for several methods."),
+]
 Work = Annotated[Path, typer.Option(metavar="DIR", help="Where results are kept, so that nothing is computed twice.")]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to standard output.")]

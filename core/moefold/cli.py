@@ -18,7 +18,7 @@ from rich.table import Table
 from moefold import __version__, benchmarks, describe, doctor, report, shipped
 from moefold import compare as comparing
 from moefold import tune as tuning
-from moefold.arguments import AsJson, Device, Model, PipelineName, Settings, Strict, Texts, To, Work
+from moefold.arguments import AsJson, Device, Keep, Model, PipelineName, Settings, Strict, Texts, To, Work
 from moefold.errors import InputError, MoefoldError, PipelineError
 from moefold.session import Session
 
@@ -82,6 +82,7 @@ def run(
     to: To = None,
     settings: Settings = None,
     work: Work = WORK,
+    keep: Keep = None,
     executor: Annotated[str, typer.Option(metavar="NAME", help="inline, process, or what a plugin offers.")] = "inline",
     workers: Annotated[int, typer.Option(min=1, help="Tasks at a time (process: one GPU each).")] = 1,
     device: Device = "auto",
@@ -91,7 +92,7 @@ def run(
     """Run a pipeline: do what is not stored yet, then report what was saved and what was lost."""
     with errors():
         session = Session.open(pipeline, model, text, to, settings, work, device, strict)
-        result = session.run(executor, workers, err)
+        result = session.run(executor, workers, err, keep)
         if as_json:
             _print_json(result)
         else:

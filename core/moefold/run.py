@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass, field
 from typing import Literal
@@ -48,8 +48,11 @@ def run(
     registry: Registry,
     workers: int = 1,
     window: int = 2,
+    keep: Collection[str] = (),
 ) -> dict[str, Json]:
     """Do what the store lacks; returns the facts of every stored result by step and layer.
+
+    What steps in `keep` make stays in the store for other runs, also where it would live until it is read only.
 
     Raises StageError (or the error that a stage raised) after what was in flight is stored; StoreError when another
     run uses the same store.
@@ -64,7 +67,7 @@ def run(
         raise StoreError(f"{store.root} cannot be written: {error.strerror or error}; give another --work") from error
     try:
         store.sweep()
-        _Loop(plan, store, executor, reporter, device, registry, workers, window).run()
+        _Loop(plan, store, executor, reporter, device, registry, workers, window, keep).run()
         return facts(plan, store)
     finally:
         lock.release()
@@ -92,9 +95,11 @@ class _Loop:
         registry: Registry,
         workers: int,
         window: int,
+        keep: Collection[str],
     ) -> None:
         self.plan, self.store, self.executor, self.reporter = plan, store, executor, reporter
         self.device, self.workers, self.window = device, workers, window
+        self.keep = keep
         # Another process reads the installed plugins itself; a registry does not travel.
         self.registry = registry if isinstance(executor, InlineExecutor) else None
         self.missing = plan.missing(store)
@@ -128,9 +133,13 @@ class _Loop:
 
     def _soon_read(self, task: Task) -> bool:
         """Whether to remember a result: this process reads it, and not only once all layers are there."""
-        if self.registry is None or task.keep != "until read":
+        if self.registry is None or not self._passes(task):
             return False
         return all(self.missing[key].layer for key, reads in self.reads.items() if task.key in reads)
+
+    def _passes(self, task: Task) -> bool:
+        """Whether a result is dropped when its readers have read it."""
+        return task.keep == "until read" and task.step not in self.keep
 
     def _push(self, key: str) -> None:
         layer = self.missing[key].layer
@@ -176,7 +185,7 @@ class _Loop:
         """One reader less for all that this task read; drop what was kept until read and now is."""
         for read in self.reads[key]:
             self.readers[read] -= 1
-            if self.readers[read] == 0 and self.plan.tasks[read].keep == "until read":
+            if self.readers[read] == 0 and self._passes(self.plan.tasks[read]):
                 self.store.drop(read)
 
     def _land(self) -> None:
@@ -188,5 +197,5 @@ class _Loop:
     def _drop_unread(self) -> None:
         """Drop what an earlier, killed run kept until read and nobody needs any more."""
         for task in self.plan.tasks.values():
-            if task.keep == "until read":
+            if self._passes(task):
                 self.store.drop(task.key)

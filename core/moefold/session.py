@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,7 +19,7 @@ from rich.console import Console
 from moefold import executors, pipeline, report, shipped
 from moefold.artifact import Json
 from moefold.artifacts import Baseline
-from moefold.errors import InputError, StageError
+from moefold.errors import InputError, StageError, suggest
 from moefold.hooks import Registry
 from moefold.model_card import write_losses, write_records
 from moefold.models import locate
@@ -87,8 +88,12 @@ class Session:
         checkpoint = locate(read.model, registry, read.revision)
         return cls(plan(read, checkpoint, device=chosen, strict=strict), Store(work), chosen, registry)
 
-    def run(self, executor: str, workers: int, console: Console) -> dict[str, Json]:
-        """Do what is missing, and write the report beside the results."""
+    def run(self, executor: str, workers: int, console: Console, keep: Sequence[str] | None = None) -> dict[str, Json]:
+        """Do what is missing, and write the report beside the results; what `keep` names makes stays for other runs."""
+        for name in keep or ():
+            if name not in self.plan.pipeline.steps:
+                known = suggest(name, self.plan.pipeline.steps)
+                raise InputError(f"--keep {name}: no stage of {self.plan.pipeline.source} has this id{known}")
         times = report.Times()
         logging.getLogger("transformers").setLevel(logging.ERROR)  # its notes are about its own callers
         with executors.make(executor, workers, self.device, self.registry) as pool, Bars(console) as bars:
@@ -97,16 +102,17 @@ class Session:
                 times(event)
                 bars(event)
 
-            found = self._run(pool, hear, workers)
+            found = self._run(pool, hear, workers, keep or ())
         made = report.build(self.plan, found, times, self.device)
         (self.store.root / "report.json").write_text(json.dumps(made, indent=2))
         write_losses(made, self.plan.pipeline)
         write_records(made)
         return made
 
-    def _run(self, pool: Executor, hear: Reporter, workers: int) -> dict[str, Json]:
+    def _run(self, pool: Executor, hear: Reporter, workers: int, keep: Sequence[str]) -> dict[str, Json]:
+        settings: dict[str, Any] = {"device": self.device, "registry": self.registry, "workers": workers, "keep": keep}
         try:
-            return run(self.plan, self.store, pool, hear, device=self.device, registry=self.registry, workers=workers)
+            return run(self.plan, self.store, pool, hear, **settings)
         except StageError as error:  # the stage's author wants more than the message
             place = self.store.root / "traceback.txt"
             place.write_text("".join(traceback.format_exception(error)))

@@ -11,7 +11,7 @@ from moefold_plugins.layer_files import LayerFiles
 
 def pruned_files(layer: Layer, value: Reduced) -> LayerFiles:
     """Experts numbered anew, whatever else has something for each expert cut alike, their number in config.json."""
-    outputs = _own_outputs(layer, value)
+    outputs = own_outputs(layer, value.route, value.count)
     place, pruning = layer.names(), Pruning(layer)
     beside = pruning.beside(outputs)
     return LayerFiles(
@@ -24,13 +24,12 @@ def pruned_files(layer: Layer, value: Reduced) -> LayerFiles:
     )
 
 
-def _own_outputs(layer: Layer, value: Reduced) -> torch.Tensor:
-    """The router outputs that are left, each of which must mean an expert of its own."""
-    route = value.route
+def own_outputs(layer: Layer, route: torch.Tensor | None, count: int) -> torch.Tensor:
+    """The router outputs that are left, each of which must mean one of `count` experts of its own."""
     if route is None:
         raise FormatError(f"layer {layer.number}: these experts are not pruned")
     outputs = (route >= 0).nonzero().flatten()
-    if route[outputs].tolist() != list(range(value.count)):
+    if route[outputs].tolist() != list(range(count)):
         raise FormatError(
             f"layer {layer.number} was pruned and its experts were merged as well, for which save has no form; "
             "prune or merge, or save the pruned model and merge that"

@@ -34,8 +34,9 @@ from moefold import (
 )
 from moefold.artifacts import tensor_bytes
 from moefold.errors import FormatError, InputError
-from moefold_kernels import LayerEntry, read_config, write_config
+from moefold_kernels import LayerEntry
 from moefold_kernels.checkpoint import METHOD
+from moefold_plugins.config_text import config_text
 from moefold_plugins.files import layer_files
 from moefold_plugins.layer_files import Export, LayerFiles
 from moefold_plugins.model_card import write_card
@@ -76,7 +77,9 @@ def save(
         with Shards(directory, parse_size(shard_size)) as shards:
             written = _write_tensors(checkpoint, experts, shards, export)
         figures = _figures(checkpoint, written, shards.total, activity)
-        write_text(directory / "config.json", _config(checkpoint, written))
+        other = next(iter(written.quantized.values()), None)  # all are the same
+        text = config_text(checkpoint, written.config or {}, written.entries, other)
+        write_text(directory / "config.json", text)
         _copy_others(checkpoint.path, directory)
         write_text(directory / CARD, write_card(target.name, provenance, figures, __version__))
         write_text(directory / Saved.RECORD, json.dumps({"moefold": __version__, "saved": figures}, indent=2) + "\n")
@@ -97,8 +100,8 @@ class _Written:
     after: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     formats: set[str] = field(default_factory=set)
-    quantization: Mapping[str, Json] | None = None
-    """compressed-tensors' entry of config.json."""
+    quantized: dict[int, Mapping[str, Json]] = field(default_factory=dict)
+    """Layer -> what compressed-tensors has in config.json."""
     thin: dict[int, list[int]] = field(default_factory=dict)
 
     def add(self, layer: Layer, value: Replacement | None, files: LayerFiles | None, before: int) -> None:
@@ -118,6 +121,10 @@ class _Written:
         self.entries.pop(layer.number, None)  # the source's own, if it had one
         if files.entry is not None:
             self.entries[layer.number] = files.entry
+        if files.quantization is not None:
+            self.quantized[layer.number] = files.quantization
+        if isinstance(value, Quantized):
+            self.formats.add(Scheme(value.scheme, value.group).title)
         if isinstance(value, Packed):
             self.formats.add(value.format)
             for name, count in value.counts.items():
@@ -144,7 +151,7 @@ def _write_tensors(checkpoint: Checkpoint, replaced: Layers[Replacement], shards
                 f"{checkpoint.path}: layer {number} is merged or packed there already, and nothing replaces it; to "
                 "expand it, load the directory with transformers, call dequantize() and save_pretrained"
             )
-    if written.quantization is not None and (len(written.formats) > 1 or len(written.kinds) < len(layers)):
+    if written.quantized and (len(written.formats) > 1 or len(written.quantized) < len(layers)):
         raise FormatError(
             f"{checkpoint.path}: some layers are {', '.join(sorted(written.formats))} and others are not; transformers "
             "loads quantised experts only where every layer's are in one scheme: quantise all layers alike"
@@ -185,33 +192,6 @@ def _figures(
         figures["masks"] = {name: written.counts[name] / weights for name in ("shared", "own", "other", "zero")}
         figures |= {name: written.counts.get(name, 0) for name in ("clipped", "flushed")}
     return figures
-
-
-def _config(checkpoint: Checkpoint, written: _Written) -> str:
-    """The source's config.json, its text untouched, with our entry at its end: one line per layer."""
-    source = (checkpoint.path / "config.json").read_text(encoding="utf-8")
-    config = dict(checkpoint.config)
-    if written.config:
-        part = config.get("text_config")
-        if isinstance(part, dict):
-            config["text_config"] = part | written.config
-        else:
-            config |= written.config
-        source = json.dumps(config, indent=2) + "\n"
-    if written.quantization is not None:
-        return json.dumps({**config, "quantization_config": written.quantization}, indent=2) + "\n"
-    if not written.entries:
-        return source
-    entry = write_config(written.entries)
-    read_config(json.loads(json.dumps(entry)))  # what is written must be what readers accept
-    lines = ",\n".join(f"      {json.dumps(number)}: {json.dumps(layer)}" for number, layer in entry["layers"].items())
-    head = json.dumps({name: value for name, value in entry.items() if name != "layers"})
-    ours = f'"quantization_config": {{\n    {head[1:-1]},\n    "layers": {{\n{lines}\n    }}\n  }}'
-    if "quantization_config" in config:
-        source = json.dumps({name: value for name, value in config.items() if name != "quantization_config"}, indent=2)
-    text = source.rstrip().removesuffix("}").rstrip()
-    comma = "" if text.endswith("{") else ","
-    return f"{text}{comma}\n  {ours}\n}}\n"
 
 
 def _copy_others(source: Path, directory: Path) -> None:

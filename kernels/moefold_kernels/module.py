@@ -64,8 +64,9 @@ class PackedModule(RoutedModule):
     def table_values(self) -> dict[str, Tensor]:
         """Where each expert's weights are, and the route where experts were merged before they were packed."""
         layer = self.packed_layer
-        found = dict(zip(("places", "placed"), tables(layer.pairs, layer.dense), strict=True))
-        return found if layer.route is None else {**found, "route": route_table(layer.route)}
+        places, placed = tables(layer.pairs, layer.dense)
+        route = {} if layer.route is None else {"route": route_table(layer.route)}
+        return {"places": places, "placed": placed, **route}
 
     def stock_gate_up(self) -> Tensor:
         """Gate and up projections of every expert, in the stock module's own layout."""

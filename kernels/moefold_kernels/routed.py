@@ -48,13 +48,16 @@ class RoutedModule(nn.Module):
 
     def add_tables(self, device: torch.device) -> None:
         """Give the module its buffers."""
-        self.register_buffer("route", None, persistent=False)
-        for name, table in self.table_values().items():
+        values = self.table_values()
+        if "route" not in values:
+            self.route = None  # not an empty buffer, for which accelerate's offloading has no place
+        for name, table in values.items():
             self.register_buffer(name, table.to(device), persistent=False)
 
     def drop_tables(self, *others: str) -> None:
         """Take the buffers from the module again, and `others`."""
-        for name in {"route", *self.table_values(), *others}:
+        self.__dict__.pop("route", None)
+        for name in (*self.table_values(), *others):
             del self._buffers[name]
             self._non_persistent_buffers_set.discard(name)
 

@@ -1,0 +1,310 @@
+"""Stock transformers on checkpoints with merged experts: bit-equal to the twin in which they are repeated."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from layers import TOLERANCE, difference
+from merging import merge_checkpoint
+from packing import stock_experts
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+import moefold_kernels.transformers as ours
+from models import tiny
+from moefold_kernels import BackendError, FormatError, MergedLayer, read_config, write_config
+from moefold_kernels.module import PackedModule
+from moefold_kernels.routed import MergedModule, RoutedModule
+
+FAMILIES = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss")
+IDS = torch.tensor([[5, 77, 130, 9, 200, 31, 64], [8, 8, 250, 17, 3, 99, 140]])
+ROUTE = [0, 1, 1, 2, 0, 3, 4, 1]
+KINDS = {"merged": {0: "merged", 1: "merged"}, "mixed": {0: "merged", 1: "packed"}, "partly": {1: "merged"},
+         "packed": {0: "packed", 1: "packed"}}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    """A function that makes (merged, twin) directories, once per family and kind."""
+    known: dict[object, tuple[Path, Path]] = {}
+
+    def make(family: str, kind: str = "merged") -> tuple[Path, Path]:
+        if (family, kind) not in known:
+            root = tmp_path_factory.mktemp(family)
+            source = tiny(family, root / "source", shard_size="1GB", num_hidden_layers=2)
+            merge_checkpoint(source, root / "ours", root / "twin", ROUTE, KINDS[kind])
+            known[family, kind] = root / "ours", root / "twin"
+        return known[family, kind]
+
+    return make
+
+
+def load(path: Path, **kwargs):
+    """A model, after checking that every tensor had its place."""
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    assert not any(info.values()), info
+    return model
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS.to(model.device)).logits.cpu()
+
+
+def expert_bytes(model) -> int:
+    return sum(p.numel() * p.element_size() for m in stock_experts(model).values() for p in m.parameters())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_the_twins(merged, family, kind, implementation):
+    left, right = (load(path, experts_implementation=implementation) for path in merged(family, kind))
+    assert any(isinstance(module, RoutedModule) for module in left.modules())
+    assert torch.equal(logits(left), logits(right))
+    if kind == "merged":
+        assert expert_bytes(left) * 8 == expert_bytes(right) * 5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["mixed", "packed"])
+def test_the_kernels_run_packed_experts_over_merged_ones(merged, family, kind, device):
+    pytest.importorskip("triton")
+    left, right = merged(family, kind)
+    found = logits(load(left, experts_implementation="moefold").to(device))
+    assert 0 < difference(found, logits(load(right).to(device))) < TOLERANCE["logits"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_experts_take_the_default_of_transformers(merged, family):
+    left, right = (load(path) for path in merged(family))
+    assert left.config._experts_implementation == right.config._experts_implementation
+    assert load(merged(family, "mixed")[0]).config._experts_implementation == "moefold"
+    with pytest.raises(BackendError, match="is not packed, and experts_implementation='moefold' is for packed"):
+        logits(load(merged(family)[0], experts_implementation="moefold"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["mixed", "merged"])
+def test_save_pretrained_writes_the_same_layout(merged, family, kind, tmp_path):
+    path, _ = merged(family, kind)
+    model = load(path)
+    model.save_pretrained(tmp_path / "again")
+    before, after = load_file(path / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    configs = [json.loads((directory / "config.json").read_text()) for directory in (path, tmp_path / "again")]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate(merged, family):
+    outs = []
+    for path in merged(family):
+        model = load(path)
+        outs.append(model.generate(IDS, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0))
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", ["argument", "method"])
+def test_dequantize_gives_a_stock_model(merged, family, way, tmp_path):
+    path, twin = merged(family, "mixed")
+    if way == "argument":
+        with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+            model = load(path, quantization_config=ours.MoefoldConfig(dequantize=True))
+    else:
+        model = load(path).dequantize()
+    assert not any(isinstance(module, RoutedModule) for module in model.modules())
+    assert {module.num_experts for module in stock_experts(model).values()} == {8}
+    assert torch.equal(logits(model), logits(load(twin)))
+    model.save_pretrained(tmp_path / "stock")
+    saved, expected = load_file(tmp_path / "stock" / "model.safetensors"), load_file(twin / "model.safetensors")
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in saved)
+    assert "quantization_config" not in json.loads((tmp_path / "stock" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_other_dtypes(merged, family, dtype):
+    # by batched_mm, whose rows do not depend on each other: a float32 product of more rows rounds otherwise
+    left, right = (load(path, dtype=dtype, experts_implementation="batched_mm") for path in merged(family))
+    assert {p.dtype for p in left.parameters()} == {dtype}
+    assert torch.equal(logits(left), logits(right))
+
+
+@pytest.mark.parametrize("kind", ["mixed", "merged"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_device_map_auto(merged, family, kind):
+    models = [load(p, device_map="auto", experts_implementation="grouped_mm") for p in merged(family, kind)]
+    assert torch.equal(*(logits(model) for model in models))
+
+
+@pytest.mark.parametrize("kind", ["mixed", "merged"])
+def test_disk_offload(merged, kind, tmp_path):
+    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "disk", "model.norm": "cpu",
+                  "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    paths = merged("mixtral", kind)
+    models = [load(path, device_map=device_map, offload_folder=tmp_path / path.name) for path in paths]
+    assert torch.equal(*(logits(model) for model in models))
+
+
+def test_the_base_model_loads(merged):
+    left, right = (AutoModel.from_pretrained(path) for path in merged("mixtral"))
+    assert any(isinstance(module, MergedModule) for module in left.modules())
+    with torch.no_grad():
+        assert torch.equal(left(IDS).last_hidden_state, right(IDS).last_hidden_state)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["packed", "merged"])
+def test_compiled_whole(merged, family, kind):
+    module = stock_experts(load(merged(family, kind)[0], experts_implementation="batched_mm"))[1]
+    index = torch.tensor([[0, 4], [7, 2], [3, 5]])  # the first two reach one expert twice
+    batch = (torch.randn(3, 64).bfloat16(), index, torch.rand(3, 2).bfloat16())
+    with torch.no_grad():
+        right = module(*batch)
+        found = torch.compile(module, fullgraph=True, backend="aot_eager")(*batch)
+    assert torch.equal(found, right)
+
+
+def test_modules_are_copied_and_moved_with_their_route(merged):
+    module = stock_experts(load(merged("qwen3_moe")[0]))[0]
+    copied, emptied = copy.deepcopy(module), copy.deepcopy(module).to("meta").to_empty(device="cpu")
+    assert copied.route.tolist() == emptied.route.tolist() == ROUTE
+    assert copied.to(torch.float16).route.dtype == torch.int64
+    assert set(module.state_dict()) == {"gate_up_proj", "down_proj"}
+    named = {"hidden_states": torch.randn(2, 64).bfloat16(), "top_k_index": torch.tensor([[1, 3], [6, 7]])}
+    named["top_k_weights"] = torch.rand(2, 2).bfloat16()
+    assert torch.equal(module(**named), module(*named.values()))
+
+
+def test_stock_transformers_without_us_raises(merged):
+    code = """
+import sys
+from transformers import AutoModelForCausalLM
+for path in sys.argv[1:]:
+    try:
+        AutoModelForCausalLM.from_pretrained(path)
+        print("LOADED", path)
+    except RuntimeError as error:
+        print("RAISED")
+"""
+    paths = [str(merged(family, kind)[0]) for family in FAMILIES for kind in KINDS]
+    result = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["RAISED"] * len(paths)
+
+
+def edited(path: Path, to: Path, change_tensors=None, change_config=None) -> Path:
+    """A copy of a checkpoint with one thing changed."""
+    tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
+    if change_tensors:
+        change_tensors(tensors)
+    if change_config:
+        change_config(config["quantization_config"]["layers"]["1"])
+    to.mkdir()
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+PREFIX = "model.layers.1.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("qwen3_moe", lambda t: t.pop(f"{PREFIX}.2.up_proj.weight"), r"up_proj.weight of expert 2 is missing"),
+        ("qwen3_moe", lambda t: t.update({f"{PREFIX}.5.up_proj.weight": torch.zeros(1)}), r"expert 5 .* one too many"),
+        ("gpt_oss", lambda t: t.update({f"{PREFIX}.down_proj": t[f"{PREFIX}.down_proj"][:4].clone()}), "of expert 4"),
+        ("qwen3_moe", lambda t: [t.pop(n) for n in list(t) if n.startswith(PREFIX)], "no expert is in the checkpoint"),
+    ],
+)
+def test_files_without_an_expert_are_refused(merged, tmp_path, family, change, message):
+    path = edited(merged(family)[0], tmp_path / "x", change)
+    with pytest.raises(FormatError, match=message):
+        AutoModelForCausalLM.from_pretrained(path)
+
+
+@pytest.mark.parametrize("kind", ["merged", "mixed"])
+@pytest.mark.parametrize(
+    ("route", "message"),
+    [
+        ([0, 1, 2, 3, 4, 0], r"the checkpoint lists 6 experts, the model has 8"),
+        ([0, 1, 2, 3, 5, 0, 0, 0], r"layers\.1\.route has to lead to each expert 0 \.\. 5"),
+        ([0, 1, 2, 3, -1, 4, 0, 0], r"layers\.1\.route has to lead to each"),
+        ([0, 1, True, 3, 2, 4, 0, 0], r"layers\.1\.route is no list"),
+        ([], r"layers\.1\.route is no list"),
+    ],
+)
+def test_a_wrong_route_is_refused(merged, tmp_path, kind, route, message):
+    path = edited(merged("qwen3_moe", kind)[0], tmp_path / "x", None, lambda entry: entry.update(route=route))
+    with pytest.raises(FormatError, match=message):
+        AutoModelForCausalLM.from_pretrained(path)
+
+
+LAYER = MergedLayer("model.layers.3.mlp.experts", (0, 1, 1, 0))
+
+
+def test_an_entry_is_read_as_it_was_written():
+    assert read_config(json.loads(json.dumps(write_config({3: LAYER})))) == {3: LAYER}
+    assert LAYER.experts == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: e.update(pairs=[]), r"layers\.3\.pairs: unknown key; known: format, prefix, route"),
+        (lambda e: e.pop("route"), r"layers\.3\.route is missing"),
+        (lambda e: e.update(prefix="a..b"), r"layers\.3\.prefix is 'a\.\.b'"),
+        (lambda e: e.update(route=[0, 2, 1, 3]), r"layers\.3\.route leads to as many experts as the router has"),
+        (lambda e: e.update(route=None), r"layers\.3\.route is no list"),
+        (lambda e: e.update(format="smaller"), r"layers\.3\.\w+ is missing"),
+    ],
+)
+def test_a_wrong_entry_says_where(change, message):
+    entry = write_config({3: LAYER})
+    change(entry["layers"]["3"])
+    with pytest.raises(FormatError, match=message):
+        read_config(entry)
+
+
+def test_parallel_plans_stay_as_they_are(merged):
+    model = load(merged("qwen3_moe")[0])
+    plan = {"model.layers.*.mlp.experts.gate_up_proj": "packed_colwise"}
+    model.hf_quantizer.update_parallel_plan(model, plan)
+    assert plan["model.layers.*.mlp.experts.gate_up_proj"] == "packed_colwise"
+    assert isinstance(stock_experts(model)[0], MergedModule)
+    assert not any(isinstance(module, PackedModule) for module in model.modules())
+
+
+@pytest.mark.slow
+def test_two_processes_of_tensor_parallelism(merged, tmp_path):
+    code = """
+import sys
+import torch
+import moefold_kernels.transformers
+from transformers import AutoModelForCausalLM
+outs = []
+for path in sys.argv[1:3]:
+    model = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto")
+    outs.append(model(torch.tensor([[5, 77, 130, 9, 200]])).logits)
+down = model.model.layers[0].mlp.experts.down_proj._local_tensor
+print("EQUAL" if torch.equal(*outs) else "DIFFERENT", list(down.shape))
+"""
+    (tmp_path / "run.py").write_text(code)
+    for kind in ("merged", "mixed"):
+        left, right = merged("mixtral", kind)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command += [str(tmp_path / "run.py"), str(right), str(left)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        said = [result.stdout.count(word) for word in ("EQUAL", "[5, 64, 24]", "DIFFERENT")]
+        assert said == [2, 2, 0], result.stdout + result.stderr

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -13,32 +13,62 @@ from moefold import Aligned, Context, Experts, Groups, Stage, hookimpl, stage
 
 
 @stage("align", keep="until read")
-def align(experts: Experts, groups: Groups, context: Context) -> Aligned:
+def align(
+    experts: Experts,
+    groups: Groups,
+    context: Context,
+    *,
+    method: Annotated[
+        Literal["greedy", "hungarian"],
+        Field(description="greedy: best pairs first, on the device; hungarian: the best sum, cubic in time"),
+    ] = "greedy",
+) -> Aligned:
     """Permute each expert's neurons to match those of its group's first; what it computes does not change.
 
-    Matching is the Hungarian method on the inner products of neurons, a neuron being its rows of gate and up and its
-    column of down (M-SMoE, arXiv 2310.01334, section 3.2; ZipIt, arXiv 2305.03053, for weights instead of activations).
-    It takes time cubic in the inner size: seconds for 2,048 neurons, many minutes for 14,336.
+    A neuron is its rows of gate and up and its column of down; how alike two are is their inner product (M-SMoE, arXiv
+    2310.01334, section 3.2, matches by the Hungarian method).
     """
     out = experts.to(context.device)
-    found = Aligned(out.gate_up.clone(), out.down.clone(), out.gate_up_bias, out.down_bias, out.gated, out.route)
-    if found.gate_up_bias is not None:
-        found = replace(found, gate_up_bias=found.gate_up_bias.clone())
+    bias = None if out.gate_up_bias is None else out.gate_up_bias.clone()
+    found = Aligned(out.gate_up.clone(), out.down.clone(), bias, out.down_bias, out.gated, out.route)
     for first, *others in groups.members:
         for expert in others:
-            _permute(found, expert, matching(found, first, expert))
+            agreement = neurons(found, first, expert)
+            _permute(found, expert, best_sum(agreement) if method == "hungarian" else best_first(agreement))
     return found
 
 
-def matching(experts: Experts, first: int, other: int) -> Tensor:
-    """For each neuron of expert `first` the neuron of `other` that goes with it: a permutation, [inner] int64."""
-    inner = experts.inner
-    agreement = torch.zeros(inner, inner, dtype=torch.float64, device=experts.down.device)
+def neurons(experts: Experts, first: int, other: int) -> Tensor:
+    """How alike the neurons of two experts are: [neuron of first, neuron of other] float32."""
+    agreement = torch.zeros(experts.inner, experts.inner, device=experts.down.device)
     for name, weights in experts.matrices().items():
         one, two = weights[first].float(), weights[other].float()
-        agreement += (one.T @ two if name == "down_proj" else one @ two.T).double()
-    _, order = linear_sum_assignment(agreement.cpu().numpy(), maximize=True)
+        agreement += one.T @ two if name == "down_proj" else one @ two.T
+    return agreement
+
+
+def best_sum(agreement: Tensor) -> Tensor:
+    """For each row the column that goes with it, the sum being the largest possible: a permutation, [row] int64."""
+    _, order = linear_sum_assignment(agreement.double().cpu().numpy(), maximize=True)
     return torch.from_numpy(order)
+
+
+def best_first(agreement: Tensor) -> Tensor:
+    """The same by taking the largest entry, then the largest in what is left, and so on.
+
+    Every round takes all entries that are the largest of their row and of their column, which is the same matching
+    in a few dozen rounds instead of as many as there are rows.
+    """
+    left = agreement.clone()
+    order = torch.full((len(left),), -1, dtype=torch.int64, device=left.device)
+    rows = torch.arange(len(left), device=left.device)
+    while bool((order < 0).any()):
+        column = left.argmax(dim=1)
+        agreed = (order < 0) & (left.argmax(dim=0)[column] == rows)
+        order[agreed] = column[agreed]
+        left[agreed] = -torch.inf
+        left[:, column[agreed]] = -torch.inf
+    return order
 
 
 def _permute(experts: Experts, expert: int, order: Tensor) -> None:

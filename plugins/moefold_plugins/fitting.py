@@ -82,6 +82,7 @@ class Sums:
             for n in groups
         }
         reached, held = routed.reaches(experts), held_out(routed)
+        kind = torch.promote_types(routed.tokens.dtype, torch.float32)
         for start in range(0, len(routed.tokens), CHUNK):
             chunk = slice(start, start + CHUNK)
             x, chosen, gates, out = (
@@ -96,9 +97,9 @@ class Sums:
                 if not len(own):
                     continue
                 if target == "published":
-                    weights = [torch.full((len(own),), shares[expert], device=device) for expert in group]
+                    weights = [torch.full((len(own),), shares[expert], dtype=kind, device=device) for expert in group]
                 else:
-                    weights = [(gates.float() * hit)[rows].sum(dim=1) for hit in hits]
+                    weights = [(gates.to(kind) * hit)[rows].sum(dim=1) for hit in hits]
                 p, r = _residual(layer, experts, merged, number, group, own, weights)
                 for moments, part in ((sums[number].fit, ~out[rows]), (sums[number].held, out[rows])):
                     moments.add(p[part], r[part])
@@ -115,8 +116,8 @@ def _residual(
     weights: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """G p(x) `[token, inner]`, and what the average leaves of the weighted outputs, `[token, hidden]`."""
-    kind = torch.promote_types(x.dtype, torch.float32)
-    total = torch.stack(weights).sum(dim=0).to(kind)[:, None]  # [token, 1]: G
+    kind = weights[0].dtype
+    total = torch.stack(weights).sum(dim=0)[:, None]  # [token, 1]: G
     p = layer.activate(merged, number, x).to(kind) * total
     r = -F.linear(p, merged.down[number].to(kind))
     if merged.down_bias is not None:
@@ -124,7 +125,7 @@ def _residual(
     for expert, weight in zip(group, weights, strict=True):
         active = weight != 0
         if bool(active.any()):
-            r[active] += layer.output(experts, expert, x[active]).to(kind) * weight[active, None].to(kind)
+            r[active] += layer.output(experts, expert, x[active]).to(kind) * weight[active, None]
     return p, r
 
 

@@ -151,9 +151,12 @@ def _in_file(skeleton: Skeleton, key: str, count: int) -> dict[str, int]:
     """The key under the names that config.json has for it: the config's own, or what it maps to that."""
     text = skeleton.model.config.get_text_config()
     config = skeleton.checkpoint.config
-    if text is not skeleton.model.config and not isinstance(config.get("text_config"), dict):
-        raise CheckpointError(f"{skeleton.where}: config.json has no text_config, where the number of experts belongs")
     part = config.get("text_config", config)
+    if not isinstance(part, dict) or part.get("model_type", text.model_type) != text.model_type:
+        raise CheckpointError(
+            f"{skeleton.where}: the config of {text.model_type}, where the number of experts belongs, is neither "
+            "config.json nor its text_config"
+        )
     names = [key, *(alias for alias, own in text.attribute_map.items() if own == key)]
     return {name: count for name in names if name in part} or {key: count}
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import moefold.meta
 import moefold.narrow
@@ -74,6 +74,23 @@ def test_a_key_under_the_name_that_the_file_has_for_it(tmp_path: Path) -> None:
     assert checkpoint.skeleton.narrow(4).config == {"num_experts": 4}
     both = edit(checkpoint, "", num_local_experts=8)
     assert both.skeleton.narrow(4).config == {"num_experts": 4, "num_local_experts": 4}
+
+
+def test_a_composite_model_has_it_in_its_text_config(tmp_path: Path) -> None:
+    sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "vocab_size": 288}
+    more = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    layers = {"layer_types": ["full_attention"] * 2, "head_dim": 16, "shared_expert_intermediate_size": 32}
+    config = AutoConfig.for_model("qwen3_5_moe", text_config=sizes | more | layers)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(str(tmp_path))
+    assert "num_experts" not in checkpoint.config
+    assert checkpoint.config["text_config"]["num_experts"] == 8
+    assert checkpoint.skeleton.narrow(4).config == {"num_experts": 4}
+    elsewhere = {"model_type": "qwen3_5_moe", "llm_config": checkpoint.config["text_config"]}
+    checkpoint.__dict__["config"] = elsewhere
+    with pytest.raises(CheckpointError, match=r"neither config.json nor its text_config"):
+        moefold.narrow.Narrow.of(checkpoint.skeleton, 4)
 
 
 def test_other_keys_of_the_same_value_are_left_alone(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def test_what_a_part_names_is_kept():
     """A model of several parts: each that named nothing takes `moefold`."""
     config = AutoConfig.for_model("qwen3_vl_moe")
     config.text_config._experts_implementation_internal = "eager"
-    quantizer = ours.MoefoldQuantizer(ours.MoefoldConfig())
+    quantizer = ours.MoefoldQuantizer(ours.MoefoldConfig(layers={"0": layer().to_json()}))
     quantizer.update_attn_implementation(config)
     assert config._experts_implementation == "moefold"
     assert config.text_config._experts_implementation == "eager"

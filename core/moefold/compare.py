@@ -19,7 +19,7 @@ from moefold.errors import InputError
 from moefold.report import size
 
 if TYPE_CHECKING:
-    from moefold.comparison import Comparison, Row
+    from moefold.comparison import Comparison, Cost, Row
 
 EPILOG = """
     Examples:
@@ -28,9 +28,6 @@ EPILOG = """
 
         moefold compare out/* --csv methods.csv
     """
-
-_METHOD_WIDTH = 24
-"""A method's column takes what is left of a line, and no less."""
 
 
 def compare(
@@ -56,6 +53,7 @@ def compare(
             show(found, out)
 
 
+_NESTED = ("experts", "losses", "own", "calibration")
 Cell = Callable[["Row"], str]
 Column = tuple[str, Cell]
 
@@ -65,7 +63,8 @@ def show(found: Comparison, console: Console) -> None:
     texts = ", ".join(f"{name} ({tokens:,} tokens)" for name, tokens in found.texts.items())
     console.print(
         f"{found.model}: rows of equal expert bytes (within 1 %) stand together, the least loss first; loss in nats "
-        f"per token on {texts}; seconds whenever they were spent, also on what is stored now",
+        f"per token on {texts}; seconds and peak memory (host + device) whenever they were spent, also on what is "
+        "stored now",
         highlight=False,
         markup=False,
     )
@@ -89,10 +88,10 @@ def _parts(found: Comparison) -> Iterator[list[Column]]:
     for text in found.texts:
         yield _of_text(text)
     yield [
-        ("own\nseconds", lambda row: _seconds(row.own_seconds)),
-        ("calibr.\nseconds", lambda row: _seconds(row.calibration_seconds)),
-        ("peak\nmemory", lambda row: size(row.peak_bytes) if row.peak_bytes else "-"),
-        ("on the\ndevice", lambda row: size(row.peak_device_bytes) if row.peak_device_bytes else "-"),
+        ("own\nseconds", lambda row: f"{row.own.seconds:.1f}" if row.own else "-"),
+        ("own\npeak", lambda row: _peak(row.own)),
+        ("calibr.\nseconds", lambda row: f"{row.calibration.seconds:.1f}" if row.calibration else "-"),
+        ("calibr.\npeak", lambda row: _peak(row.calibration)),
     ]
     yield [("method", lambda row: ("random baseline: " if row.random else "") + row.method)]
 
@@ -109,8 +108,11 @@ def _of_text(text: str) -> list[Column]:
     ]
 
 
-def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def _peak(cost: Cost | None) -> str:
+    """Host memory, and the device's where there is one."""
+    if cost is None or not cost.peak_bytes:
+        return "-"
+    return size(cost.peak_bytes) + (f" + {size(cost.peak_device_bytes)}" if cost.peak_device_bytes else "")
 
 
 def _table(found: Comparison, columns: list[Column]) -> Table:
@@ -118,8 +120,7 @@ def _table(found: Comparison, columns: list[Column]) -> Table:
     table.add_column("run", overflow="fold")
     for name, _ in columns:
         justify: JustifyMethod = "left" if name == "method" else "right"
-        least = _METHOD_WIDTH if name == "method" else None
-        table.add_column(escape(name), justify=justify, min_width=least, no_wrap=name != "method")
+        table.add_column(escape(name), justify=justify, overflow="fold", no_wrap=name != "method")
     group = 0
     for row in (found.uncompressed, *found.rows):
         if row.group != group:
@@ -131,23 +132,29 @@ def _table(found: Comparison, columns: list[Column]) -> Table:
 
 
 def _width(found: Comparison, columns: list[Column], console: Console) -> int:
-    """What a table takes at least, if only methods may be folded."""
-    short = [(name, (lambda _: "") if name == "method" else cell) for name, cell in columns]
+    """What a table takes at least, if methods may be folded between words, and nothing else."""
+    short = [(name, _longest_word if name == "method" else cell) for name, cell in columns]
     return console.measure(_table(found, short), options=console.options.update(width=10_000)).maximum
+
+
+def _longest_word(row: Row) -> str:
+    return max(row.method.split(), key=len, default="")
 
 
 def _write_csv(found: Comparison, path: Path) -> None:
     """One line a run, the uncompressed model first; the columns of each text bear its name."""
     lines = []
     for row in (found.uncompressed, *found.rows):
-        line = {name: value for name, value in vars(row).items() if name not in ("losses", "experts")}
+        line = {name: value for name, value in vars(row).items() if name not in _NESTED}
         line |= dict(zip(("experts_before", "experts_after"), row.experts, strict=True))
         for text, loss in row.losses.items():
             line |= {f"{text}_{name}": value for name, value in vars(loss).items()}
+        for part, cost in (("own", row.own), ("calibration", row.calibration)):
+            line |= {f"{part}_{name}": value for name, value in vars(cost).items()} if cost else {}
         lines.append(line)
     try:
         with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(lines[0]))
+            writer = csv.DictWriter(file, list(lines[-1]))
             writer.writeheader()
             writer.writerows(lines)
     except OSError as error:

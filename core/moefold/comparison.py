@@ -27,6 +27,16 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What stages took, whenever they ran: what was stored was paid for once, and would be by the next user."""
+
+    seconds: float
+    """Added up over workers."""
+    peak_bytes: int
+    peak_device_bytes: int
+
+
+@dataclass(frozen=True)
 class Row:
     """What a method kept, lost and took; None where it does not apply to the uncompressed model."""
 
@@ -43,11 +53,9 @@ class Row:
     losses: dict[str, Loss]
     group: int = 0
     """Rows of one number have equal bytes."""
-    own_seconds: float | None = None
-    """Of the method's own stages and saving, whenever they ran, added up over workers."""
-    calibration_seconds: float | None = None
-    peak_bytes: int | None = None
-    peak_device_bytes: int | None = None
+    own: Cost | None = None
+    """Of the method's own stages and saving."""
+    calibration: Cost | None = None
 
     @property
     def increase(self) -> float:
@@ -97,8 +105,7 @@ def _grouped(rows: list[Row]) -> list[Row]:
 
 
 def _row(run: Run) -> Row:
-    size, stages = run.saved["expert_bytes"], run.report["stages"]
-    making = [stages[step] for step in (*run.method["own"], *run.method["calibration"]) if step in stages]
+    size = run.saved["expert_bytes"]
     losses = {
         text: Loss(row["loss_after"], row["loss_increase"], row["perplexity_after"]) for text, row in run.losses.items()
     }
@@ -111,10 +118,8 @@ def _row(run: Run) -> Row:
         ratio=size["after"] / size["before"],
         bits_per_weight=size["after"] * 8 / run.report["model"]["expert_weights"],
         losses=losses,
-        own_seconds=_seconds(run, "own"),
-        calibration_seconds=_seconds(run, "calibration"),
-        peak_bytes=max(took["stored_peak_bytes"] for took in making),
-        peak_device_bytes=max(took["stored_peak_device_bytes"] for took in making),
+        own=_cost(run, "own"),
+        calibration=_cost(run, "calibration"),
     )
 
 
@@ -126,10 +131,13 @@ def _uncompressed(run: Run) -> Row:
     return Row("uncompressed", "", False, *_experts(before), size, 1.0, bits, losses)
 
 
-def _seconds(run: Run, part: str) -> float:
-    """Of this run or of an earlier one: what was stored was paid for once, and would be by the next user."""
-    stages = run.report["stages"]
-    return math.fsum(stages[step]["stored_seconds"] for step in run.method[part] if step in stages)
+def _cost(run: Run, part: str) -> Cost:
+    took = [run.report["stages"][step] for step in run.method[part] if step in run.report["stages"]]
+    return Cost(
+        math.fsum(one["stored_seconds"] for one in took),
+        max((one["stored_peak_bytes"] for one in took), default=0),
+        max((one["stored_peak_device_bytes"] for one in took), default=0),
+    )
 
 
 def _experts(layers: Mapping[str, Sequence[int]]) -> tuple[tuple[int, int], str]:

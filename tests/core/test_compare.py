@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from moefold.cli import app
 from moefold.compare import show
-from moefold.comparison import compare
+from moefold.comparison import Cost, compare
 from moefold.errors import InputError
 from moefold.report import VERSION
 
@@ -41,8 +41,9 @@ def report(path: Path, **changes: Any) -> dict[str, Any]:
         "model": {"name": "org/model", "fingerprint": given["fingerprint"], "expert_weights": 500},
         "methods": {
             "save": {
-                "steps": given["steps"], "through": [], "own": ["pack", "save"], "calibration": ["text", "forward"],
-                "texts": ["text"], "metrics": ["evaluate"], "baselines": ["baseline"],
+                "steps": given["steps"], "through": [], "own": ["pack", "save"],
+                "calibration": ["text", "forward", "observe"], "texts": ["text"],
+                "metrics": ["evaluate"], "baselines": ["baseline"],
             }
         },
         "texts": {"text": {"all": {"name": "book", "samples": 4, "length": 8, "digest": given["calibrated"]}}},
@@ -59,7 +60,7 @@ def report(path: Path, **changes: Any) -> dict[str, Any]:
         "baselines": {"baseline": {"all": {"digests": {"prose": given["digest"]}}}},
         "metrics": {"evaluate": {"all": {"rows": [row]}}},
         "stages": {
-            "text": spent, "forward": spent | {"stored_peak_bytes": 90_000}, "save": spent,
+            "text": spent, "observe": spent, "forward": spent | {"stored_peak_bytes": 90_000}, "save": spent,
             "pack": spent | {"stored_peak_device_bytes": 7000}, "evaluate": spent | {"stored_peak_bytes": 10**9},
         },
     }  # fmt: skip
@@ -90,10 +91,10 @@ def test_rows_stand_by_bytes_and_within_one_percent_by_loss(tmp_path):
     assert (found.rows[0].ratio, found.rows[0].bits_per_weight) == (0.75, 12.0)
 
 
-def test_seconds_are_the_stored_ones_and_peaks_those_of_the_making(tmp_path):
+def test_seconds_and_peaks_are_the_stored_ones_of_each_part(tmp_path):
     (row,) = compare([saved(tmp_path / "a")]).rows
-    assert (row.own_seconds, row.calibration_seconds) == (3.0, 3.0)
-    assert (row.peak_bytes, row.peak_device_bytes) == (90_000, 7000)
+    assert row.own == Cost(3.0, 10_000, 7000)
+    assert row.calibration == Cost(4.5, 90_000, 0)
     assert (row.experts, row.per_layer) == ((8, 4), "4 -> 2")
 
 
@@ -221,7 +222,7 @@ def test_every_figure_is_printed_whole_at_any_width(tmp_path, width):
     assert max(map(len, text.splitlines())) <= width
     for figure in (
         "mergemoe-published-75", "uncompressed", "4 -> 2", "500 B", "0.500x", "8.00", "2.1000", "+0.1000", "8.000",
-        "3.0", "90.00 KB", "7.00 KB", "group.hierarchical", "pack.exponent",
+        "3.0", "4.5", "90.00 KB", "10.00 KB + 7.00 KB", "group.hierarchical", "pack.exponent",
     ):  # fmt: skip
         assert figure in text
     assert "…" not in text
@@ -235,8 +236,8 @@ def test_json_and_csv_hold_the_same_rows(tmp_path):
     assert found["texts"] == {"prose": 64}
     assert [row["expert_bytes"] for row in (found["uncompressed"], *found["rows"])] == [1000, 500, 250]
     rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
-    assert [(row["run"], row["expert_bytes"], row["prose_increase"]) for row in rows] == [
-        ("uncompressed", "1000", ""), ("a", "500", "0.1"), ("b", "250", "0.1")
+    assert [(row["run"], row["expert_bytes"], row["prose_increase"], row["own_seconds"]) for row in rows] == [
+        ("uncompressed", "1000", "", ""), ("a", "500", "0.1", "3.0"), ("b", "250", "0.1", "3.0")
     ]  # fmt: skip
 
 

@@ -81,7 +81,10 @@ def _needs(step: Step) -> list[str]:
 
 
 def _calibrates(step: Step, pipeline: Pipeline) -> bool:
-    """Whether a step would serve another method as well; a kind that core does not know: one that reads only tokens."""
+    """Whether a step looks at calibration text rather than at a method's choices; told from what it makes.
+
+    Of a kind that core does not know: whether it reads the tokens, and nothing that a method made of them.
+    """
     made = step.stage.produces
     if issubclass(made, (*_CALIBRATION, *_METHOD, Saved)):
         return issubclass(made, _CALIBRATION)

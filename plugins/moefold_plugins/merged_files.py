@@ -34,6 +34,11 @@ def check_route(layer: Layer, route: list[int] | None, count: int) -> tuple[int,
     """A route, if it leads every output of the layer's router to one of `count` experts, and to each at least one."""
     outputs = layer.router_outputs
     given = list(range(count)) if route is None else route
+    if -1 in given:
+        raise FormatError(
+            f"layer {layer.number} was pruned before it was packed, for which save has no form; save the pruned model, "
+            "and pack that"
+        )
     if len(given) != outputs or set(given) != set(range(count)):
         led = "no route" if route is None else f"a route of {len(given)} entries onto {len(set(given))}"
         raise FormatError(

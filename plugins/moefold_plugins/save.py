@@ -125,7 +125,7 @@ class _Written:
             self.quantized[layer.number] = files.quantization
         if isinstance(value, Quantized):
             self.formats.add(Scheme(value.scheme, value.group).title)
-        if isinstance(value, Packed):
+        if isinstance(value, Packed) and value.pairs:
             self.formats.add(value.format)
             for name, count in value.counts.items():
                 self.counts[name] = self.counts.get(name, 0) + count

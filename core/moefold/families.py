@@ -19,7 +19,7 @@ from moefold import fused
 from moefold.artifacts import Experts
 from moefold.checkpoint import Checkpoint
 from moefold.errors import CheckpointError
-from moefold.pruned import kept, renumbered
+from moefold.pruned import kept, renumbered, standing_in
 from moefold.standins import Forward, Stop, Unfit, bare, beside, compare, feed, hidden_of, replaced, rerouted, tupled
 
 
@@ -70,7 +70,7 @@ class StreamedModel:
         with ExitStack() as stack:
             stack.callback(self._open.pop, number, None)
             if experts is not None and (outputs := kept(experts)) is not None:
-                stack.enter_context(self._skeleton.pruned(number, outputs))
+                stack.enter_context(standing_in(self._skeleton, number, outputs))
                 experts = renumbered(experts)
             stack.callback(self._skeleton.clear, lambda name: name.startswith(prefix))
             direct = with_experts and experts is None and number not in self.checkpoint.entries

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ class Narrow:
     """What changes in config.json (in its text part, for composite models)."""
     axes: dict[str, int]
     """Every parameter and buffer that has something for each expert -> its axis of experts."""
+    blank: dict[str, Tensor]
+    """Every parameter and buffer of the model, as long as none of it is real."""
 
     @classmethod
     def of(cls, skeleton: Skeleton, count: int) -> Narrow:
@@ -47,7 +50,8 @@ class Narrow:
         if not 0 < count < total:
             raise InputError(f"{skeleton.where} has {total} experts a layer; leave 1 to {total - 1}, not {count}")
         key, model = _made(skeleton, total, count)
-        return cls(count, model, _in_file(skeleton, key, count), _axes(skeleton, model, total, count))
+        blank = dict(tensors_of(model))
+        return cls(count, model, _in_file(skeleton, key, count), _axes(skeleton, blank, total, count), blank)
 
     def check_choice(self, skeleton: Skeleton) -> None:
         """Raises InputError where a router with so few outputs cannot choose what it has to."""
@@ -103,19 +107,21 @@ def expert_groups(skeleton: Skeleton) -> tuple[int, int]:
     return groups, opened if groups > 1 and isinstance(opened, int) and 0 < opened <= groups else groups
 
 
-def router(skeleton: Skeleton, number: int) -> tuple[str, str | None]:
-    """The parameters of a layer's router: its weight, `[expert, hidden]`, and the bias of its logits, if it has one."""
-    shapes = {name: tensor.shape for name, tensor in tensors_of(skeleton.model)}
-    hidden = int(skeleton.model.config.get_text_config().hidden_size)
+def routers(skeleton: Skeleton) -> dict[int, tuple[str, str | None]]:
+    """The parameters of each layer's router: its weight, `[expert, hidden]`, and the bias of its logits, if any."""
     axes = Narrow.of(skeleton, total_experts(skeleton) - 1).axes
+    return {number: _router(skeleton, number, axes) for number in skeleton.experts}
+
+
+def _router(skeleton: Skeleton, number: int, axes: Mapping[str, int]) -> tuple[str, str | None]:
+    hidden = int(skeleton.model.config.get_text_config().hidden_size)
     prefix, experts = f"{skeleton.layers}.{number}.", f"{skeleton.experts[number]}."
-    found = [
-        name
-        for name, axis in axes.items()
-        if name.startswith(prefix) and not name.startswith(experts) and axis == 0 and shapes[name][1:] == (hidden,)
-    ]
+    mine = [name for name in axes if name.startswith(prefix) and not name.startswith(experts)]
+    found = [name for name in mine if axes[name] == 0 and skeleton.blank[name].shape[1:] == (hidden,)]
     if len(found) != 1:
-        raise CheckpointError(f"{skeleton.where}: the router of decoder layer {number} cannot be told ({found})")
+        raise CheckpointError(
+            f"{skeleton.where}: the router of decoder layer {number} cannot be told; candidates: {', '.join(mine)}"
+        )
     bias = f"{found[0].rpartition('.')[0]}.bias"
     return found[0], bias if bias in axes else None
 
@@ -161,8 +167,8 @@ def _in_file(skeleton: Skeleton, key: str, count: int) -> dict[str, int]:
     return {name: count for name in names if name in part} or {key: count}
 
 
-def _axes(skeleton: Skeleton, model: PreTrainedModel, total: int, count: int) -> dict[str, int]:
-    before, after = dict(tensors_of(skeleton.model)), dict(tensors_of(model))
+def _axes(skeleton: Skeleton, after: Mapping[str, Tensor], total: int, count: int) -> dict[str, int]:
+    before = skeleton.blank
     if before.keys() != after.keys():
         odd = sorted(before.keys() ^ after.keys())[0]
         raise CheckpointError(f"{skeleton.where}: {odd} comes or goes with the number of experts; it cannot be pruned")

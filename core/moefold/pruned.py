@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -31,6 +33,24 @@ def renumbered(experts: Experts) -> Experts:
     route = experts.route[outputs]
     own = torch.equal(route, torch.arange(experts.count, device=route.device))
     return replace(experts, route=None if own else route)
+
+
+@contextmanager
+def standing_in(skeleton: Skeleton, number: int, outputs: Tensor) -> Iterator[None]:
+    """Inside, one decoder layer is that of a model whose router has only these outputs; nothing of it is real yet.
+
+    What is filled in it inside is to be cleared inside.
+    """
+    narrow, path = skeleton.narrow(len(outputs)), f"{skeleton.layers}.{number}"
+    layers, own = skeleton.module(skeleton.layers), skeleton.module(path)
+    blank, parts = skeleton.blank, skeleton.parts
+    layers[number] = narrow.model.get_submodule(path)
+    skeleton.blank = blank | {name: t for name, t in narrow.blank.items() if name.startswith(f"{path}.")}
+    skeleton.parts = {name: (axis, outputs) for name, axis in narrow.axes.items() if name.startswith(f"{path}.")}
+    try:
+        yield
+    finally:
+        layers[number], skeleton.blank, skeleton.parts = own, blank, parts
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ and 5.23); so do sources.py and meta.py, and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from moefold.artifacts import Experts
 from moefold.checkpoint import Checkpoint
 from moefold.errors import CheckpointError
 from moefold.meta import SUPPORTED, dtype_of, on_meta, tensors_of
-from moefold.narrow import Narrow, router
+from moefold.narrow import Narrow, routers
 from moefold.sources import Device, Sources
 from moefold_kernels.checkpoint import PackedLayer, read_layer
 from moefold_kernels.errors import FormatError as KernelFormatError
@@ -47,11 +47,13 @@ class Skeleton:
         self.experts, self.layers = self._find_experts()
         """Decoder layer -> path of its experts module; the path of the list of decoder layers."""
         self._fit_routes()
-        self._blank = dict(tensors_of(self.model))
+        self.blank = dict(tensors_of(self.model))
+        """What stands where nothing is real: every parameter and buffer on `meta`."""
         # Another skeleton's serve this one too: which tensor fills what is the same, and 45,000 names take 1.6 s.
         self.sources = sources or Sources(checkpoint, self.model)
         self._narrow: dict[int, Narrow] = {}
-        self._parts: dict[str, tuple[int, Tensor]] = {}  # of these, what is read is this index along this axis
+        self.parts: dict[str, tuple[int, Tensor]] = {}
+        """Parameters of which only an index along an axis is wanted, as in a pruned layer."""
         self._plan: dict[str, torch.dtype] = self.model._get_dtype_plan(self.dtype)
 
     @property
@@ -97,34 +99,24 @@ class Skeleton:
 
     def router(self, number: int, device: Device = "cpu") -> tuple[Tensor, Tensor | None]:
         """A layer's router in the dtype of the files: weight `[output, hidden]`, and the bias of its logits, if any."""
-        weight, bias = router(self, number)
-        return self.sources.read(weight, device)[weight], None if bias is None else self.sources.read(bias, device)[
-            bias
-        ]
+        names = [name for name in self._routers[number] if name is not None]
+        weight, *bias = (self.sources.read(name, device)[name] for name in names)
+        return weight, bias[0] if bias else None
 
-    @contextmanager
-    def pruned(self, number: int, outputs: Tensor) -> Iterator[None]:
-        """Inside, one decoder layer is that of a model whose router has only these outputs."""
-        narrow, prefix = self.narrow(len(outputs)), f"{self.layers}.{number}."
-        layers, own, blank = self.module(self.layers), self.module(prefix[:-1]), self._blank
-        layers[number] = narrow.model.get_submodule(prefix[:-1])
-        self._blank = blank | {name: t for name, t in tensors_of(narrow.model) if name.startswith(prefix)}
-        self._parts = {name: (axis, outputs) for name, axis in narrow.axes.items() if name.startswith(prefix)}
-        try:
-            yield
-        finally:
-            layers[number], self._blank, self._parts = own, blank, {}
+    @cached_property
+    def _routers(self) -> dict[int, tuple[str, str | None]]:
+        return routers(self)
 
     def fill(self, device: Device, wanted: Wanted) -> None:
         """Make the `wanted` parameters and buffers real, in the dtypes that stock loading gives them.
 
         Raises CheckpointError when the checkpoint lacks one.
         """
-        names = [name for name in self._blank if wanted(name)]
+        names = [name for name in self.blank if wanted(name)]
         for name in names:
             if not self._computed(name) and not self.is_real(name):
                 for target, tensor in self.sources.read(name, device, self.target_dtype(name)).items():
-                    axis, index = self._parts.get(target, (0, None))
+                    axis, index = self.parts.get(target, (0, None))
                     self.place(target, tensor if index is None else tensor.index_select(axis, index.to(tensor.device)))
         self._compute(device, [name for name in names if self._computed(name)])
 
@@ -140,10 +132,10 @@ class Skeleton:
 
     def clear(self, wanted: Wanted) -> None:
         """Free what is real and `wanted`."""
-        for name in filter(wanted, self._blank):
+        for name in filter(wanted, self.blank):
             module, local = self._owner(name)
             holder: dict[str, Any] = module._parameters if local in module._parameters else module._buffers
-            holder[local] = self._blank[name]
+            holder[local] = self.blank[name]
 
     def is_real(self, name: str) -> bool:
         """Whether a parameter or buffer holds values now."""
@@ -161,7 +153,7 @@ class Skeleton:
             match = pattern.search(name)
             if match is not None and match.lastgroup is not None:
                 return self._plan[groups[match.lastgroup]]
-        return self._blank[name].dtype
+        return self.blank[name].dtype
 
     def _decoded(self, number: int, packed: PackedLayer, device: Device) -> Experts:
         """A packed layer's weights; one matrix at a time, so that no second copy of the layer exists."""
@@ -239,7 +231,7 @@ class Skeleton:
     def _compute(self, device: Device, names: list[str]) -> None:
         """Fill buffers by the model's own initialisation; it leaves loaded parameters as they are."""
         for name in names:
-            self.place(name, torch.empty_like(self._blank[name], device=device))
+            self.place(name, torch.empty_like(self.blank[name], device=device))
         with torch.no_grad(), init.guard_torch_init_functions():
             for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
                 self._initialiser(path)._init_weights(self.module(path))

@@ -28,7 +28,7 @@ def prune_by_use(layer: Layer, activity: Activity, *, experts: Count = None, fra
 def prune_reap(
     layer: Layer, routed: Routed, context: Context, *, experts: Count = None, fraction: Fraction = 0.5
 ) -> Reduced:
-    """The experts that add least to the tokens routed to them go (REAP, arXiv 2510.13999, equation 9).
+    """The experts that add least to the tokens routed to them go (REAP, arXiv 2510.13999).
 
     Saliency: the mean over an expert's tokens of its gate weight times the norm of its output; 0 where it has none.
     """

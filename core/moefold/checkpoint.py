@@ -22,7 +22,7 @@ from torch import Tensor
 from moefold.artifact import Json
 from moefold.artifacts import Experts
 from moefold.errors import CheckpointError, suggest
-from moefold.quantized import Scheme, find_scheme
+from moefold.quantized import OURS, Scheme, find_scheme
 from moefold.shards import Entry, contents_digest, header_digest, read_entries, read_json, shards
 from moefold.stored import StoredTensors
 
@@ -118,8 +118,8 @@ class Checkpoint:
         from moefold_kernels.errors import FormatError
 
         try:
-            ours = "quantization_config" in self.config and self.quantized is None
-            return read_config(self.config["quantization_config"]) if ours else {}
+            entry = self.config.get("quantization_config")
+            return read_config(entry) if isinstance(entry, dict) and entry.get("quant_method") == OURS else {}
         except FormatError as error:
             raise CheckpointError(f"{self.path / 'config.json'}: {error}") from error
 

@@ -16,6 +16,7 @@ from moefold.artifact import Json
 from moefold.errors import CheckpointError, FormatError
 
 METHOD = "compressed-tensors"
+OURS = "moefold"
 FORMATS = {"fp8": "float-quantized", "int8": "pack-quantized", "int4": "pack-quantized"}
 """The schemes, and the library's format in which each is stored."""
 BITS = {"fp8": 8, "int8": 8, "int4": 4}
@@ -116,8 +117,10 @@ class Scheme:
         return BaseCompressor.get_value_from_registry(FORMATS[self.name])
 
 
-def read_config(config: Mapping[str, Json]) -> Scheme:
+def read_config(config: Json) -> Scheme:
     """The scheme of a `quantization_config` of compressed-tensors; raises CheckpointError for one not read here."""
+    if not isinstance(config, dict) or config.get("quant_method") != METHOD:
+        raise CheckpointError(f"quantization_config: {config!r:.60} is not of compressed-tensors; {_READS}")
     if more := [key for key in sorted(set(config) - _KNOWN) if config[key]]:
         raise CheckpointError(f"quantization_config.{more[0]} is not known; {_READS}")
     groups = config.get("config_groups")
@@ -136,6 +139,8 @@ def read_config(config: Mapping[str, Json]) -> Scheme:
 def find_scheme(config: Mapping[str, Json]) -> Scheme | None:
     """How config.json says that matrices are quantised; None: they are not, or moefold packed them.
 
+    Merged experts may be quantised, too: the library's entry then stands inside moefold's.
+
     Raises CheckpointError for what moefold does not read.
     """
     text = config.get("text_config")
@@ -143,7 +148,9 @@ def find_scheme(config: Mapping[str, Json]) -> Scheme | None:
     method = own.get("quant_method", "an unnamed method") if isinstance(own, dict) else own
     if isinstance(own, dict) and method == METHOD and nested is None:
         return read_config(own)
-    if nested is not None or method not in (None, "moefold"):
+    if isinstance(own, dict) and method == OURS and nested is None:
+        return None if own.get("matrices") is None else read_config(own["matrices"])
+    if nested is not None or method is not None:
         raise CheckpointError(
             f"already quantised by {method or nested}; give the unquantised checkpoint (or load it with transformers "
             "and dequantize=True, save_pretrained it, and give that directory)"

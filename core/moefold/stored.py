@@ -41,7 +41,7 @@ class StoredTensors:
     def _plain(self) -> Iterator[tuple[str, Entry]]:
         owner = {part: matrix for matrix, parts in self._parts.items() for part in parts.values()}
         for name, entry in self.files.items():
-            if name not in owner:
+            if name not in owner and name not in self._parts:  # the latter: a tripwire of merged layers
                 yield name, entry
             elif name.rpartition(".")[2] == "weight_scale":
                 yield owner[name], self._entry(self._parts[owner[name]])

@@ -22,6 +22,7 @@ from torch import Tensor
 from moefold_kernels import layout
 from moefold_kernels.entry import MERGED, MergedLayer, check_keys, check_prefix, is_name, read_merged, read_route
 from moefold_kernels.errors import FormatError
+from moefold_kernels.quantized import MATRICES, check_matrices
 from moefold_kernels.reference import decode
 
 METHOD = "moefold"
@@ -98,10 +99,14 @@ class PackedLayer:
 LayerEntry = PackedLayer | MergedLayer
 
 
-def write_config(layers: Mapping[int, LayerEntry]) -> dict[str, Json]:
-    """config.json's `quantization_config` for these decoder layers."""
+def write_config(layers: Mapping[int, LayerEntry], matrices: Mapping[str, Json] | None = None) -> dict[str, Json]:
+    """config.json's `quantization_config` for these decoder layers.
+
+    `matrices`: that of compressed-tensors, when every expert's matrices are stored as it says (quantized.py).
+    """
     entries = {str(number): layers[number].to_json() for number in sorted(layers)}
-    return {"quant_method": METHOD, "version": VERSION, "layers": entries}
+    head = {"quant_method": METHOD, "version": VERSION} | ({} if matrices is None else {MATRICES: dict(matrices)})
+    return head | {"layers": entries}
 
 
 def read_config(config: Mapping[str, Json]) -> dict[int, LayerEntry]:
@@ -114,7 +119,7 @@ def read_config(config: Mapping[str, Json]) -> dict[int, LayerEntry]:
         raise FormatError(f"{where}.quant_method is {config.get('quant_method')!r}, not {METHOD!r}")
     if config.get("version") != VERSION:
         raise FormatError(f"{where}.version is {config.get('version')!r}, this moefold reads {VERSION}: use another")
-    check_keys(where, config, {"quant_method", "version", "layers"})
+    check_keys(where, {MATRICES: None} | dict(config), {"quant_method", "version", MATRICES, "layers"})
     layers = config["layers"]
     if not isinstance(layers, Mapping):
         raise FormatError(f"{where}.layers is a {type(layers).__name__}, not an object of decoder layers")
@@ -123,6 +128,11 @@ def read_config(config: Mapping[str, Json]) -> dict[int, LayerEntry]:
     read = {int(name): _read_layer_entry(f"{where}.layers.{name}", entry) for name, entry in layers.items()}
     if len({layer.prefix for layer in read.values()}) != len(layers):
         raise FormatError(f"{where}.layers: two entries are for one layer; each needs a number and prefix of its own")
+    check_matrices(f"{where}.{MATRICES}", config.get(MATRICES))
+    if config.get(MATRICES) is not None and not all(isinstance(layer, MergedLayer) for layer in read.values()):
+        raise FormatError(
+            f"{where}.{MATRICES}: packed layers have words of their own; leave it out, or the packed layers"
+        )
     return read
 
 

@@ -26,6 +26,7 @@ from moefold_kernels.conversion import Place, converters
 from moefold_kernels.errors import FormatError
 from moefold_kernels.finding import check_tensors, find, headers, wanted_dtypes
 from moefold_kernels.module import PackedModule, is_experts, pack_module, unpack_module
+from moefold_kernels.quantized import MATRICES, MatrixReader
 from moefold_kernels.routed import MergedModule, RoutedModule, merge_module, unmerge_module
 
 
@@ -38,11 +39,13 @@ class MoefoldConfig(QuantizationConfigMixin):
         version: int = VERSION,
         layers: Mapping[str, Any] | None = None,
         dequantize: bool = False,
+        matrices: Mapping[str, Any] | None = None,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]  # an enum of transformers' own methods there
         self.version = version
         self.layers = dict(layers or {})
         self.dequantize = dequantize
+        self.matrices = matrices
 
     @classmethod
     def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -52,7 +55,8 @@ class MoefoldConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The entry as it was read."""
-        return {"quant_method": self.quant_method, "version": self.version, "layers": self.layers}
+        entry = {"quant_method": self.quant_method, "version": self.version, "layers": self.layers}
+        return entry if self.matrices is None else entry | {MATRICES: self.matrices}
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a caller may choose about a checkpoint whose entry says the rest."""
@@ -78,6 +82,8 @@ class MoefoldQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.places: list[Place] = []
         self.dtypes: dict[str, torch.dtype] = {}
+        stored = quantization_config.matrices
+        self.reader = None if stored is None else MatrixReader(stored)
         self.named = True
         """Whether the user named an experts implementation; update_attn_implementation finds out."""
 
@@ -88,6 +94,7 @@ class MoefoldQuantizer(HfQuantizer):
             place = find(model, entry.prefix)
             module = model.get_submodule(place.module)
             if found is not None:
+                found = {name: shape for name, shape in found.items() if self.reader is None or 0 not in shape}
                 check_tensors(entry, module, found)
             if isinstance(entry, PackedLayer):
                 self.places.append(Place(entry, *place))
@@ -116,6 +123,10 @@ class MoefoldQuantizer(HfQuantizer):
             # transformers 5.17 leaves renamed float tensors of prequantised checkpoints in the file's dtype
             if name in self.dtypes and parameter.dtype != self.dtypes[name] and not parameter.is_meta:
                 parameter.data = parameter.data.to(self.dtypes[name])
+        if self.reader is not None:  # experts are dense now, and are saved so
+            self.quantization_config.matrices = None
+            if hasattr(model, "_weight_conversions"):
+                del model._weight_conversions
         return self._dequantize(model) if self.quantization_config.dequantize else model
 
     def _provide_fallbacks(self, model: PreTrainedModel) -> None:
@@ -144,9 +155,11 @@ class MoefoldQuantizer(HfQuantizer):
     def update_weight_conversions(
         self,
         weight_conversions: list[Any],
-        model: Any = None,  # noqa: ARG002  (5.17 does not pass it)
+        model: Any = None,  # 5.17 does not pass it
     ) -> list[Any]:
         """Ours first: the names of experts left alone in a packed layer match the stock converters, too."""
+        if self.reader is not None:
+            return self.reader.conversions(weight_conversions, model)
         return [converter for place in self.places for converter in converters(place)] + weight_conversions
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:  # noqa: ARG002  (the interface's)

@@ -19,17 +19,17 @@ def config_text(
 ) -> str:
     """The source's text, untouched where it can be, and at its end our entry, one line per layer, or another method's.
 
-    `changes` are keys of its text part, for composite models.
+    `changes` are keys of its text part, for composite models. Given both, the other method's stands inside ours.
     """
     config = _changed(checkpoint.config, changes)
-    if other is not None:
+    if other is not None and not entries:
         return json.dumps(config | {KEY: other}, indent=2) + "\n"
     source = (checkpoint.path / "config.json").read_text(encoding="utf-8")
     if config != checkpoint.config:
         source = json.dumps(config, indent=2) + "\n"
     if not entries:
         return source
-    entry = write_config(entries)
+    entry = write_config(entries, other)
     read_config(json.loads(json.dumps(entry)))  # what is written must be what readers accept
     lines = ",\n".join(f"      {json.dumps(number)}: {json.dumps(layer)}" for number, layer in entry["layers"].items())
     head = json.dumps({name: value for name, value in entry.items() if name != "layers"})

@@ -77,7 +77,9 @@ def _size(name: str, sizes: Mapping[str, int]) -> str:
 def _layers(figures: Mapping[str, Json]) -> str:
     kinds = ", ".join(f"{count} {kind}" for kind, count in figures["kinds"].items()) or "none changed"
     lines = [f"Of {figures['layers']} layers with experts: {kinds}; the others are as in the source."]
-    if figures["format"] != "none":
+    if figures["quantized"]:
+        lines.append(_quantized(figures))
+    elif figures["format"] != "none":
         lines.append(f"Packed in the format `{figures['format']}`.")
     changed = {tuple(pair) for pair in figures["experts"].values() if pair[0] != pair[1]}
     if changed:
@@ -91,6 +93,17 @@ def _layers(figures: Mapping[str, Json]) -> str:
         listed = "\n".join(f"- layer {layer}: {', '.join(map(str, who))}" for layer, who in figures["thin"].items())
         lines.append(f"Merged experts that were fitted on few calibration tokens:\n\n{listed}")
     return "\n\n".join(lines)
+
+
+def _quantized(figures: Mapping[str, Json]) -> str:
+    readers = "transformers with moefold imported" if figures["needs_moefold"] else "transformers (and vLLM) by itself"
+    text = (
+        f"Experts are {figures['format']}, rounded to the nearest, as compressed-tensors stores them: loaded by "
+        f"{readers}. transformers makes them dense as it loads, so that they are smaller on disk and not in memory."
+    )
+    if figures["format"] == "fp8" and not figures["needs_moefold"]:
+        text += " vLLM also rounds what enters the experts to fp8; the figures here are of rounded weights alone."
+    return text
 
 
 def _masks(figures: Mapping[str, Json]) -> str:

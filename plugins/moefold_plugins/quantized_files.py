@@ -10,6 +10,8 @@ from torch import Tensor
 
 from moefold import ExpertNames, Json, Layer, Pruning, Quantized, Scheme
 from moefold.errors import FormatError
+from moefold_kernels import MergedLayer
+from moefold_kernels.quantized import tripwire
 from moefold_plugins.layer_files import Export, LayerFiles
 from moefold_plugins.merged_files import check_route
 from moefold_plugins.pruned_files import own_outputs
@@ -18,7 +20,8 @@ from moefold_plugins.pruned_files import own_outputs
 def quantized_files(layer: Layer, value: Quantized, export: Export) -> LayerFiles:
     """The files of a layer of quantised experts, under the source's names.
 
-    Raises FormatError for a source that holds all experts of a layer in one tensor, and for merged experts.
+    Merged ones need moefold to be loaded, and are dense then. Raises FormatError for a source that holds all experts
+    of a layer in one tensor.
     """
     place = layer.names()
     if place.fused:
@@ -31,22 +34,24 @@ def quantized_files(layer: Layer, value: Quantized, export: Export) -> LayerFile
 
 
 def _whole(layer: Layer, value: Quantized, export: Export, config: Mapping[str, Json]) -> LayerFiles:
-    """As many experts as the router has outputs: none was merged, or each is repeated."""
+    """A router with all its outputs: experts of its own for each, or merged ones, once with a route or repeated."""
     place, route = layer.names(), check_route(layer, value.route, value.count)
     order = list(range(value.count)) if route is None else list(route)
-    if export == "route" and value.count < len(order):
-        raise FormatError(
-            f"layer {layer.number}: merged experts need moefold's own route in config.json, which has room for one "
-            "method only; write `export: expanded` to repeat them, or quantise without merging"
-        )
-    return LayerFiles(
-        kind="quantized" if value.count == len(order) else "expanded",
-        experts=len(order),
-        bytes=value.bytes() // value.count * len(order),
-        drops=frozenset(place.keys),
-        tensors=_tensors(place, value, order),
-        quantization=config,
-    )
+    drops, merged = frozenset(place.keys), value.count < len(order)
+    if merged and export == "route":
+        tensors = chain(_tensors(place, value, range(value.count)), _tripwire(place, value))
+        entry = MergedLayer(place.prefix, tuple(order))
+        return LayerFiles("merged", value.count, value.bytes(), drops, tensors, entry, quantization=config)
+    size = value.bytes() // value.count * len(order)
+    tensors = chain(_tensors(place, value, order))
+    return LayerFiles("expanded" if merged else "quantized", len(order), size, drops, tensors, quantization=config)
+
+
+def _tripwire(place: ExpertNames, value: Quantized) -> Iterator[tuple[str, Tensor]]:
+    """Stock readers see that fp8 experts are too few, and would pass over packed ones."""
+    name = tripwire(place.prefix, place.matrix[value.matrices()[0]])
+    if not any(key.endswith(".weight") for key in value.tensors):
+        yield name, torch.empty(0, dtype=torch.bfloat16)
 
 
 def _pruned(layer: Layer, value: Quantized, config: Mapping[str, Json]) -> LayerFiles:

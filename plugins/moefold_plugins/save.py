@@ -100,6 +100,7 @@ class _Written:
     after: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     formats: set[str] = field(default_factory=set)
+    schemes: set[str] = field(default_factory=set)
     quantized: dict[int, Mapping[str, Json]] = field(default_factory=dict)
     """Layer -> what compressed-tensors has in config.json."""
     thin: dict[int, list[int]] = field(default_factory=dict)
@@ -124,7 +125,7 @@ class _Written:
         if files.quantization is not None:
             self.quantized[layer.number] = files.quantization
         if isinstance(value, Quantized):
-            self.formats.add(Scheme(value.scheme, value.group).title)
+            self.schemes.add(Scheme(value.scheme, value.group).title)
         if isinstance(value, Packed) and value.pairs:
             self.formats.add(value.format)
             for name, count in value.counts.items():
@@ -151,9 +152,9 @@ def _write_tensors(checkpoint: Checkpoint, replaced: Layers[Replacement], shards
                 f"{checkpoint.path}: layer {number} is merged or packed there already, and nothing replaces it; to "
                 "expand it, load the directory with transformers, call dequantize() and save_pretrained"
             )
-    if written.quantized and (len(written.formats) > 1 or len(written.quantized) < len(layers)):
+    if written.quantized and (len(written.schemes) > 1 or len(written.quantized) < len(layers)):
         raise FormatError(
-            f"{checkpoint.path}: some layers are {', '.join(sorted(written.formats))} and others are not; transformers "
+            f"{checkpoint.path}: some layers are {', '.join(sorted(written.schemes))} and others are not; transformers "
             "loads quantised experts only where every layer's are in one scheme: quantise all layers alike"
         )
     with checkpoint.reading() as read:
@@ -176,7 +177,8 @@ def _figures(
         found = ((number, value.starved) for number, value in activity.items())
         starved = {str(number): list(who) for number, who in found if who}
     figures: dict[str, Json] = {
-        "format": ", ".join(sorted(written.formats)) or "none",
+        "format": ", ".join(sorted(written.formats | written.schemes)) or "none",
+        "quantized": bool(written.schemes),
         "kinds": dict(Counter(written.kinds.values())),
         "experts": {str(number): counts for number, counts in written.experts.items()},
         "expert_bytes": {"before": written.before, "after": written.after},

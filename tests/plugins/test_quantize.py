@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from models import samples, tiny
-from moefold import Checkpoint, Context, Experts, Layers, Provenance, Quantized, Scheme, StreamedModel
+from moefold import Checkpoint, Context, Experts, Layers, Provenance, Quantized, Reduced, Scheme, StreamedModel
 from moefold.errors import CheckpointError, FormatError, InputError
 from moefold_plugins.evaluate import losses
 from moefold_plugins.quantize import dequantize, quantize
@@ -103,6 +105,20 @@ def test_bytes_are_those_of_the_files(sources, scheme, tmp_path):
     assert sizes["before"] - sizes["after"] == 2 * (2 * weights - promised[scheme])
 
 
+def test_the_card_says_who_loads_it(sources, tmp_path):
+    source = sources("qwen3_moe")
+    save(source, layers(source, scheme="fp8"), None, PROVENANCE, to=tmp_path / "stock")
+    stock = (tmp_path / "stock" / "README.md").read_text()
+    for part in ("Experts are fp8", "(and vLLM) by itself", "not in memory", "vLLM also rounds", "2 quantized"):
+        assert part in stock
+    assert "moefold_kernels" not in stock
+    save(source, merged(source, scheme="int4", group=32), None, PROVENANCE, to=tmp_path / "ours")
+    ours = (tmp_path / "ours" / "README.md").read_text()
+    for part in ("int4 in groups of 32", "with moefold imported", "import moefold_kernels", "8 before, 4 after"):
+        assert part in ours
+    assert "vLLM" not in ours
+
+
 def test_everything_else_keeps_names_and_bytes(sources, tmp_path):
     source = sources("deepseek_v3")
     save(source, layers(source, scheme="fp8"), None, PROVENANCE, to=tmp_path / "out")
@@ -171,18 +187,93 @@ def test_an_artifact_comes_back_from_the_store(sources, tmp_path):
     assert all(torch.equal(back.tensors[name].float(), tensor.float()) for name, tensor in value.tensors.items())
 
 
-def test_expanded_merged_experts_are_quantised_once_and_repeated(sources, tmp_path):
+ROUTE = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
+
+
+def merged(source: Checkpoint, **options) -> Layers[Quantized]:
+    """The first four experts in place of all, quantised."""
+    few = {layer.number: replace(first_four(layer.experts()), route=ROUTE) for layer in source.layers()}
+    return Layers({number: quantize(experts, **options) for number, experts in few.items()})
+
+
+def repeated(source: Checkpoint, **options) -> Layers[Quantized]:
+    """The same for readers without routes."""
+    all_ = {layer.number: repeat(first_four(layer.experts()), ROUTE) for layer in source.layers()}
+    return Layers({number: quantize(experts, **options) for number, experts in all_.items()})
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_experts_quantised_once_and_led_to_by_a_route(sources, family, scheme, tmp_path):
+    source, ids = sources(family), samples(2, 9)
+    quantized = merged(source, **SCHEMES[scheme])
+    saved = save(source, quantized, None, PROVENANCE, to=tmp_path / "out", shard_size="60KB")
+    assert saved.figures["expert_bytes"]["after"] == sum(quantized[number].bytes() for number in quantized)
+    assert (saved.figures["needs_moefold"], saved.figures["kinds"]) == (True, {"merged": len(quantized)})
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    expected = logits(twin(source, repeated(source, **SCHEMES[scheme])), ids)
+    assert torch.equal(logits(model, ids), expected)
+    out = Checkpoint.open(str(tmp_path / "out"))
+    assert out.layers()[0].experts().route is not None
+    loss = losses(out, {"text": ids}, torch.device("cpu"), 2)["text"]
+    assert loss == pytest.approx(float(F.cross_entropy(expected[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())))
+    model.save_pretrained(tmp_path / "again")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(logits(again, ids), expected)
+    with pytest.raises(InputError, match="is quantised already"):
+        save(out, Layers({}), None, PROVENANCE, to=tmp_path / "third")
+
+
+def test_stock_transformers_refuses_merged_experts(sources, tmp_path):
+    source, places = sources("qwen3_moe"), [str(tmp_path / name) for name in SCHEMES]
+    for place, options in zip(places, SCHEMES.values(), strict=True):
+        save(source, merged(source, **options), None, PROVENANCE, to=place)
+    code = """
+import sys
+from transformers import AutoModelForCausalLM
+for place in sys.argv[1:]:
+    try:
+        AutoModelForCausalLM.from_pretrained(place)
+    except Exception as error:
+        print("raises", type(error).__name__)
+    else:
+        print("loads")
+print("moefold_kernels" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code, *places], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:-1] == ["raises RuntimeError"] * 3 + ["False"]
+
+
+def test_merged_experts_quantised_once_and_repeated(sources, tmp_path):
     source, ids = sources("qwen3_moe"), samples(2, 9)
-    route = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
-    merged = {n: replace(first_four(source.layer(n).experts()), route=route) for n in (0, 1)}
-    quantized = Layers({number: quantize(experts, scheme="int4", group=16) for number, experts in merged.items()})
-    saved = save(source, quantized, None, PROVENANCE, to=tmp_path / "out", export="expanded")
+    few, many = merged(source, scheme="int4", group=16), repeated(source, scheme="int4", group=16)
+    saved = save(source, few, None, PROVENANCE, to=tmp_path / "out", export="expanded")
     assert saved.figures["kinds"] == {"expanded": 2}
-    repeated = {n: quantize(replace(repeat(experts, route), route=None), scheme="int4", group=16)
-                for n, experts in merged.items()}  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(logits(model, ids), logits(twin(source, Layers(repeated)), ids))
-    assert saved.figures["expert_bytes"]["after"] == sum(value.bytes() for value in repeated.values())
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), ids), logits(twin(source, many), ids)
+    )
+    assert saved.figures["expert_bytes"]["after"] == sum(many[number].bytes() for number in many)
+
+
+@pytest.mark.parametrize("family", FAMILIES[:3])  # DeepSeek's groups of two cannot spare one
+def test_pruned_experts_quantised(sources, family, tmp_path):
+    source, ids = sources(family), samples(2, 9)
+    route, kept = torch.tensor([-1, 0, 1, -1, 2, -1, -1, 3]), [1, 2, 4, 7]
+    few = {n: Reduced(e.gate_up[kept], e.down[kept], route=route, groups=[[i] for i in kept])
+           for n, e in ((layer.number, layer.experts()) for layer in source.layers())}  # fmt: skip
+    quantized = Layers({number: quantize(experts, scheme="int4", group=32) for number, experts in few.items()})
+    saved = save(source, quantized, None, PROVENANCE, to=tmp_path / "out")
+    assert (saved.figures["needs_moefold"], saved.figures["kinds"]) == (False, {"pruned": len(quantized)})
+    read = {number: dequantize(quantized[number], CPU) for number in quantized}
+    dense = {number: replace(few[number], gate_up=one.gate_up, down=one.down) for number, one in read.items()}
+    save(source, Layers(dense), None, PROVENANCE, to=tmp_path / "dense")
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "dense"))
+    assert torch.equal(logits(one, ids), logits(other, ids))
+    first, second = (losses(Checkpoint.open(str(tmp_path / name)), {"text": ids}, torch.device("cpu"), 2)
+                     for name in ("out", "dense"))  # fmt: skip
+    assert first == second
 
 
 def first_four(experts: Experts) -> Experts:

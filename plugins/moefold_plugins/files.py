@@ -12,7 +12,7 @@ from moefold.errors import FormatError
 from moefold_kernels import PackedLayer, layout
 from moefold_plugins.layer_files import Export, LayerFiles
 from moefold_plugins.merged_files import check_route, merged_files
-from moefold_plugins.pruned_files import pruned_files
+from moefold_plugins.pruned_files import cut, pruned_files
 from moefold_plugins.quantized_files import quantized_files
 
 
@@ -28,9 +28,11 @@ def layer_files(layer: Layer, value: Replacement, export: Export = "route") -> L
 
 
 def _packed(layer: Layer, value: Packed, export: Export) -> LayerFiles | None:
-    if not value.pairs:  # skipped by the packer; merged before, it is still not the source's
-        own = value.route is None or layer.number in layer.checkpoint.packed_layers
-        return None if own else merged_files(layer, _unpaired(value), export)
+    pruned = -1 in (value.route or ())
+    if not value.pairs:  # skipped by the packer; merged or pruned before, it is still not the source's
+        if value.route is None or layer.number in layer.checkpoint.packed_layers:
+            return None
+        return pruned_files(layer, _unpaired(value)) if pruned else merged_files(layer, _unpaired(value), export)
     if value.format != layout.EXPONENT:
         raise FormatError(f"format {value.format} has no checkpoint layout; save knows {layout.EXPONENT}")
     if export == "expanded":
@@ -41,10 +43,12 @@ def _packed(layer: Layer, value: Packed, export: Export) -> LayerFiles | None:
     place = layer.names()
     pairs = tuple((first, second) for first, second in value.pairs)
     matrix = {name: place.matrix[name] for name in value.words}
-    route = check_route(layer, value.route, 2 * len(pairs) + len(value.dense))
+    count = 2 * len(pairs) + len(value.dense)
+    route = None if pruned else check_route(layer, value.route, count)
     entry = PackedLayer(place.prefix, value.settings, pairs, tuple(value.dense), matrix, route=route)
     drops = frozenset((*place.keys, *(place.biases if value.biases else ())))
-    return LayerFiles("packed", entry.experts, value.bytes(), drops, _packed_tensors(layer, entry, value), entry)
+    files = LayerFiles("packed", count, value.bytes(), drops, _packed_tensors(layer, entry, value), entry)
+    return cut(layer, files, torch.tensor(value.route)) if pruned else files
 
 
 def _packed_tensors(layer: Layer, entry: PackedLayer, value: Packed) -> Iterator[tuple[str, Tensor]]:
@@ -59,7 +63,7 @@ def _packed_tensors(layer: Layer, entry: PackedLayer, value: Packed) -> Iterator
 
 
 def _unpaired(value: Packed) -> Experts:
-    """Experts that were merged and then all left alone."""
+    """Experts that were merged or pruned and then all left alone."""
     order = torch.tensor(value.dense).argsort()
     *up, down = (weights[order] for weights in value.experts.values())
     return Experts(torch.cat(up, dim=1), down, **value.biases, gated=len(up) > 1, route=torch.tensor(value.route))

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import chain
+
 import torch
 
-from moefold import Layer, Pruning, Reduced
+from moefold import Experts, Layer, Pruning
+from moefold.artifacts import tensor_bytes
 from moefold.errors import FormatError
 from moefold_plugins.layer_files import LayerFiles
 
 
-def pruned_files(layer: Layer, value: Reduced) -> LayerFiles:
-    """Experts numbered anew, whatever else has something for each expert cut alike, their number in config.json."""
-    outputs = own_outputs(layer, value.route, value.count)
-    place, pruning = layer.names(), Pruning(layer)
+def pruned_files(layer: Layer, value: Experts) -> LayerFiles:
+    """Experts numbered anew, and all else that `cut` changes; `value.route` says which router outputs are gone (-1)."""
+    place, size = layer.names(), tensor_bytes(value.gate_up) + tensor_bytes(value.down)
+    files = LayerFiles("pruned", value.count, size, frozenset((*place.keys, *place.biases)), layer.stored(value))
+    return cut(layer, files, value.route)
+
+
+def cut(layer: Layer, files: LayerFiles, route: torch.Tensor | None) -> LayerFiles:
+    """The same files for a router with only the outputs that are left, and their number in config.json."""
+    outputs = own_outputs(layer, route, files.experts)
+    pruning = Pruning(layer)
     beside = pruning.beside(outputs)
-    return LayerFiles(
-        "pruned",
-        value.count,
-        value.bytes(),
-        frozenset([*place.keys, *place.biases, *beside]),
-        [*beside.items(), *layer.stored(value)],
-        config=pruning.config(value.count),
+    return replace(
+        files,
+        drops=files.drops | beside.keys(),
+        tensors=chain(beside.items(), files.tensors),
+        config=pruning.config(files.experts),
     )
 
 

@@ -16,9 +16,25 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from models import ARCHITECTURES, samples, tiny
-from moefold import Activity, Checkpoint, Context, Experts, Layers, Provenance, Reduced, Routed, StreamedModel, Text
+from moefold import (
+    Activity,
+    Checkpoint,
+    Context,
+    Experts,
+    Layers,
+    MergedPair,
+    Packed,
+    PairMerge,
+    Provenance,
+    Reduced,
+    Routed,
+    StreamedModel,
+    Text,
+)
+from moefold.codec import pack
 from moefold.errors import FormatError, InputError
 from moefold_plugins.calibrate import forward
+from moefold_plugins.codecs import Exponent
 from moefold_plugins.pruning import prune_by_use, prune_random, prune_reap
 from moefold_plugins.save import save
 from moefold_plugins.similarity import similarity_router
@@ -176,6 +192,45 @@ def test_pruned_and_merged_at_once_is_refused(sources: Callable[[str], Checkpoin
     value = Layers({layer.number: replace(half(layer), route=route)})
     with pytest.raises(FormatError, match=r"layer 0 was pruned and its experts were merged as well"):
         save(source, value, None, PROVENANCE, to=tmp_path / "out")
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_pruned_then_packed(sources: Callable[[str], Checkpoint], family: str, paired: bool, tmp_path: Path) -> None:
+    source = sources(family)
+    layers = Layers({layer.number: partial(packed, half(layer), paired) for layer in source.layers()})
+    saved = save(source, layers, None, PROVENANCE, to=tmp_path / "out")
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    assert saved.figures["needs_moefold"] == paired
+    out = Checkpoint.open(str(tmp_path / "out"))
+    twin = StreamedModel(source)
+    hidden = twin.embed(IDS)
+    for number in range(twin.layer_count):
+        experts = half(source.layer(number)) if number in layers else None
+        if experts is not None:
+            read = out.layer(number).experts()
+            assert (read.count, read.route) == (experts.count, None)
+            experts = replace(experts, gate_up=read.gate_up, down=read.down)
+        with twin.loaded(number, experts):
+            hidden = twin.through(number, IDS, hidden)
+    with torch.no_grad():
+        found, expected = model(IDS).logits.float(), twin.head(hidden).float()
+    assert torch.allclose(found, expected, atol=0.05, rtol=0.02), "other kernels, in bfloat16"
+    assert float(expected.std()) > 0.5
+
+
+def packed(value: Reduced, paired: bool) -> Packed:
+    """Its first two experts as a pair that share magnitudes where they agree, or none."""
+    matrices = value.matrices()
+
+    def merge(name: str, _: int) -> MergedPair:
+        both = matrices[name][:2].float()
+        first, second = both.abs()
+        return MergedPair(torch.maximum(first, second), both < 0, torch.stack([first >= second, first < second]))
+
+    pairs = [[0, 1]] if paired else []
+    return pack(Exponent(), PairMerge(value, pairs, list(range(2 * len(pairs), value.count)), merge))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])

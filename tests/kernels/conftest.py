@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from merging import KINDS, ROUTE, merge_checkpoint
 from packing import pack_checkpoint
 
 from models import tiny
@@ -38,5 +39,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
             pack_checkpoint(source, root / "packed", root / "twin", alone=alone, layers=layers)
             known[key] = root / "packed", root / "twin"
         return known[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """A function that makes (merged, twin) directories, once per family and kind (a key of KINDS)."""
+    known: dict[object, tuple[Path, Path]] = {}
+
+    def make(family: str, kind: str = "merged") -> tuple[Path, Path]:
+        if (family, kind) not in known:
+            root = tmp_path_factory.mktemp(family)
+            source = tiny(family, root / "source", shard_size="1GB", num_hidden_layers=2)
+            merge_checkpoint(source, root / "ours", root / "twin", ROUTE, KINDS[kind])
+            known[family, kind] = root / "ours", root / "twin"
+        return known[family, kind]
 
     return make

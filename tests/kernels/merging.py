@@ -17,6 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from moefold_kernels import LayerEntry, MergedLayer, write_config
 
+ROUTE = [0, 1, 1, 2, 0, 3, 4, 1]
+KINDS: dict[str, dict[int, str]] = {
+    "merged": {0: "merged", 1: "merged"},
+    "mixed": {0: "merged", 1: "packed"},
+    "partly": {1: "merged"},
+    "packed": {0: "packed", 1: "packed"},
+}
+
 
 def merge_checkpoint(source: Path, ours: Path, twin: Path, route: Sequence[int], kinds: Mapping[int, str]) -> None:
     """Write `ours` and its dense `twin`; `kinds` says of layers whether they are merged, or packed over merged ones."""

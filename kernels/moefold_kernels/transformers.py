@@ -90,20 +90,23 @@ class MoefoldQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _refuse_expert_parallelism(model)
         found = headers(kwargs.get("checkpoint_files"))
+        wires = [] if self.reader is None or found is None else [name for name, shape in found.items() if 0 in shape]
+        tripwires: set[str] = set()
         for entry in self.quantization_config.entries().values():
             place = find(model, entry.prefix)
             module = model.get_submodule(place.module)
             if found is not None:
-                found = {name: shape for name, shape in found.items() if self.reader is None or 0 not in shape}
-                check_tensors(entry, module, found)
+                check_tensors(entry, module, {name: shape for name, shape in found.items() if name not in wires})
             if isinstance(entry, PackedLayer):
                 self.places.append(Place(entry, *place))
                 pack_module(module, entry, place.module)
             else:
                 merge_module(module, entry, place.module)
+                own = [name.removeprefix(entry.prefix) for name in wires if name.startswith(f"{entry.prefix}.")]
+                tripwires |= {prefix + name for prefix in (*place, entry.prefix) for name in own}
         if self.places:
             self._provide_fallbacks(model)
-        tripwires = [name for place in self.places for name in place.tripwires()]
+        tripwires |= {name for place in self.places for name in place.tripwires()}
         ignored = [f"{re.escape(name)}$" for name in tripwires]
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
         self.dtypes = wanted_dtypes(model, kwargs.get("dtype"))

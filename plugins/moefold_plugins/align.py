@@ -12,7 +12,7 @@ from torch import Tensor
 from moefold import Aligned, Context, Experts, Groups, Stage, hookimpl, stage
 
 
-@stage("align", keep="until read")
+@stage("align", keep="never")
 def align(
     experts: Experts,
     groups: Groups,

@@ -14,9 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from moefold import Activity, Context, Experts, Layer, Previous, Routed, Stage, StreamedModel, Text, hookimpl, stage
-
-CHUNK = 4096
-"""Tokens that one expert sees at a time: bounds memory, and changes no result but by summation order."""
+from moefold_plugins.visits import visits
 
 TYPICAL = 1024
 """Tokens, evenly spaced over the layer's, that stand for all when an expert saw too few of its own."""
@@ -54,7 +52,7 @@ def _batches(ids: Tensor, hidden: Tensor, batch: int) -> Iterator[tuple[Tensor, 
         yield i, h.to(ids.device)
 
 
-@stage("observe")
+@stage("observe", version=2)
 def observe(
     layer: Layer,
     routed: Routed,
@@ -70,25 +68,28 @@ def observe(
     The L2 norm over routed tokens is Wanda's (arXiv 2306.11695, section 3) and PuzzleMoE's (arXiv 2511.04805): of the
     expert's inputs for gate and up, of its hidden activations for down.
     """
-    experts, reached = experts.to(context.device), routed.reaches(experts)
-    counts = torch.stack([(reached == expert).any(dim=1).sum() for expert in range(experts.count)])
-    input_norm = torch.empty(experts.count, routed.tokens.shape[1])
-    inner_norm = torch.empty(experts.count, experts.inner)
+    experts = experts.to(context.device)
+    counts = torch.zeros(experts.count, dtype=torch.int64)
+    squares = [torch.zeros(experts.count, n, device=context.device) for n in (routed.tokens.shape[1], experts.inner)]
+    for visit in visits(routed, experts, context.device):
+        counts[visit.expert] += len(visit.tokens)
+        _add_squares(squares, layer, experts, visit.expert, visit.tokens)
     starved = (counts < minimum).nonzero().flatten().tolist()
-    typical = routed.tokens[:: max(1, len(routed.tokens) // TYPICAL)]
-    for expert in range(experts.count):
-        tokens, scale = typical, (minimum / len(typical)) ** 0.5
-        if expert not in starved:
-            tokens, scale = routed.tokens[(reached == expert).any(dim=1)], 1.0
-        squares = [_squares(layer, experts, expert, part.to(context.device)) for part in tokens.split(CHUNK)]
-        input_norm[expert] = sum(s[0] for s in squares).sqrt().cpu() * scale  # type: ignore[union-attr]
-        inner_norm[expert] = sum(s[1] for s in squares).sqrt().cpu() * scale  # type: ignore[union-attr]
+    typical = routed.tokens[:: max(1, len(routed.tokens) // TYPICAL)].to(context.device)
+    for expert in starved:
+        for total in squares:
+            total[expert] = 0
+        _add_squares(squares, layer, experts, expert, typical, minimum / len(typical))
+    input_norm, inner_norm = (total.sqrt().cpu() for total in squares)
     return Activity(counts, input_norm, inner_norm, len(routed.tokens), minimum, starved)
 
 
-def _squares(layer: Layer, experts: Experts, expert: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    inner = layer.activate(experts, expert, tokens)
-    return tokens.float().square().sum(dim=0), inner.float().square().sum(dim=0)
+def _add_squares(
+    squares: list[Tensor], layer: Layer, experts: Experts, expert: int, tokens: Tensor, scale: float = 1.0
+) -> None:
+    """Add the squares, per column, of what an expert's matrices multiply for these tokens."""
+    for total, values in zip(squares, (tokens, layer.activate(experts, expert, tokens)), strict=True):
+        total[expert] += values.float().square().sum(dim=0) * scale
 
 
 @hookimpl

@@ -9,7 +9,7 @@ import networkx
 import torch
 from pydantic import Field
 
-from moefold import Activity, Groups, Layer, Similarity, Stage, hookimpl, stage
+from moefold import Activity, Groups, Layer, Reduced, Similarity, Stage, hookimpl, stage
 
 Fraction = Annotated[
     float, Field(ge=0, le=1, description="share of the layer's experts that take part; the others stay as they are")
@@ -27,13 +27,17 @@ def _pairs(order: list[tuple[int, int]], count: int, fraction: float, skipped: b
 @stage("pair.random")
 def pair_random(
     layer: Layer,
+    merged: Reduced | None,
     *,
     seed: Annotated[int, Field(description="another seed, other pairs")] = 0,
     fraction: Fraction = 1.0,
     skip: Skip = [],  # noqa: B006  (pydantic copies defaults)
 ) -> Groups:
-    """Random pairs, as published (PuzzleMoE, arXiv 2511.04805); the same on every machine for a seed and a layer."""
-    count = layer.expert_count
+    """Random pairs, as published (PuzzleMoE, arXiv 2511.04805); the same on every machine for a seed and a layer.
+
+    Of the merged experts, where a stage merged them before.
+    """
+    count = layer.expert_count if merged is None else merged.count
     order = random.Random(f"{seed} {layer.number}").sample(range(count), count)
     pairs = list(zip(order[0::2], order[1::2], strict=False))
     return _pairs(pairs, count, fraction, layer.number in skip)

@@ -13,9 +13,7 @@ from moefold import Activity, Context, Experts, Json, Layer, Pruning, Reduced, R
 from moefold.artifacts import as_index
 from moefold.errors import InputError
 from moefold_plugins.grouping import Count, Fraction
-
-CHUNK = 4096
-"""Tokens that one expert sees at a time: bounds memory, and changes no result but by summation order."""
+from moefold_plugins.visits import visits
 
 
 @stage("prune.by_use", keep="until read")
@@ -54,15 +52,11 @@ def prune_random(
 
 def _saliency(layer: Layer, experts: Experts, routed: Routed) -> Tensor:
     """Mean of g_e(x) ||f_e(x)|| over the tokens routed to each expert: [expert] float64."""
-    totals = torch.zeros(experts.count, dtype=torch.float64)
-    for expert in range(experts.count):
-        rows, slots = (routed.top_k_index == expert).nonzero(as_tuple=True)
-        gates = routed.top_k_weights[rows, slots].double()
-        for part, gate in zip(rows.split(CHUNK), gates.split(CHUNK), strict=True):
-            given = layer.output(experts, expert, routed.tokens[part].to(experts.down.device))  # [token, hidden]
-            totals[expert] += gate @ given.float().norm(dim=1).double().cpu()
-        totals[expert] /= max(1, len(rows))
-    return totals
+    totals, counts = (torch.zeros(experts.count, dtype=torch.float64, device=experts.down.device) for _ in range(2))
+    for expert, tokens, gates in visits(routed, experts, experts.down.device):
+        totals[expert] += (gates * layer.output(experts, expert, tokens).float().norm(dim=1)).double().sum()
+        counts[expert] += len(tokens)
+    return (totals / counts.clamp(min=1)).cpu()
 
 
 def _pruned(

@@ -10,6 +10,7 @@ from torch import Tensor
 from moefold import Activity, DualMask, Experts, Groups, MergedPair, PairMerge, Stage, hookimpl, stage
 from moefold.errors import InputError
 from moefold_kernels import reference
+from moefold_plugins.averaging import check_groups
 
 
 def merge_pair(weights: Tensor, norms: Tensor, threshold: float) -> MergedPair:
@@ -30,6 +31,7 @@ def puzzlemoe(
     """Share the entries that agree; where they differ, keep the more salient one (as published)."""
     if any(len(pair) != 2 for pair in pairs.members):
         raise InputError("puzzlemoe merges pairs, and a group of another size came in; use a pair.* stage before it")
+    check_groups(pairs.all(), experts.count)
     matrices = experts.matrices()
     rule = DualMask({matrix: activity.norms(matrix) for matrix in matrices}, threshold)
 

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from moefold import Context, Experts, Layer, Routed, Similarity, Stage, hookimpl, stage
 from moefold.errors import InputError
+from moefold_plugins.visits import visits
 
 Matrix = Literal["gate_proj", "up_proj", "down_proj"]
 Metric = Annotated[
     Literal["cosine", "euclidean"], Field(description="euclidean: the negative distance, in units of the mean length")
 ]
-CHUNK = 4096
-"""Tokens that one expert sees at a time."""
+CHUNK = 16384
+"""Tokens whose router logits are on the device at a time."""
 
 
 @stage("similarity.weights", version=2)
@@ -54,7 +55,8 @@ def similarity_outputs(
     """By the experts' mean outputs over the layer's tokens, routed to them or not (HC-SMoE, arXiv 2410.08589)."""
     sample = routed.tokens[:: max(1, len(routed.tokens) // tokens)].to(context.device)
     experts = experts.to(context.device)
-    means = [_mean_output(layer, experts, expert, sample) for expert in range(experts.count)]
+    all_alike = torch.full((len(sample),), 1 / len(sample), device=context.device)
+    means = [_summed_output(layer, experts, expert, sample, all_alike) for expert in range(experts.count)]
     return Similarity(_compared(torch.stack(means), metric), f"{metric}, mean outputs")
 
 
@@ -63,15 +65,11 @@ def similarity_gated_outputs(
     layer: Layer, routed: Routed, experts: Experts, context: Context, *, metric: Metric = "euclidean"
 ) -> Similarity:
     """By what each expert adds to the layer on average: gate weight times output, summed over its own routed tokens."""
-    experts, reached = experts.to(context.device), routed.reaches(experts)
-    means = []
-    for expert in range(experts.count):
-        chosen = reached == expert
-        rows = chosen.any(dim=1)
-        gates = (routed.top_k_weights * chosen)[rows].sum(dim=1)
-        own = routed.tokens[rows].to(context.device)
-        means.append(_mean_output(layer, experts, expert, own, gates.to(context.device)) * len(own) / len(rows))
-    return Similarity(_compared(torch.stack(means), metric), f"{metric}, mean gate-weighted outputs")
+    experts = experts.to(context.device)
+    added = torch.zeros(experts.count, experts.down.shape[1], dtype=torch.float64, device=context.device)
+    for visit in visits(routed, experts, context.device):
+        added[visit.expert] += _summed_output(layer, experts, visit.expert, visit.tokens, visit.gates)
+    return Similarity(_compared(added / len(routed.tokens), metric), f"{metric}, mean gate-weighted outputs")
 
 
 @stage("similarity.router")
@@ -86,14 +84,9 @@ def similarity_router(layer: Layer, routed: Routed, context: Context) -> Similar
     return Similarity(_cosine(gram), "cosine of router logits")
 
 
-def _mean_output(layer: Layer, experts: Experts, expert: int, tokens: Tensor, gates: Tensor | None = None) -> Tensor:
-    """The mean of g f_e(x) over tokens, [hidden] float64; zero where there are none."""
-    total = torch.zeros(experts.down.shape[1], dtype=torch.float64, device=tokens.device)
-    weights = torch.ones(len(tokens), device=tokens.device) if gates is None else gates
-    for part, weight in zip(tokens.split(CHUNK), weights.split(CHUNK), strict=True):
-        if len(part):
-            total += (weight.float() @ layer.output(experts, expert, part).float()).double()
-    return total / max(1, len(tokens))
+def _summed_output(layer: Layer, experts: Experts, expert: int, tokens: Tensor, gates: Tensor) -> Tensor:
+    """The sum of g f_e(x) over tokens, [hidden] float64."""
+    return (gates @ layer.output(experts, expert, tokens).float()).double()
 
 
 def _compared(vectors: Tensor, metric: str) -> Tensor:

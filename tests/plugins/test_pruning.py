@@ -332,7 +332,7 @@ def test_saliency_is_reaps(sources: Callable[[str], Checkpoint], family: str, mo
             y = h @ experts.down[e].double().T + down
             terms.append(float(routed.top_k_weights[token, slot]) * float(y.norm()))
         expected[e] = sum(terms) / max(1, len(terms))
-    monkeypatch.setattr("moefold_plugins.pruning.CHUNK", 5)
+    monkeypatch.setattr("moefold_plugins.visits.CHUNK", 5)
     value = prune_reap(layer, routed, CONTEXT)
     found = torch.tensor(value.figures["saliency"], dtype=torch.float64)
     assert torch.allclose(found, expected, rtol=2e-2), "bfloat16 activations"

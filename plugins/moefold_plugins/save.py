@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,8 +34,8 @@ from moefold import (
 from moefold.artifacts import tensor_bytes
 from moefold.errors import FormatError, InputError
 from moefold_kernels import LayerEntry
-from moefold_kernels.checkpoint import METHOD
 from moefold_plugins.config_text import config_text
+from moefold_plugins.directory import refuse, replacing
 from moefold_plugins.files import layer_files
 from moefold_plugins.layer_files import Export, LayerFiles
 from moefold_plugins.model_card import write_card
@@ -67,13 +66,13 @@ def save(
 ) -> Saved:
     """Write a checkpoint with packed, merged or pruned experts in place of the source's."""
     target = Path(to).expanduser()
-    _refuse(target, checkpoint)
+    refuse(target, checkpoint)
     if checkpoint.quantized is not None:
         raise InputError(
             f"{checkpoint.path} is quantised already ({checkpoint.quantized.title}); give the checkpoint that it was "
             "made of"
         )
-    with _replacing(target) as directory:
+    with replacing(target) as directory:
         with Shards(directory, parse_size(shard_size)) as shards:
             written = _write_tensors(checkpoint, experts, shards, export)
         figures = _figures(checkpoint, written, shards.total, activity)
@@ -206,53 +205,6 @@ def _copy_others(source: Path, directory: Path) -> None:
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
             flush(copy)
-
-
-def _refuse(target: Path, checkpoint: Checkpoint) -> None:
-    """Raise InputError unless `target` is free, or holds what moefold wrote and is not the source."""
-    if not target.exists() and not target.is_symlink():
-        return
-    if target.exists() and target.resolve() == checkpoint.path.resolve():
-        raise InputError(f"{target} is the source checkpoint itself; choose another directory (save: with: to:)")
-    if not target.is_dir() or target.is_symlink():
-        raise InputError(f"{target} exists and is no directory of its own; choose another path (save: with: to:)")
-    if any(target.iterdir()) and not _ours(target):
-        raise InputError(
-            f"{target} exists and moefold did not write it; choose another directory (save: with: to:), or remove it"
-        )
-
-
-def _ours(target: Path) -> bool:
-    if (target / Saved.RECORD).is_file():
-        return True
-    try:  # written before there were records
-        entry = json.loads((target / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    except (OSError, ValueError, AttributeError):
-        return False
-    return isinstance(entry, dict) and entry.get("quant_method") == METHOD
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A directory to write to, which takes `target`'s place when the block ends well, and is removed otherwise."""
-    fresh, old = (target.with_name(f".{target.name}.moefold-{kind}") for kind in ("partial", "old"))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for left in (fresh, old) if target.exists() else (fresh,):  # of a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    if old.exists():
-        old.rename(target)  # killed between the two renames below
-    fresh.mkdir()
-    try:
-        yield fresh
-        flush(fresh)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    if target.exists():
-        target.rename(old)
-    fresh.rename(target)
-    flush(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @hookimpl

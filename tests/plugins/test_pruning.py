@@ -324,13 +324,14 @@ def test_saliency_is_reaps(sources: Callable[[str], Checkpoint], family: str, mo
     expected = torch.zeros(experts.count, dtype=torch.float64)
     for e in range(experts.count):
         terms = []
-        for token, slot in (routed.top_k_index == e).nonzero().tolist():
+        for token in (routed.top_k_index == e).any(dim=1).nonzero().flatten().tolist():
+            gate = float(routed.top_k_weights[token][routed.top_k_index[token] == e].sum())
             x = routed.tokens[token : token + 1].double()
             up = 0.0 if experts.gate_up_bias is None else experts.gate_up_bias[e].double()
             down = 0.0 if experts.down_bias is None else experts.down_bias[e].double()
             h = activation(family, x @ experts.gate_up[e].double().T + up, experts.inner)
             y = h @ experts.down[e].double().T + down
-            terms.append(float(routed.top_k_weights[token, slot]) * float(y.norm()))
+            terms.append(gate * float(y.norm()))
         expected[e] = sum(terms) / max(1, len(terms))
     monkeypatch.setattr("moefold_plugins.visits.CHUNK", 5)
     value = prune_reap(layer, routed, CONTEXT)

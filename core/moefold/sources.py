@@ -1,7 +1,7 @@
 """Which tensors of a checkpoint's files fill which parameter of a model, and how they become it.
 
 The names and operations are transformers' own (`conversion_mapping`, `core_model_loading`): importable, but not
-promised. They were read at 5.17 and 5.23; only this file and skeleton.py lean on such functions.
+promised. They were read at 5.17 and 5.23; only this file, skeleton.py and meta.py lean on such functions.
 """
 
 from __future__ import annotations

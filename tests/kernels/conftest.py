@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from merging import KINDS, ROUTE, merge_checkpoint
+from merged_checkpoints import KINDS, ROUTE, merge_checkpoint
 from packing import pack_checkpoint
 
 from models import tiny

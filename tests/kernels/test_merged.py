@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from layers import TOLERANCE, difference
-from merging import KINDS, ROUTE
+from merged_checkpoints import KINDS, ROUTE
 from packing import stock_experts
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM

@@ -164,8 +164,19 @@ def test_a_tile_that_no_kernel_takes_cannot_be_made(change, message):
         replace(plan().first, **change)
 
 
+def test_what_cannot_be_joined():
+    first = plan().first
+    assert configs.join(first) == Plan(first, replace(first, rows=64), joined=True)
+    for tile in (replace(first, mode="overlapped_pair"), replace(first, splits=2)):
+        with pytest.raises(FormatError, match="cannot be joined in one launch"):
+            configs.join(tile)
+    with pytest.raises(FormatError, match="cannot be joined in one launch"):
+        Plan(first, first, joined=True)
+
+
 def test_plans_in_words():
     tile = Tile("slot", 64, 16, 64, 32, 8, 4, group=4, splits=2)
+    assert str(configs.join(plan().first)) == "joined pair 16 32x64 w4 s3"
     assert str(Plan(plan().first, tile)) == "pair 16 32x64 w4 s3 / slot 64+16 64x32 w8 s4 g4 k2"
 
 
@@ -177,6 +188,9 @@ def test_what_ships_can_be_run(path):
     for shape, found in configs.read_table(path).items():
         assert configs.fits(found, H200), shape
         assert found.first.splits == 1, shape
+        if found.joined:
+            assert shape.hidden % found.first.columns == 0, shape
+            assert shape.inner % found.first.columns == 0, shape
         for tile, length in ((found.first, shape.hidden), (found.second, shape.inner)):
             if tile.overlapped:
                 assert not shape.dense

@@ -11,7 +11,7 @@ from moefold_kernels.activation import silu
 
 ops = pytest.importorskip("moefold_kernels.triton.ops", reason="needs triton")
 from moefold_kernels.triton import layer as kernels  # noqa: E402
-from moefold_kernels.triton.configs import Plan, Tile  # noqa: E402
+from moefold_kernels.triton.configs import Plan, Tile, join  # noqa: E402
 from moefold_kernels.triton.operands import weights as weights_of  # noqa: E402
 
 SMALL = {"rows": 32, "columns": 32, "warps": 4, "stages": 2}
@@ -21,7 +21,10 @@ PLANS = {
     "extra": Plan(Tile("pair", 32, 16, **SMALL), Tile("pair", 32, 16, **SMALL)),
     "slot, extra, groups": Plan(Tile("slot", 16, 16, **SMALL, group=2), Tile("slot", 16, 16, **SMALL, group=4)),
     "splits": Plan(Tile("pair", 16, 0, **SMALL), Tile("slot", 32, 0, 32, 16, 4, 2, group=2, splits=3)),
+    "joined": join(Tile("pair", 16, 0, 16, 32, 4, 2)),
+    "joined, slot, extra, groups": join(Tile("slot", 16, 16, 32, 16, 4, 2, group=2)),
 }
+JOINED = [name for name in PLANS if name.startswith("joined")]
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +71,19 @@ def test_batches(tokens, skew, plan, device):
     layer = random_layer(7, 40, 24, 1)
     arguments = batch(tokens, 40, 2, 7, skew=skew, seed=tokens)
     assert_near(run(layer, *arguments, device, plan=PLANS[plan]), expected(layer, *arguments))
+
+
+@pytest.mark.parametrize("plan", JOINED)
+@pytest.mark.parametrize("alone", [0, 6])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_both_projections_in_one_launch(tokens, biased, alone, plan, device, monkeypatch):
+    monkeypatch.delattr(kernels, "gate_up")
+    layer = random_layer(6, 64, 96, alone, biased=biased)
+    arguments = batch(tokens, 64, 2, 6, skew=9.0 * (tokens > 1))
+    activation = kernels.Activation("clamped", 1.5, 1.702) if biased else kernels.SILU
+    found = run(layer, *arguments, device, activation=activation, plan=PLANS[plan])
+    assert_near(found, expected(layer, *arguments, clamped_gate if biased else silu))
 
 
 def test_no_token(device):

@@ -8,7 +8,7 @@ import torch
 from moefold_kernels.places import tables as places_of
 
 routing = pytest.importorskip("moefold_kernels.triton.routing", reason="needs triton")
-from moefold_kernels.triton.configs import Tile  # noqa: E402
+from moefold_kernels.triton.configs import Plan, Tile, join  # noqa: E402
 
 
 def tile(entries: int, group: int = 1) -> Tile:
@@ -23,7 +23,8 @@ def made(index, experts, alone, first, second, device):
     rest = order[alone:]
     pairs = [(rest[i], rest[i + 1]) for i in range(0, len(rest), 2)]
     places, _ = places_of(pairs, order[:alone])
-    return routing.route(index.to(device), places.to(device), len(pairs), alone, first, second), places, len(pairs)
+    plan = Plan(first, second)
+    return routing.route(index.to(device), places.to(device), len(pairs), alone, plan), places, len(pairs)
 
 
 def check(index, experts, alone, first, second, device):
@@ -64,6 +65,21 @@ def test_many_experts(device):
     check(
         torch.randint(0, 384, (40, 8), generator=torch.Generator().manual_seed(0)), 384, 0, tile(16), tile(32), device
     )
+
+
+@pytest.mark.parametrize("few", [routing.FEW, 0], ids=["few", "many"])
+def test_one_launch_for_both_projections_counts_from_zero(few, device, monkeypatch):
+    monkeypatch.setattr(routing, "FEW", few)
+    index, places = torch.arange(90, device=device).view(30, 3) % 7, torch.arange(7, dtype=torch.int32, device=device)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # memory that nobody writes holds the largest integer
+    try:
+        assert not routing.route(index, places, 3, 1, Plan(tile(16), tile(16))).ready.numel()
+        found = routing.route(index, places, 3, 1, join(tile(16)))
+        assert found.ready.numel() == 4 + 2 * sum(table.shape[1] for table in found.first)
+        assert found.ready[0] == sum((table[0] >= 0).sum() for table in found.first)
+        assert not found.ready[4:].any()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_no_entry(device):

@@ -79,6 +79,19 @@ def test_the_fastest_is_found_and_checked(dense, few, device):
     assert few.parts[:9] == ["first"] * 4 + ["second"] * 4 + ["whole"]
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_one_launch_for_both_projections_is_tried(dense, few, device):
+    """Joined plans are timed whole, and only where the layer allows them (SMALL's sizes do not)."""
+    apart = few.cost
+    few.cost = lambda plan, part: 5.0 + abs(plan.first.stages - 3) if plan.joined else apart(plan, part)
+    wide = replace(SMALL, inner=64)
+    (found,) = tune.Tuner(wide, device, dense=dense, workers=0, timer=few).run([4])
+    assert replace(found.plan.first, ahead=4) == TILES[1]
+    assert found.plan == configs.join(found.plan.first)
+    assert (found.seconds, found.rejected) == (pytest.approx(5e-6), {})
+    assert 0 < found.error < 2e-2
+
+
 def test_the_plan_before_stays_unless_another_is_faster(few, device, unchecked):
     few.cost = lambda plan, part: 10.0
     (found,) = tuned(few, device)
@@ -193,7 +206,8 @@ def seen_by(kernel, monkeypatch, run):
             )
 
     with monkeypatch.context() as patch:
-        patch.setattr(layer.project, kernel, Launch())
+        module, name = kernel.split(".")
+        patch.setattr(getattr(layer, module), name, Launch())
         run()
     return launches
 
@@ -211,10 +225,14 @@ def special(value):
 @pytest.mark.filterwarnings("ignore:.*encountered in reduce")  # what no tile computed is summed all the same
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("tokens", [4, 7])
-@pytest.mark.parametrize(("kernel", "part"), [("project_in", "first"), ("project_out", "second")])
+@pytest.mark.parametrize(
+    ("kernel", "part"),
+    [("project.project_in", "first"), ("project.project_out", "second"), ("joined.project", "whole")],
+)
 def test_what_is_compiled_ahead_is_what_is_run(kernel, part, tokens, dense, monkeypatch, device):
     """Else every candidate would be compiled again, one after another, where it is timed."""
     plan = Plan(replace(TILES[1], group=4), replace(TILES[2], splits=2))
+    plan = configs.join(plan.first) if part == "whole" else plan
     shape = Shape("wide", 4, 128, 160, 2)
     experts, weights = tune._layer(shape, dense, torch.Generator(device).manual_seed(0))
     ground = search.Ground(

@@ -135,14 +135,19 @@ def _run(job: Job) -> None:
     tables = layer.route_for(weights, index, plan)
     for table in (*tables.first, *tables.second):
         table.fill_(-1)
-    for table in (tables.order, tables.offsets):
+    for table in (tables.order, tables.offsets, tables.ready):
         table.zero_()
+    scales = torch.zeros(index.shape, dtype=torch.bfloat16, device=job.device)
+    if plan.joined:
+        x = torch.zeros(job.tokens, shape.hidden, dtype=torch.bfloat16, device=job.device)
+        parts = layer.both(weights, x, scales, tables, plan.first)
+        layer.combine(parts, index, len(weights.places), x.dtype)
+        return
     if job.part != "second":
         x = torch.zeros(job.tokens, shape.hidden, dtype=torch.bfloat16, device=job.device)
         layer.gate_up(weights, x, shape.top_k, tables, plan)
     if job.part != "first":
         x = torch.zeros(index.numel(), shape.inner, dtype=torch.bfloat16, device=job.device)
-        scales = torch.zeros(index.shape, dtype=torch.bfloat16, device=job.device)
         layer.down(weights, x, index, scales, tables, plan, torch.bfloat16)
 
 

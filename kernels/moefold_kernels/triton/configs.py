@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,9 +92,25 @@ class Plan:
     """Gate and up: blocks of `rows` gate rows and as many up rows."""
     second: Tile
     """Down."""
+    joined: bool = False
+    """One launch does both (joined.py), where a layer allows it; the tiles then are alike, of `2 * first.rows` rows."""
+
+    def __post_init__(self) -> None:
+        able = not self.first.overlapped and self.first.splits == 1
+        if self.joined and not (able and self.second == _below(self.first)):
+            raise FormatError(f"{self.first} and {self.second} cannot be joined in one launch")
 
     def __str__(self) -> str:
-        return f"{self.first} / {self.second}"
+        return f"joined {self.first}" if self.joined else f"{self.first} / {self.second}"
+
+
+def join(first: Tile) -> Plan:
+    """The plan that does both projections in one launch, cut as `first`; FormatError for a tile that cannot be."""
+    return Plan(first, _below(first), joined=True)
+
+
+def _below(first: Tile) -> Tile:
+    return replace(first, rows=2 * first.rows)
 
 
 class Shape(NamedTuple):

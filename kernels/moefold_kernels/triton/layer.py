@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moefold_kernels import layout
-from moefold_kernels.triton import project
+from moefold_kernels.triton import joined, project
 from moefold_kernels.triton.configs import Plan, Shape, Tile, choose
 from moefold_kernels.triton.portability import Target, blocks, launch, power_of_two
 from moefold_kernels.triton.routing import Tables, Tiles, route
@@ -100,17 +100,63 @@ def forward(
     to bfloat16 once. Entries whose expert does not exist contribute nothing. `plan` is for measuring.
     """
     plan = plan or plan_for(weights, *top_k_index.shape)
+    plan = plan if joins(weights, activation, plan.first) else apart(plan)
+    top_k_index = top_k_index.contiguous()  # here, as `combine` reads it before the kernel in front of it has ended
     x = hidden.to(torch.bfloat16)
     x = x if x.stride(-1) == 1 else x.contiguous()
     tables = route_for(weights, top_k_index, plan)
+    if plan.joined:
+        parts = both(weights, x, top_k_weights, tables, plan.first, activation)
+        return combine(parts, top_k_index, len(weights.places), dtype or hidden.dtype)
     inner = gate_up(weights, x, top_k_index.shape[1], tables, plan, activation)
     return down(weights, inner, top_k_index, top_k_weights, tables, plan, dtype or hidden.dtype)
 
 
+def joins(weights: Weights, activation: Activation, tile: Tile) -> bool:
+    """Whether joined.py takes this: one kind of experts, a gate and its activation, and whole tiles of columns."""
+    alike = weights.packed is None or weights.alone is None
+    fused = weights.any.gate is not None and activation.name in ACTIVATIONS
+    return alike and fused and all(size % tile.columns == 0 for size in weights.any.up.shape[1:])
+
+
+def apart(plan: Plan) -> Plan:
+    """The plan with a launch for each projection."""
+    return replace(plan, joined=False)
+
+
 def route_for(weights: Weights, top_k_index: Tensor, plan: Plan) -> Tables:
-    """The routing tables of a batch [token, top_k] for a plan."""
+    """The routing tables of a batch [token, top_k] for a plan; those of a joined plan are for `both` alone."""
     chain = Target.of(weights.places).chain
-    return route(top_k_index, weights.places, weights.pairs, weights.singles, plan.first, plan.second, chain)
+    return route(top_k_index, weights.places, weights.pairs, weights.singles, plan, chain)
+
+
+def both(
+    weights: Weights, x: Tensor, top_k_weights: Tensor, tables: Tables, tile: Tile, activation: Activation = SILU
+) -> Tensor:
+    """Both projections in one launch: what `combine` sums, [1, token * top_k, hidden]."""
+    inner, hidden = weights.any.up.shape[1:]
+    between, parts = (x.new_empty(1, len(tables.order), size, dtype=torch.bfloat16) for size in (inner, hidden))
+    target, biases = Target.of(x), weights.biases
+    for kind, mode, first, table in _kinds(weights, tables.first, tile):
+        assert kind.gate is not None
+        bias, below = (None, None) if biases is None else (biases.gate, biases.down)
+        programs = _programs(table, mode) * (blocks(inner, tile.rows) + blocks(hidden, 2 * tile.rows))
+        launch(
+            joined.project, (programs,), x, kind.gate, between, kind.down, parts, tables.order, tables.offsets, table,
+            tables.ready, weights.experts, top_k_weights.contiguous(), bias, below, hidden, inner, first=first,
+            top_k=top_k_weights.shape[1], units=len(kind.up), capacity=table.shape[1], x_row=x.stride(0),
+            w_unit=kind.gate.stride(0), w_row=kind.gate.stride(1), w_up=_apart(kind.gate, kind.up),
+            down_unit=kind.down.stride(0), down_row=kind.down.stride(1),
+            gate_shift=_shift(kind.tops[0]), up_shift=_shift(kind.tops[1]), down_shift=_shift(kind.tops[2]),
+            bias_expert=_stride(bias, 0), bias_row=_stride(bias, 1),
+            bias_up=0 if biases is None else _apart(biases.gate, biases.up),
+            down_bias_expert=_stride(below, 0), down_bias_row=_stride(below, 1), limit=activation.limit,
+            alpha=activation.alpha, MODE=mode, ACTIVATION=ACTIVATIONS[activation.name], ASM=target.assembly,
+            UPCAST=target.upcast, CHAIN=target.chain, LINES=_lines(tile, min(hidden, inner)),
+            GUESS=target.chain and _guess(len(tables.order), len(weights.places), tile),
+            num_stages=tile.stages, **_cut(tile, target),
+        )  # fmt: skip
+    return parts
 
 
 def gate_up(
@@ -165,7 +211,7 @@ def down(
     part = blocks(blocks(inner, tile.splits), tile.columns) * tile.columns
     splits = blocks(inner, part)
     parts = x.new_empty(splits, len(tables.order), hidden, dtype=torch.float32 if splits > 1 else torch.bfloat16)
-    gates = top_k_weights.contiguous()
+    gates, top_k_index = top_k_weights.contiguous(), top_k_index.contiguous()
     bias = None if weights.biases is None else weights.biases.down
     for kind, mode, first, table in _kinds(weights, tables.second, tile):
         shared = {
@@ -188,7 +234,10 @@ def down(
 
 
 def combine(parts: Tensor, top_k_index: Tensor, experts: int, dtype: torch.dtype) -> Tensor:
-    """The sum of `parts` [split, token * top_k, hidden] over splits and each token's choices: [token, hidden]."""
+    """The sum of `parts` [split, token * top_k, hidden] over splits and each token's choices: [token, hidden].
+
+    The contiguous `top_k_index` must have been there before what made `parts` began.
+    """
     (splits, _, hidden), (tokens, top_k) = parts.shape, top_k_index.shape
     out = parts.new_empty(tokens, hidden, dtype=dtype)
     if tokens:
@@ -196,7 +245,7 @@ def combine(parts: Tensor, top_k_index: Tensor, experts: int, dtype: torch.dtype
         chain = Target.of(parts).chain
         launch(
             project.combine, (tokens, blocks(hidden, columns)),
-            parts, top_k_index.contiguous(), out, hidden, top_k, experts, parts.stride(0), out.stride(0),
+            parts, top_k_index, out, hidden, top_k, experts, parts.stride(0), out.stride(0),
             SPLITS=splits, TOP_K=power_of_two(top_k), COLUMNS=columns, CHAIN=chain, **_chained(chain),
         )  # fmt: skip
     return out

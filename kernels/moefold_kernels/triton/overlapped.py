@@ -84,7 +84,7 @@ def _products(
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Sums [ROWS, TOKENS] and [ROWS, EXTRA] over `steps` (an even number) tiles of COLUMNS columns."""
-    gl.assume(steps > 0)  # as in project._one
+    gl.assume(steps > 0)  # as in project.one_slot
     mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
     mma_extra: gl.constexpr = product_layout(max(EXTRA, 16), gl.num_warps())
     # the same registers for both: where a thread's part of an operand lies does not depend on the product's width
@@ -133,7 +133,7 @@ def write_inner(
     sums, out, begin, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up,
     limit, alpha, ROWS: gl.constexpr, TOKENS: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """project._write_inner for a gated layer with a fused activation: out [entry in order, inner]."""
+    """project.write_inner for a gated layer with a fused activation: out [entry in order, inner]."""
     gate, up = gl.split(gl.permute(gl.reshape(sums, (ROWS // 8, 2, 8, TOKENS)), (0, 2, 3, 1)))
     gate, up = gl.reshape(gate, (ROWS, TOKENS)), gl.reshape(up, (ROWS, TOKENS))
     gate = gate * RESTORE * gate_shift
@@ -269,7 +269,7 @@ def write_outer(
     sums, out, order, weights, begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row,
     ROWS: gl.constexpr, TOKENS: gl.constexpr,
 ):  # fmt: skip
-    """project._write_outer: bias, gate weight, out [entry, hidden]."""
+    """project.write_outer: bias, gate weight, out [entry, hidden]."""
     sums = sums * RESTORE * shift
     if bias is not None:
         own: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 1], [32, 1], [gl.num_warps(), 1], [1, 0]))

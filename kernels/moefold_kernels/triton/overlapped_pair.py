@@ -58,7 +58,7 @@ def _products(
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """overlapped._products for both slots: sums of the slots [ROWS, TOKENS], then their extra sums [ROWS, EXTRA]."""
-    gl.assume(steps > 0)  # as in project._one
+    gl.assume(steps > 0)  # as in project.one_slot
     mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
     mma_extra: gl.constexpr = product_layout(max(EXTRA, 16), gl.num_warps())
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)

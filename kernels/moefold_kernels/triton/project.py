@@ -23,12 +23,11 @@ NONE, SILU, CLAMPED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def _program(n_blocks, GROUP: tl.constexpr, MODE: tl.constexpr):
-    """This program's (entry in the table of tiles, block of rows, slot): blocks outside, GROUP tiles side by side.
+def share(program, n_blocks, GROUP: tl.constexpr, MODE: tl.constexpr):
+    """A program's (entry in the table of tiles, block of rows, slot): blocks outside, GROUP tiles side by side.
 
     Programs that run together thus share rows of weights (tiles of one unit) or entries (blocks of rows) in L2.
     """
-    program = tl.program_id(0)
     slot = program % 2  # of SLOT; decode_slot reads the same bit
     if MODE == SLOT:
         program = program // 2
@@ -39,13 +38,13 @@ def _program(n_blocks, GROUP: tl.constexpr, MODE: tl.constexpr):
 
 
 @triton.jit
-def _entries(offsets, place, number, TOKENS: tl.constexpr):
+def entries_of(offsets, place, number, TOKENS: tl.constexpr):
     """Where a tile's entries of one place begin and end."""
     return tl.load(offsets + place) + number * TOKENS, tl.load(offsets + place + 1)
 
 
 @triton.jit
-def _prefetch(rows, LINES: tl.constexpr):
+def prefetch(rows, LINES: tl.constexpr):
     """Ask for the first LINES cache lines (64 words each) of some rows in L2; nothing waits for them."""
     line = rows + 64 * tl.arange(0, LINES)[None, :]
     tl.inline_asm_elementwise(
@@ -106,7 +105,7 @@ def _load(pointers, k, live, EVEN: tl.constexpr, length):
 
 
 @triton.jit
-def _one(
+def one_slot(
     w, x, live, more, more_live, slot, length,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, EXTRA: tl.constexpr,
     MODE: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
@@ -137,7 +136,7 @@ def _one(
 
 
 @triton.jit
-def _two(
+def both_slots(
     w, x0, x1, live0, live1, more0, more1, more_live0, more_live1, length,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, EXTRA: tl.constexpr,
     EVEN: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
@@ -183,7 +182,7 @@ def _activate(gate, up, limit, alpha, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _write_inner(
+def write_inner(
     sums, out, begin, end, block, inner, expert, gate_shift, up_shift,
     bias, bias_expert, bias_row, bias_up, limit, alpha,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, MODE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -238,19 +237,19 @@ def project_in(
     height: tl.constexpr = 2 * ROWS if GATED else ROWS
     stacked = tl.arange(0, height)
     index = stacked // 16 * 8 + stacked % 8 if GATED else stacked
-    tile, block, slot = _program(tl.cdiv(inner, ROWS), GROUP, MODE)
+    tile, block, slot = share(tl.program_id(0), tl.cdiv(inner, ROWS), GROUP, MODE)
     row = (block * ROWS + index) % inner  # wrapped, not masked: what is read twice is not written
     w = words + row.to(tl.int64)[:, None] * w_row
     if GATED:
         w += tl.where(stacked % 16 >= 8, w_up, 0)[:, None]
     if GUESS:  # nearly every unit has entries, and one tile: then this is the unit, while routing still goes on
-        _prefetch(w + tl.minimum(tile, units - 1).to(tl.int64) * w_unit, LINES)
+        prefetch(w + tl.minimum(tile, units - 1).to(tl.int64) * w_unit, LINES)
     after_the_one_before(CHAIN)
     unit, number = tl.load(tiles + tile), tl.load(tiles + capacity + tile)
     if unit < 0:
         return
     place = first + unit if MODE == DENSE else 2 * unit + (slot if MODE == SLOT else 0)
-    begin, end = _entries(offsets, place, number, TOKENS + EXTRA)
+    begin, end = entries_of(offsets, place, number, TOKENS + EXTRA)
     if MODE == SLOT and begin >= end:
         return
     k = tl.arange(0, COLUMNS)
@@ -260,41 +259,43 @@ def project_in(
     if EXTRA:
         b, b_live = _tokens(x, order, begin + TOKENS, end, k, top_k, x_row, EXTRA)
     if MODE == PAIR:
-        begin1, end1 = _entries(offsets, place + 1, number, TOKENS + EXTRA)
+        begin1, end1 = entries_of(offsets, place + 1, number, TOKENS + EXTRA)
         a1, live1 = _tokens(x, order, begin1, end1, k, top_k, x_row, TOKENS)
         b1, b_live1 = a1, live1
         if EXTRA:
             b1, b_live1 = _tokens(x, order, begin1 + TOKENS, end1, k, top_k, x_row, EXTRA)
-        sums, sums1, extra, extra1 = _two(
+        sums, sums1, extra, extra1 = both_slots(
             w, a, a1, live, live1, b, b1, b_live, b_live1, hidden,
             height, COLUMNS, TOKENS, EXTRA, EVEN, ASM, UPCAST,
         )  # fmt: skip
         other = tl.load(experts + place + 1)
-        _write_inner(
+        write_inner(
             sums1, out, begin1, end1, block, inner, other, gate_shift, up_shift,
             bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS, TOKENS, MODE, GATED, ACTIVATION,
         )  # fmt: skip
         if EXTRA:
-            _write_inner(
+            write_inner(
                 extra1, out, begin1 + TOKENS, end1, block, inner, other, gate_shift, up_shift,
                 bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS, EXTRA, MODE, GATED, ACTIVATION,
             )  # fmt: skip
     else:
-        sums, extra = _one(w, a, live, b, b_live, slot, hidden, height, COLUMNS, TOKENS, EXTRA, MODE, EVEN, ASM, UPCAST)
+        sums, extra = one_slot(
+            w, a, live, b, b_live, slot, hidden, height, COLUMNS, TOKENS, EXTRA, MODE, EVEN, ASM, UPCAST
+        )
     expert = tl.load(experts + place)
-    _write_inner(
+    write_inner(
         sums, out, begin, end, block, inner, expert, gate_shift, up_shift,
         bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS, TOKENS, MODE, GATED, ACTIVATION,
     )  # fmt: skip
     if EXTRA:
-        _write_inner(
+        write_inner(
             extra, out, begin + TOKENS, end, block, inner, expert, gate_shift, up_shift,
             bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS, EXTRA, MODE, GATED, ACTIVATION,
         )  # fmt: skip
 
 
 @triton.jit
-def _write_outer(
+def write_outer(
     sums, out, order, weights, begin, end, block, hidden, expert, shift, bias, bias_expert, bias_row,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
@@ -325,12 +326,12 @@ def project_out(
 
     `x` [entry in order, inner] is what `project_in` wrote; `weights` [entry] are the router's.
     """
-    tile, block, slot = _program(tl.cdiv(hidden, ROWS), GROUP, MODE)
+    tile, block, slot = share(tl.program_id(0), tl.cdiv(hidden, ROWS), GROUP, MODE)
     unit, number = tl.load(tiles + tile), tl.load(tiles + capacity + tile)
     if unit < 0:
         return
     place = first + unit if MODE == DENSE else 2 * unit + (slot if MODE == SLOT else 0)
-    begin, end = _entries(offsets, place, number, TOKENS + EXTRA)
+    begin, end = entries_of(offsets, place, number, TOKENS + EXTRA)
     if MODE == SLOT and begin >= end:
         return
     row = (block * ROWS + tl.arange(0, ROWS)) % hidden
@@ -340,41 +341,43 @@ def project_out(
     w = words + unit.to(tl.int64) * w_unit + row.to(tl.int64)[:, None] * w_row + k[None, :]
     out += tl.program_id(1).to(tl.int64) * out_split
     if CHAIN:  # the tables are of two kernels before, the words of none: have the first of them come meanwhile
-        _prefetch(words + unit.to(tl.int64) * w_unit + row.to(tl.int64)[:, None] * w_row + skipped, LINES)
+        prefetch(words + unit.to(tl.int64) * w_unit + row.to(tl.int64)[:, None] * w_row + skipped, LINES)
     after_the_one_before(CHAIN)
     a, live = _positions(x, begin, end, k, inner, TOKENS)
     b, b_live = a, live
     if EXTRA:
         b, b_live = _positions(x, begin + TOKENS, end, k, inner, EXTRA)
     if MODE == PAIR:
-        begin1, end1 = _entries(offsets, place + 1, number, TOKENS + EXTRA)
+        begin1, end1 = entries_of(offsets, place + 1, number, TOKENS + EXTRA)
         a1, live1 = _positions(x, begin1, end1, k, inner, TOKENS)
         b1, b_live1 = a1, live1
         if EXTRA:
             b1, b_live1 = _positions(x, begin1 + TOKENS, end1, k, inner, EXTRA)
-        sums, sums1, extra, extra1 = _two(
+        sums, sums1, extra, extra1 = both_slots(
             w, a, a1, live, live1, b, b1, b_live, b_live1, length,
             ROWS, COLUMNS, TOKENS, EXTRA, EVEN, ASM, UPCAST,
         )  # fmt: skip
         other = tl.load(experts + place + 1)
-        _write_outer(
+        write_outer(
             sums1, out, order, weights, begin1, end1, block, hidden, other, shift,
             bias, bias_expert, bias_row, ROWS, TOKENS, MODE,
         )  # fmt: skip
         if EXTRA:
-            _write_outer(
+            write_outer(
                 extra1, out, order, weights, begin1 + TOKENS, end1, block, hidden, other, shift,
                 bias, bias_expert, bias_row, ROWS, EXTRA, MODE,
             )  # fmt: skip
     else:
-        sums, extra = _one(w, a, live, b, b_live, slot, length, ROWS, COLUMNS, TOKENS, EXTRA, MODE, EVEN, ASM, UPCAST)
+        sums, extra = one_slot(
+            w, a, live, b, b_live, slot, length, ROWS, COLUMNS, TOKENS, EXTRA, MODE, EVEN, ASM, UPCAST
+        )
     expert = tl.load(experts + place)
-    _write_outer(
+    write_outer(
         sums, out, order, weights, begin, end, block, hidden, expert, shift,
         bias, bias_expert, bias_row, ROWS, TOKENS, MODE,
     )  # fmt: skip
     if EXTRA:
-        _write_outer(
+        write_outer(
             extra, out, order, weights, begin + TOKENS, end, block, hidden, expert, shift,
             bias, bias_expert, bias_row, ROWS, EXTRA, MODE,
         )  # fmt: skip
@@ -386,11 +389,11 @@ def combine(
     SPLITS: tl.constexpr, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """out [token, hidden] = the sum over a token's entries and splits, in float32 and always in the same order."""
-    after_the_one_before(CHAIN)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     choice = tl.arange(0, TOP_K)
-    expert = tl.load(index + token * top_k + choice, mask=choice < top_k, other=-1)
+    expert = tl.load(index + token * top_k + choice, mask=choice < top_k, other=-1)  # was there before `route` began
+    after_the_one_before(CHAIN)
     known = (expert >= 0) & (expert < n_experts)  # entries of no expert were never written
     at = parts + (token * top_k + choice)[:, None] * hidden + column[None, :]
     total = tl.zeros((COLUMNS,), tl.float32)

@@ -16,15 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moefold_kernels.triton.configs import Tile
+from moefold_kernels.triton.configs import Plan
 from moefold_kernels.triton.portability import after_the_one_before, blocks, launch, power_of_two
 
-RANK_BLOCK, RANK_STEP = 16, 512
-"""Few entries: a program ranks 16 of them by comparing with all, 512 at a time."""
-COUNT_STEP = 1024
-FEW = 4096
+RANK_BLOCK = 16
+"""Few entries: a program ranks 16 of them by comparing with all,"""
+FEWEST, CUT, LONG_CUT = 512, (512, 1024, 4), (2048, 4096, 8)
+"""so many at a time; another program counts so many at a time; warps: up to FEWEST entries, and beyond."""
+FEW = 2048
 """Beyond this many entries, counting in chunks (three launches) replaces comparing all with all (one)."""
-CHUNK, CHUNK_STEP = 512, 16
+CHUNK, CHUNK_STEP, CHUNK_WARPS = 256, 16, 2
 
 
 class Tiles(NamedTuple):
@@ -41,6 +42,7 @@ class Tables(NamedTuple):
     offsets: Tensor  # [places + 2] int32; the last two are the same unless the router named experts that do not exist
     first: Tiles
     second: Tiles  # the same tensors where both projections cut alike
+    ready: Tensor  # for joined.py, else empty: int32 [4 + 2 * tiles], how many tiles there are, then from 4 on zeros
 
 
 @triton.jit
@@ -69,10 +71,10 @@ def _write_tiles(longest, first, table, capacity, TOKENS: tl.constexpr, UNITS: t
 
 @triton.jit
 def _plan(
-    held, offsets, tiles, n_places, n_packed, packed1, alone1, packed2, alone2,
+    held, offsets, tiles, n_places, n_packed, packed1, alone1, packed2, alone2, zeros,
     TOKENS1: tl.constexpr, TOKENS2: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Offsets and tiles of the counts `held` [PLACES]; four tables lie behind one another."""
+    """Offsets and tiles of the counts `held` [PLACES]; four tables lie behind one another, then Tables.ready."""
     place = tl.arange(0, PLACES)
     tl.store(offsets + place + 1, tl.cumsum(held, 0), mask=place <= n_places)
     tl.store(offsets, 0)
@@ -87,14 +89,30 @@ def _plan(
         _write_tiles(pairs, 0, tiles, packed2, TOKENS2, PLACES // 2)
     if alone2 > 0:
         _write_tiles(alone, n_packed, tiles + 2 * packed2, alone2, TOKENS2, PLACES)
+    if zeros > 0:
+        tiles += 2 * (packed2 + alone2)
+        number = tl.sum((pairs + TOKENS1 - 1) // TOKENS1, 0) + tl.sum((alone + TOKENS1 - 1) // TOKENS1, 0)
+        tl.store(tiles, number)
+        for start in range(0, zeros, PLACES):
+            tl.store(tiles + 4 + start + place, 0, mask=start + place < zeros)
 
 
 @triton.jit(
-    do_not_specialize=["entries", "n_experts", "n_places", "n_packed", "packed1", "alone1", "packed2", "alone2"]
+    do_not_specialize=[
+        "entries",
+        "n_experts",
+        "n_places",
+        "n_packed",
+        "packed1",
+        "alone1",
+        "packed2",
+        "alone2",
+        "zeros",
+    ]
 )
 def _route_few(
     index, places, order, offsets, tiles,
-    entries, n_experts, n_places, n_packed, packed1, alone1, packed2, alone2,
+    entries, n_experts, n_places, n_packed, packed1, alone1, packed2, alone2, zeros,
     TOKENS1: tl.constexpr, TOKENS2: tl.constexpr, PLACES: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, COUNT_STEP: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +125,8 @@ def _route_few(
             other = _place_of(index, places, start + tl.arange(0, COUNT_STEP), entries, n_places, n_experts)
             held += tl.histogram(other, PLACES)
         _plan(
-            held, offsets, tiles, n_places, n_packed, packed1, alone1, packed2, alone2, TOKENS1, TOKENS2, PLACES
+            held, offsets, tiles, n_places, n_packed, packed1, alone1, packed2, alone2, zeros,
+            TOKENS1, TOKENS2, PLACES,
         )  # fmt: skip
     else:
         entry = (program - 1) * BLOCK + tl.arange(0, BLOCK)
@@ -133,10 +152,11 @@ def _count_chunks(
     tl.store(chunks + tl.program_id(0) * PLACES + tl.arange(0, PLACES), held)
 
 
-@triton.jit(do_not_specialize=["n_chunks", "n_places", "n_packed", "packed1", "alone1", "packed2", "alone2"])
+@triton.jit(do_not_specialize=["n_chunks", "n_places", "n_packed", "packed1", "alone1", "packed2", "alone2", "zeros"])
 def _scan_chunks(
-    chunks, offsets, tiles, n_chunks, n_places, n_packed, packed1, alone1, packed2, alone2,
-    TOKENS1: tl.constexpr, TOKENS2: tl.constexpr, PLACES: tl.constexpr, STEP: tl.constexpr, CHAIN: tl.constexpr,
+    chunks, offsets, tiles, n_chunks, n_places, n_packed, packed1, alone1, packed2, alone2, zeros,
+    TOKENS1: tl.constexpr, TOKENS2: tl.constexpr, PLACES: tl.constexpr, STEP: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Counts, offsets and tiles of all; `chunks` becomes where each chunk's entries of a place begin within it."""
     after_the_one_before(CHAIN)
@@ -148,7 +168,21 @@ def _scan_chunks(
         here = tl.load(at, mask=(row < n_chunks)[:, None], other=0)
         tl.store(at, held[None, :] + tl.cumsum(here, 0) - here, mask=(row < n_chunks)[:, None])
         held += tl.sum(here, 0)
-    _plan(held, offsets, tiles, n_places, n_packed, packed1, alone1, packed2, alone2, TOKENS1, TOKENS2, PLACES)
+    _plan(
+        held,
+        offsets,
+        tiles,
+        n_places,
+        n_packed,
+        packed1,
+        alone1,
+        packed2,
+        alone2,
+        zeros,
+        TOKENS1,
+        TOKENS2,
+        PLACES,
+    )
 
 
 @triton.jit(do_not_specialize=["entries", "n_experts", "n_places"])
@@ -184,7 +218,12 @@ def _whole(length: int) -> int:
 
 
 def route(
-    top_k_index: Tensor, places: Tensor, pairs: int, alone: int, first: Tile, second: Tile, chain: bool = False
+    top_k_index: Tensor,
+    places: Tensor,
+    pairs: int,
+    alone: int,
+    plan: Plan,
+    chain: bool = False,
 ) -> Tables:
     """Sort a batch's entries by place and cut them into the tiles of both projections.
 
@@ -192,7 +231,7 @@ def route(
     `Tile.entries` entries of each slot) and single experts. Tables have room for whole groups of tiles. `chain` lets
     the kernels start before the one before them has ended (they wait for its data, Portability.chain).
     """
-    index = top_k_index.contiguous()
+    index, (first, second) = top_k_index.contiguous(), (plan.first, plan.second)
     entries, n_packed, n_places = index.numel(), 2 * pairs, 2 * pairs + alone
     alike = first.entries == second.entries
     group = math.lcm(max(first.group, second.group), 2)
@@ -200,12 +239,13 @@ def route(
     room += [0, 0] if alike else [capacity(entries, units, second.entries, group) for units in (pairs, alone)]
     # One allocation for all tables: this runs in front of every layer. Each begins at a multiple of 16 bytes, whatever
     # the batch: Triton compiles a kernel anew for a pointer that does not.
-    sizes = (_whole(entries), _whole(n_places + 2), 2 * sum(room))
-    order, offsets, tiles = index.new_empty(sum(sizes), dtype=torch.int32).split(sizes)
+    zeros = 2 * sum(room) if plan.joined else 0
+    sizes = (_whole(entries), _whole(n_places + 2), 2 * sum(room), zeros + 4 * plan.joined)
+    order, offsets, tiles, ready = index.new_empty(sum(sizes), dtype=torch.int32).split(sizes)
     order, offsets = order[:entries], offsets[: n_places + 2]
     packed1, alone1, packed2, alone2 = (table.view(2, -1) for table in tiles.split([2 * size for size in room]))
     both = Tiles(packed1, alone1)
-    tables = Tables(order, offsets, both, both if alike else Tiles(packed2, alone2))
+    tables = Tables(order, offsets, both, both if alike else Tiles(packed2, alone2), ready)
     if not entries:
         offsets.zero_()
         return tables
@@ -215,10 +255,11 @@ def route(
     options: dict[str, Any] = {"CHAIN": chain} | ({"launch_pdl": True} if chain else {})
     if entries <= FEW:
         grid = (1 + blocks(entries, RANK_BLOCK),)
+        step, count, warps = CUT if entries <= FEWEST else LONG_CUT
         launch(
-            _route_few, grid, index, places, order, offsets, tiles, entries, *shape, n_packed, *room,
-            **kind, BLOCK=RANK_BLOCK, STEP=min(RANK_STEP, power_of_two(entries)),
-            COUNT_STEP=min(COUNT_STEP, max(32, power_of_two(entries))), num_warps=4, **options,
+            _route_few, grid, index, places, order, offsets, tiles, entries, *shape, n_packed, *room, zeros,
+            **kind, BLOCK=RANK_BLOCK, STEP=min(step, power_of_two(entries)),
+            COUNT_STEP=min(count, max(32, power_of_two(entries))), num_warps=warps, **options,
         )  # fmt: skip
         return tables
     n_chunks = blocks(entries, CHUNK)
@@ -235,6 +276,7 @@ def route(
         n_places,
         n_packed,
         *room,
+        zeros,
         **kind,
         STEP=32,
         num_warps=8,
@@ -252,6 +294,7 @@ def route(
         *shape,
         **cut,
         BLOCK=CHUNK_STEP,
+        num_warps=CHUNK_WARPS,
         **options,
     )
     return tables

@@ -29,6 +29,8 @@ from moefold_kernels.triton.routing import Tables
 
 FINALISTS = 3
 """Of each projection, timed together."""
+JOINED = 6
+"""Of the first projection, timed with both projections in one launch."""
 AHEAD = (1, 8)
 """Values of Tile.ahead that the best plan is tried with, beside its own."""
 ROUNDS, DUEL_ROUNDS = 5, 15
@@ -106,7 +108,8 @@ class Search:
         firsts, seconds = self._best("first", sides[0]), self._best("second", sides[1])
         if self.late and not (set(firsts) - {self.before.first} and set(seconds) - {self.before.second}):
             return None
-        plans = [Plan(*tiles) for tiles in itertools.product(firsts, seconds)]
+        plans = [Plan(*tiles) for tiles in itertools.product(firsts[:FINALISTS], seconds[:FINALISTS])]
+        plans += self._joined(firsts)
         times = self._times(list(dict.fromkeys([*plans, self.before])), "whole")
         if times:
             fastest = min(times, key=lambda plan: times[plan])
@@ -121,11 +124,16 @@ class Search:
         )  # fmt: skip
 
     def _best(self, part: Part, tiles: Sequence[Tile]) -> list[Tile]:
-        """The fastest few tiles of one projection, timed alone."""
+        """The tiles of one projection, timed alone, the fastest first."""
         times = self._times([Plan(tile, tile) for tile in tiles], part)
         self.tried += len(times)
         self.late += len(tiles) - len(times) - sum(_name(Plan(tile, tile), part) in self.rejected for tile in tiles)
-        return [plan.first for plan in sorted(times, key=lambda plan: times[plan])[:FINALISTS]]
+        return [plan.first for plan in sorted(times, key=lambda plan: times[plan])]
+
+    def _joined(self, tiles: Sequence[Tile]) -> list[Plan]:
+        """The first few that one launch can do both projections with."""
+        able = (tile for tile in tiles if not tile.overlapped and layer.joins(self.ground.weights, layer.SILU, tile))
+        return [configs.join(tile) for tile in itertools.islice(able, JOINED)]
 
     def _times(self, plans: Sequence[Plan], part: Part) -> dict[Plan, float]:
         """Seconds of each plan's part; those that cannot be run are named, and time ends only what is not whole."""
@@ -202,6 +210,8 @@ class Search:
         """The plan with other numbers of cache lines asked for ahead, in one projection at a time."""
         if not Target.of(self.ground.weights.places).chain:
             return []
+        if plan.joined:
+            return [configs.join(replace(plan.first, ahead=ahead)) for ahead in AHEAD]
         firsts = [replace(plan, first=replace(plan.first, ahead=ahead)) for ahead in AHEAD]
         return firsts + [replace(plan, second=replace(plan.second, ahead=ahead)) for ahead in AHEAD]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -187,13 +188,21 @@ def correction(moments: Moments, ridge: float) -> Tensor:
     damped.diagonal().add_(ridge * moments.square.diagonal().mean())
     factor, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
-        raise StageError(f"P P^T + {ridge} of its mean diagonal has no Cholesky factor; write a larger ridge")
+        raise SingularError(f"P P^T + {ridge} of its mean diagonal has no Cholesky factor; write a larger ridge, or auto")
     solved: Tensor = torch.cholesky_solve(moments.cross.T, factor)
     return solved.T
 
 
+class SingularError(StageError):
+    """The ridge is too small for what is fitted."""
+
+
 def _held_error(sums: Sums, ridge: float) -> float:
-    """The held-out squared error of what is fitted on the rest."""
-    delta, held = correction(sums.fit, ridge), sums.held
+    """The held-out squared error of what is fitted on the rest; infinite where nothing can be."""
+    held = sums.held
+    try:
+        delta = correction(sums.fit, ridge)
+    except SingularError:
+        return math.inf
     change = ((delta @ held.square) * delta).sum() - 2 * (delta * held.cross).sum()
     return float(held.error + change)

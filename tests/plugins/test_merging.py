@@ -10,7 +10,7 @@ import torch
 
 from models import samples, tiny
 from moefold import Activity, Checkpoint, Context, Experts, Groups, Routed, StreamedModel, Text
-from moefold.errors import InputError
+from moefold.errors import InputError, StageError
 from moefold_plugins import fitting
 from moefold_plugins.align import align
 from moefold_plugins.averaging import average, msmoe, usage
@@ -172,6 +172,15 @@ def test_little_text_leans_on_the_average_and_says_so(tmp_path, target, ridge):
     assert merged.figures["thin"]  # 32 tokens, of which a part for each group of 32 neurons
     start = msmoe(w.experts, PAIRS, w.activity, CONTEXT)
     assert float((merged.down - start.down).norm() / start.down.norm()) < 1.5
+
+
+def test_a_ridge_that_is_too_small_says_so(tmp_path):
+    """With fewer tokens than neurons; `auto` passes over it."""
+    w = calibrated("qwen3_moe", tmp_path, count=1)
+    inputs = (w.layer, w.routed, w.experts, PAIRS, w.activity, CONTEXT)
+    with pytest.raises(StageError, match="no Cholesky factor; write a larger ridge, or auto"):
+        mergemoe(*inputs, ridge=1e-18)
+    assert all(fit["ridge"] != 1e-18 for fit in mergemoe(*inputs).figures["fits"].values())
 
 
 def test_a_group_that_no_token_reaches_is_averaged(qwen):

@@ -45,11 +45,12 @@ def merge_pair(weights: Tensor, norms: Tensor, threshold: float) -> tuple[Tensor
     `weights` is `[2, rows, columns]`, `norms` `[2, columns]` the L2 norm of each input column over the tokens routed
     to each expert. Entries whose magnitudes differ by at most `threshold`, relative to their sum, are shared as their
     mean; of the others the more salient expert's is kept, saliency being |weight| times norm, and the first expert's
-    where both are equal. Expert s reads `(-1) ** negative[s] * keep[s] * magnitude`.
+    where both are equal. What is not a number in either makes the magnitude none, so that `encode` refuses it. Expert s
+    reads `(-1) ** negative[s] * keep[s] * magnitude`.
     """
     first, second = weights.abs().float()
     total = first + second
-    similar = (first - second).abs() <= threshold * total
+    similar = ~((first - second).abs() > threshold * total)  # NaN is shared, and neither expert's value hides it
     own = first * norms[0] >= second * norms[1]
     merged = torch.where(similar, total / 2, torch.where(own, first, second))
     return merged, weights < 0, torch.stack((similar | own, similar | ~own))

@@ -106,6 +106,20 @@ def test_one_odd_value_in_a_full_block_is_noticed(value, top, counted, device):
         assert_equal(weights, torch.ones(2, SMALL.columns), 0.4, top, device, pairs=[[0, 1]])
 
 
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("slot", [0, 1])
+@pytest.mark.parametrize("threshold", [0.0, 0.4])
+def test_what_is_not_finite_is_never_the_other_slots_value(threshold, slot, bad, device):
+    """Whatever the norms say, and where the window is the user's; zero norms make NaN of infinities."""
+    weights = torch.full((2, SMALL.rows, SMALL.columns), 2.0**-3)
+    weights[slot, 3, 5] = bad
+    for norms in (torch.ones(2, SMALL.columns), torch.zeros(2, SMALL.columns)):
+        merged, *_ = reference.merge_pair(weights, norms, threshold)
+        assert int((~merged.isfinite()).sum()) == 1
+        _, counts = packed(weights, [[0, 1]], norms, threshold, 127, device)
+        assert dict(zip(reference.PACK_COUNTS, counts.tolist(), strict=True))["broken"] == 1
+
+
 def test_ties_are_decided_as_defined(device):
     """Small integers: equal saliencies, relative differences that are the threshold exactly, equal magnitudes."""
     values = torch.arange(-7.0, 8.0)

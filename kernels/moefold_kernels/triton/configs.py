@@ -138,7 +138,11 @@ class Shape(NamedTuple):
         """
         load = math.log2(max(other.load, 1 / 64) / max(self.load, 1 / 64))
         sizes = sum(abs(math.log2(a / b)) for a, b in zip(self[:4], other[:4], strict=True))
-        return float(self.dense != other.dense), max(load, -2 * load) + sizes / (sizes + 4), abs(self.tokens - other.tokens)
+        return (
+            float(self.dense != other.dense),
+            max(load, -2 * load) + sizes / (sizes + 4),
+            abs(self.tokens - other.tokens),
+        )
 
 
 def choose(shape: Shape, device: torch.device) -> Plan:

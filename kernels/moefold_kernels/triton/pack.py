@@ -100,7 +100,7 @@ def _merge(x, y, norm_x, norm_y, threshold):
     """Magnitude and state: sign and keep masks in bits 31 .. 28, one in byte 0 (x alone) or byte 1 (y alone)."""
     a, b = tl.abs(x), tl.abs(y)
     total = a + b
-    similar = tl.abs(a - b) <= threshold * total
+    similar = ~(tl.abs(a - b) > threshold * total)  # so of NaN, as defined
     own = a * norm_x >= b * norm_y
     magnitude = tl.where(similar, total * 0.5, tl.where(own, a, b))
     return magnitude, tl.where(similar, _BOTH, tl.where(own, _FIRST, _SECOND))

@@ -188,7 +188,7 @@ def correction(moments: Moments, ridge: float) -> Tensor:
     damped.diagonal().add_(ridge * moments.square.diagonal().mean())
     factor, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
-        raise SingularError(f"P P^T + {ridge} of its mean diagonal has no Cholesky factor; write a larger ridge, or auto")
+        raise SingularError(f"P P^T + {ridge} of its mean diagonal has no Cholesky factor; write a larger one, or auto")
     solved: Tensor = torch.cholesky_solve(moments.cross.T, factor)
     return solved.T
 

@@ -178,7 +178,7 @@ def test_a_ridge_that_is_too_small_says_so(tmp_path):
     """With fewer tokens than neurons; `auto` passes over it."""
     w = calibrated("qwen3_moe", tmp_path, count=1)
     inputs = (w.layer, w.routed, w.experts, PAIRS, w.activity, CONTEXT)
-    with pytest.raises(StageError, match="no Cholesky factor; write a larger ridge, or auto"):
+    with pytest.raises(StageError, match="no Cholesky factor; write a larger one, or auto"):
         mergemoe(*inputs, ridge=1e-18)
     assert all(fit["ridge"] != 1e-18 for fit in mergemoe(*inputs).figures["fits"].values())
 

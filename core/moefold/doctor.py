@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 
@@ -12,7 +13,7 @@ from moefold.artifact import Json
 from moefold.hooks import Registry
 from moefold_kernels.backend import Need, ask
 from moefold_kernels.errors import KernelsError
-from moefold_kernels.triton.configs import origin
+from moefold_kernels.triton.configs import origin, overlapped
 
 _LIBRARIES = ("moefold", "torch", "transformers", "safetensors", "triton", "accelerate", "datasets", "vllm")
 
@@ -66,10 +67,17 @@ def _plans() -> dict[str, Json]:
     found: dict[str, Json] = {}
     for index in range(torch.cuda.device_count()):
         try:
-            found[f"plans on cuda:{index}"] = origin(torch.device("cuda", index))
+            found[f"plans on cuda:{index}"] = _whose(torch.device("cuda", index))
         except KernelsError as error:
             found[f"plans on cuda:{index}"] = str(error)
     return found
+
+
+def _whose(device: torch.device) -> str:
+    told = [origin(device)]
+    if importlib.util.find_spec("triton") is not None:
+        told.append(overlapped(device))
+    return "; ".join(filter(None, told))
 
 
 def _usable() -> list[str]:

@@ -82,6 +82,22 @@ def test_a_device_that_nobody_measured_gets_the_rule(tokens, folder):
     assert "by a rule" in configs.origin(GPU)
 
 
+def test_plans_that_get_other_kernels_than_they_want_are_named(folder, monkeypatch):
+    portability = pytest.importorskip("moefold_kernels.triton.portability", reason="needs triton")
+    apart, joined = plan(mode="overlapped_pair"), configs.join(plan().first)
+    ship(folder, {SHAPE: joined})
+    assert configs.overlapped(GPU) == ""
+    ship(folder, {SHAPE._replace(tokens=65): apart, SHAPE._replace(tokens=66): replace(plan(), second=apart.second)})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    plain = "2 of them overlap decoding with products, and get the plain kernels instead: "
+    assert configs.overlapped(GPU) == plain + "they are for compute capability 9.0 (Hopper)"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(portability, "_no_gluon", lambda: "no Gluon here")
+    assert configs.overlapped(GPU) == plain + "no Gluon here"
+    monkeypatch.setattr(portability, "_no_gluon", lambda: "")
+    assert configs.overlapped(GPU) == "2 of them overlap decoding with products, where sizes are multiples of 128"
+
+
 def test_plans_that_do_not_fit_are_passed_over(folder):
     large = plan(9, rows=128)  # 2 * (256 + 32) * 64 * 9 bytes
     ship(folder, {SHAPE: large, SHAPE._replace(tokens=2): plan(2)})

@@ -206,6 +206,26 @@ def origin(device: torch.device) -> str:
     return f"measured: {told}" if told else "by a rule, none measured for this device: run `moefold tune`"
 
 
+def overlapped(device: torch.device) -> str:
+    """What becomes of the plans for this device that overlap decoding with products, in words; nothing if none do."""
+    name, memory = _identity(device)
+    tiles = [
+        tile
+        for plan in _measured(name).values()
+        if fits(plan, memory) and (plan.first.overlapped or plan.second.overlapped)
+        for tile in (plan.first, plan.second)
+    ]
+    if not tiles:
+        return ""
+    from moefold_kernels.triton.portability import plain_because
+
+    count, why = len(tiles) // 2, plain_because(device)
+    if why:
+        return f"{count} of them overlap decoding with products, and get the plain kernels instead: {why}"
+    columns = 2 * max(tile.columns for tile in tiles if tile.overlapped)
+    return f"{count} of them overlap decoding with products, where sizes are multiples of {columns}"
+
+
 def _read(path: Path) -> dict[Shape, tuple[Plan, dict[str, Any]]]:
     try:
         return dict(_entry(item) for item in json.loads(path.read_text())["plans"])

@@ -33,16 +33,23 @@ class Target(NamedTuple):
         if not tensor.is_cuda or torch.version.hip is not None:
             return cls(assembly=False, upcast=False, overlap=False, chain=False)
         major = torch.cuda.get_device_capability(tensor.device)[0]
-        return cls(assembly=major >= 8, upcast=False, overlap=major == 9 and _has_gluon(), chain=major >= 9)
+        return cls(assembly=major >= 8, upcast=False, overlap=major == 9 and not _no_gluon(), chain=major >= 9)
+
+
+def plain_because(device: torch.device) -> str:
+    """Why a CUDA device gets the plain kernels where a plan wants overlapped ones, or nothing if it does not."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
+        return "they are for compute capability 9.0 (Hopper)"
+    return _no_gluon()
 
 
 @functools.cache
-def _has_gluon() -> bool:
+def _no_gluon() -> str:
     try:
-        from moefold_kernels.triton import overlapped  # noqa: F401
-    except (ImportError, AttributeError):  # experimental in Triton: it may move
-        return False
-    return True
+        from moefold_kernels.triton import overlapped, overlapped_pair  # noqa: F401
+    except (ImportError, AttributeError) as error:  # experimental in Triton: it may move
+        return f"triton {triton.__version__} has no Gluon as they know it ({error})"
+    return ""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *operands: Any, **options: Any) -> None:

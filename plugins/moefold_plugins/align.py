@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from moefold import Aligned, Context, Experts, Groups, Stage, hookimpl, stage
@@ -49,6 +48,8 @@ def neurons(experts: Experts, first: int, other: int) -> Tensor:
 
 def best_sum(agreement: Tensor) -> Tensor:
     """For each row the column that goes with it, the sum being the largest possible: a permutation, [row] int64."""
+    from scipy.optimize import linear_sum_assignment  # slow to import, and plugins load with every command
+
     _, order = linear_sum_assignment(agreement.double().cpu().numpy(), maximize=True)
     return torch.from_numpy(order)
 

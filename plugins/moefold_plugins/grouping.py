@@ -5,12 +5,8 @@ from __future__ import annotations
 import random
 from typing import Annotated, Any, NamedTuple
 
-import numpy
 import torch
 from pydantic import Field
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import squareform
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from moefold import Activity, Groups, Layer, Similarity, Stage, hookimpl, stage
@@ -75,6 +71,9 @@ def group_hierarchical(
     skip: Skip = [],  # noqa: B006
 ) -> Groups:
     """Join the two most alike groups, by the mean over their members, until enough are left (HC-SMoE, 2410.08589)."""
+    from scipy.cluster.hierarchy import fcluster, linkage  # slow to import, and plugins load with every command
+    from scipy.spatial.distance import squareform
+
     count = len(similarity.matrix)
     remain = Remaining(experts, fraction, per_layer, skip).of(layer.number, count)
     matrix = similarity.matrix.double()
@@ -97,9 +96,11 @@ def group_kmeans(
     seed: Annotated[int, Field(description="of the first centres")] = 0,
 ) -> Groups:
     """k-means in the space in which the similarity is an inner product (its eigenvectors; negative ones left out)."""
+    from sklearn.cluster import KMeans  # as above
+
     count = len(similarity.matrix)
     remain = Remaining(experts, fraction, per_layer, skip).of(layer.number, count)
-    points = _points(similarity.matrix)
+    points = _points(similarity.matrix).numpy()
     return _labelled(KMeans(remain, n_init=10, random_state=seed).fit_predict(points))
 
 
@@ -129,12 +130,13 @@ def _square(similarity: Similarity, count: int) -> Tensor:
     return similarity.matrix
 
 
-def _points(matrix: Tensor) -> Any:
+def _points(matrix: Tensor) -> Tensor:
     """Points whose inner products are the doubly centred similarities (classical multidimensional scaling)."""
     symmetric = ((matrix + matrix.T) / 2).double()
     centred = symmetric - symmetric.mean(dim=0) - symmetric.mean(dim=1, keepdim=True) + symmetric.mean()
     values, vectors = torch.linalg.eigh(centred)
-    return numpy.ascontiguousarray((vectors * values.clamp(min=0).sqrt()).numpy())
+    points: Tensor = vectors * values.clamp(min=0).sqrt()
+    return points.contiguous()
 
 
 def _labelled(labels: Any) -> Groups:

@@ -12,7 +12,8 @@ import torch
 
 from moefold_kernels.errors import FormatError
 from moefold_kernels.triton import configs
-from moefold_kernels.triton.configs import SHIPPED, Plan, Shape, Tile
+from moefold_kernels.triton.configs import SHIPPED, Shape
+from moefold_kernels.triton.plans import Plan, Tile, fits, join
 
 GPU = torch.device("cuda")
 H200 = 232448  # bytes of shared memory of a block
@@ -78,13 +79,13 @@ def test_dense_and_packed_are_kept_apart(folder):
 def test_a_device_that_nobody_measured_gets_the_rule(tokens, folder):
     shape = SHAPE._replace(tokens=tokens)
     assert configs.choose(shape, GPU) == configs.rule(shape)
-    assert configs.fits(configs.rule(shape), 101376)
+    assert fits(configs.rule(shape), 101376)
     assert "by a rule" in configs.origin(GPU)
 
 
 def test_plans_that_get_other_kernels_than_they_want_are_named(folder, monkeypatch):
     portability = pytest.importorskip("moefold_kernels.triton.portability", reason="needs triton")
-    apart, joined = plan(mode="overlapped_pair"), configs.join(plan().first)
+    apart, joined = plan(mode="overlapped_pair"), join(plan().first)
     ship(folder, {SHAPE: joined})
     assert configs.overlapped(GPU) == ""
     ship(folder, {SHAPE._replace(tokens=65): apart, SHAPE._replace(tokens=66): replace(plan(), second=apart.second)})
@@ -182,17 +183,17 @@ def test_a_tile_that_no_kernel_takes_cannot_be_made(change, message):
 
 def test_what_cannot_be_joined():
     first = plan().first
-    assert configs.join(first) == Plan(first, replace(first, rows=64), joined=True)
+    assert join(first) == Plan(first, replace(first, rows=64), joined=True)
     for tile in (replace(first, mode="overlapped_pair"), replace(first, splits=2)):
         with pytest.raises(FormatError, match="cannot be joined in one launch"):
-            configs.join(tile)
+            join(tile)
     with pytest.raises(FormatError, match="cannot be joined in one launch"):
         Plan(first, first, joined=True)
 
 
 def test_plans_in_words():
     tile = Tile("slot", 64, 16, 64, 32, 8, 4, group=4, splits=2)
-    assert str(configs.join(plan().first)) == "joined pair 16 32x64 w4 s3"
+    assert str(join(plan().first)) == "joined pair 16 32x64 w4 s3"
     assert str(Plan(plan().first, tile)) == "pair 16 32x64 w4 s3 / slot 64+16 64x32 w8 s4 g4 k2"
 
 
@@ -202,7 +203,7 @@ def test_what_ships_can_be_run(path):
     about = json.loads(path.read_text())["about"]
     assert path.name == configs.table_name(about["device"])
     for shape, found in configs.read_table(path).items():
-        assert configs.fits(found, H200), shape
+        assert fits(found, H200), shape
         assert found.first.splits == 1, shape
         if found.joined:
             assert shape.hidden % found.first.columns == 0, shape

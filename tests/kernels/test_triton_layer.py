@@ -11,8 +11,8 @@ from moefold_kernels.activation import silu
 
 ops = pytest.importorskip("moefold_kernels.triton.ops", reason="needs triton")
 from moefold_kernels.triton import layer as kernels  # noqa: E402
-from moefold_kernels.triton.configs import Plan, Tile, join  # noqa: E402
 from moefold_kernels.triton.operands import weights as weights_of  # noqa: E402
+from moefold_kernels.triton.plans import Plan, Tile, join  # noqa: E402
 
 SMALL = {"rows": 32, "columns": 32, "warps": 4, "stages": 2}
 PLANS = {

@@ -8,7 +8,7 @@ import torch
 from moefold_kernels.places import tables as places_of
 
 routing = pytest.importorskip("moefold_kernels.triton.routing", reason="needs triton")
-from moefold_kernels.triton.configs import Plan, Tile, join  # noqa: E402
+from moefold_kernels.triton.plans import Plan, Tile, join  # noqa: E402
 
 
 def tile(entries: int, group: int = 1) -> Tile:

@@ -15,7 +15,7 @@ from moefold_kernels.bench import Shape
 from moefold_kernels.triton import compilation, configs, layer, search, tune
 from moefold_kernels.triton.candidates import Room, candidates
 from moefold_kernels.triton.compilation import Compiler, Job
-from moefold_kernels.triton.configs import Plan, Tile
+from moefold_kernels.triton.plans import Plan, Tile, join, tile_fits
 
 FOREVER = float("inf")
 SMALL = Shape("small", experts=4, hidden=32, inner=48, top_k=2)
@@ -87,7 +87,7 @@ def test_one_launch_for_both_projections_is_tried(dense, few, device):
     wide = replace(SMALL, inner=64)
     (found,) = tune.Tuner(wide, device, dense=dense, workers=0, timer=few).run([4])
     assert replace(found.plan.first, ahead=4) == TILES[1]
-    assert found.plan == configs.join(found.plan.first)
+    assert found.plan == join(found.plan.first)
     assert (found.seconds, found.rejected) == (pytest.approx(5e-6), {})
     assert 0 < found.error < 2e-2
 
@@ -232,7 +232,7 @@ def special(value):
 def test_what_is_compiled_ahead_is_what_is_run(kernel, part, tokens, dense, monkeypatch, device):
     """Else every candidate would be compiled again, one after another, where it is timed."""
     plan = Plan(replace(TILES[1], group=4), replace(TILES[2], splits=2))
-    plan = configs.join(plan.first) if part == "whole" else plan
+    plan = join(plan.first) if part == "whole" else plan
     shape = Shape("wide", 4, 128, 160, 2)
     experts, weights = tune._layer(shape, dense, torch.Generator(device).manual_seed(0))
     ground = search.Ground(
@@ -266,7 +266,7 @@ def test_candidates_suit_the_device(sizes, tokens, dense):
         for tiles, gated, length in ((firsts, True, shape.hidden), (seconds, False, shape.inner)):
             assert len(tiles) == len(set(tiles))
             assert 8 <= len(tiles) <= 130
-            assert all(configs.tile_fits(tile, gated, room.memory) for tile in tiles)
+            assert all(tile_fits(tile, gated, room.memory) for tile in tiles)
             overlapped = [tile for tile in tiles if tile.overlapped]
             assert room.overlap or not overlapped
             assert not (dense and overlapped)

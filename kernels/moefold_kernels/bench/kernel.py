@@ -14,7 +14,7 @@ from moefold_kernels.bench.routing import Batch
 from moefold_kernels.reference import PackedExperts
 
 if TYPE_CHECKING:
-    from moefold_kernels.triton.layer import Weights
+    from moefold_kernels.triton.weights import Weights
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 
@@ -35,7 +35,7 @@ def can_run(device: torch.device) -> tuple[bool, str]:
 
 def packed(experts: PackedExperts) -> Callable[[Batch], Tensor]:
     """The layer over the words themselves."""
-    from moefold_kernels.triton.layer import Projections, Weights
+    from moefold_kernels.triton.weights import Projections, Weights
 
     gate, up, down = (experts.words[name] for name in NAMES)
     tops = experts.window["gate_proj"], experts.window["up_proj"], experts.window["down_proj"]
@@ -46,7 +46,7 @@ def packed(experts: PackedExperts) -> Callable[[Batch], Tensor]:
 
 def dense(experts: PackedExperts) -> Callable[[Batch], Tensor]:
     """The same layer over every expert's own bf16 weights: the packed kernel's twin."""
-    from moefold_kernels.triton.layer import Projections, Weights
+    from moefold_kernels.triton.weights import Projections, Weights
 
     gate, up, down = (experts.unpacked(name) for name in NAMES)
     places = torch.arange(len(down), device=down.device, dtype=torch.int32)

@@ -17,7 +17,7 @@ from moefold_kernels.places import tables
 from moefold_kernels.reference import PackedExperts
 
 if TYPE_CHECKING:
-    from moefold_kernels.triton.layer import Projections, Weights
+    from moefold_kernels.triton.weights import Projections, Weights
 
 OLDEST = (8, 0)
 """The compute capability from which on there are bf16 products."""
@@ -95,7 +95,7 @@ def _interprets() -> tuple[bool, str]:
 
 
 def _weights(packed: PackedExperts) -> Weights:
-    from moefold_kernels.triton.layer import Weights
+    from moefold_kernels.triton.weights import Weights
 
     places, placed = tables(packed.pairs, packed.alone)
     alone = {name: weights.to(torch.bfloat16) for name, weights in packed.dense.items()} if packed.alone else {}
@@ -105,7 +105,7 @@ def _weights(packed: PackedExperts) -> Weights:
 
 
 def _projections(matrices: Mapping[str, Tensor], packed: PackedExperts) -> Projections | None:
-    from moefold_kernels.triton.layer import Projections
+    from moefold_kernels.triton.weights import Projections
 
     if not matrices or not len(matrices["down_proj"]):
         return None

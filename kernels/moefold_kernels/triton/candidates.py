@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moefold_kernels.triton.configs import Plan, Shape, Tile, tile_fits
+from moefold_kernels.triton.configs import Shape
+from moefold_kernels.triton.plans import Plan, Tile, tile_fits
 from moefold_kernels.triton.portability import Target
 
 Cut = tuple[int, int, int, int]

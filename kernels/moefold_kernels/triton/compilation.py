@@ -22,8 +22,8 @@ from torch import Tensor
 from moefold_kernels.bench.cases import Shape
 from moefold_kernels.errors import BenchmarkError
 from moefold_kernels.triton import layer
-from moefold_kernels.triton.configs import Plan
-from moefold_kernels.triton.layer import Projections, Weights
+from moefold_kernels.triton.plans import Plan
+from moefold_kernels.triton.weights import Projections, Weights
 
 Part = Literal["first", "second", "whole"]
 MOST_WORKERS = 16

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,58 +11,14 @@ from torch import Tensor
 
 from moefold_kernels import layout
 from moefold_kernels.triton import joined, project
-from moefold_kernels.triton.configs import Plan, Shape, Tile, choose
+from moefold_kernels.triton.configs import Shape, choose
+from moefold_kernels.triton.plans import Plan, Tile
 from moefold_kernels.triton.portability import Target, blocks, launch, power_of_two
 from moefold_kernels.triton.routing import Tables, Tiles, route
+from moefold_kernels.triton.weights import Projections, Weights
 
 ACTIVATIONS = {"silu": project.SILU.value, "clamped": project.CLAMPED.value}
 """Activations that the first projection computes itself; any other runs between the projections."""
-
-
-class Projections(NamedTuple):
-    """The matrices of one kind of units: words [pair, ...] int16, or weights [expert, ...] bfloat16."""
-
-    gate: Tensor | None  # [unit, inner, hidden]; None where the experts have no gate
-    up: Tensor  # [unit, inner, hidden]
-    down: Tensor  # [unit, hidden, inner]
-    tops: tuple[int, int, int] = (127, 127, 127)
-    """The windows' tops of gate, up and down, where there are words."""
-
-
-class Biases(NamedTuple):
-    """Biases by original expert; gate and up are views of one tensor."""
-
-    gate: Tensor | None  # [expert, inner]
-    up: Tensor  # [expert, inner]
-    down: Tensor  # [expert, hidden]
-
-
-@dataclass(frozen=True)
-class Weights:
-    """One layer's experts as the kernels take them."""
-
-    packed: Projections | None
-    alone: Projections | None
-    places: Tensor  # [expert] int32: 2 * pair + slot, or after all pairs the number among those alone
-    experts: Tensor  # [place] int32: the inverse
-    biases: Biases | None = None
-
-    @property
-    def pairs(self) -> int:
-        """How many pairs there are."""
-        return 0 if self.packed is None else len(self.packed.up)
-
-    @property
-    def singles(self) -> int:
-        """How many experts stand alone."""
-        return 0 if self.alone is None else len(self.alone.up)
-
-    @property
-    def any(self) -> Projections:
-        """Either kind, for what both have."""
-        found = self.packed or self.alone
-        assert found is not None
-        return found
 
 
 class Activation(NamedTuple):

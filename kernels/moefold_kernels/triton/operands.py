@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moefold_kernels.errors import FormatError
-from moefold_kernels.triton.layer import Biases, Projections, Weights
+from moefold_kernels.triton.weights import Biases, Projections, Weights
 
 INDICES = (torch.int32, torch.int64)
 

@@ -22,10 +22,10 @@ from moefold_kernels.reference import PackedExperts
 from moefold_kernels.triton import configs, layer
 from moefold_kernels.triton.candidates import Room, candidates
 from moefold_kernels.triton.compilation import Compiler, Job, Part, reason
-from moefold_kernels.triton.configs import Plan, Tile
-from moefold_kernels.triton.layer import Weights
+from moefold_kernels.triton.plans import Plan, Tile, join
 from moefold_kernels.triton.portability import Target
 from moefold_kernels.triton.routing import Tables
+from moefold_kernels.triton.weights import Weights
 
 FINALISTS = 3
 """Of each projection, timed together."""
@@ -133,7 +133,7 @@ class Search:
     def _joined(self, tiles: Sequence[Tile]) -> list[Plan]:
         """The first few that one launch can do both projections with."""
         able = (tile for tile in tiles if not tile.overlapped and layer.joins(self.ground.weights, layer.SILU, tile))
-        return [configs.join(tile) for tile in itertools.islice(able, JOINED)]
+        return [join(tile) for tile in itertools.islice(able, JOINED)]
 
     def _times(self, plans: Sequence[Plan], part: Part) -> dict[Plan, float]:
         """Seconds of each plan's part; those that cannot be run are named, and time ends only what is not whole."""
@@ -211,7 +211,7 @@ class Search:
         if not Target.of(self.ground.weights.places).chain:
             return []
         if plan.joined:
-            return [configs.join(replace(plan.first, ahead=ahead)) for ahead in AHEAD]
+            return [join(replace(plan.first, ahead=ahead)) for ahead in AHEAD]
         firsts = [replace(plan, first=replace(plan.first, ahead=ahead)) for ahead in AHEAD]
         return firsts + [replace(plan, second=replace(plan.second, ahead=ahead)) for ahead in AHEAD]
 

@@ -25,8 +25,9 @@ from moefold_kernels.reference import PackedExperts
 from moefold_kernels.triton import compilation, configs
 from moefold_kernels.triton.backend import Triton
 from moefold_kernels.triton.compilation import Compiler
-from moefold_kernels.triton.layer import Projections, Weights
+from moefold_kernels.triton.plans import Plan
 from moefold_kernels.triton.search import Found, Ground, Search, Timer
+from moefold_kernels.triton.weights import Projections, Weights
 
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 4096)
 """What is tuned if nothing else is asked for: every regime of a common model."""
@@ -85,7 +86,7 @@ class Tuner:
                     yield found
 
 
-def entry(found: Found) -> tuple[configs.Shape, configs.Plan, dict[str, Any]]:
+def entry(found: Found) -> tuple[configs.Shape, Plan, dict[str, Any]]:
     """What `configs.write_table` takes."""
     return found.shape, found.plan, {"us": round(found.seconds * 1e6, 1)}
 

@@ -1,0 +1,108 @@
+"""What a plan is: how each projection of a layer is cut into programs, and whether a device can hold that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from moefold_kernels.errors import FormatError
+
+MODES = ("pair", "slot", "overlapped_pair", "overlapped")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One projection's programs: blocks of `rows` x `columns` weights for some entries of each slot."""
+
+    mode: str
+    """For packed experts: "pair", "slot" (project.py), or "overlapped_pair", "overlapped" (files of these names, on
+    Hopper; elsewhere "pair" and "slot")."""
+    tokens: int
+    """Entries of a program, for each slot: a power of two, and"""
+    extra: int
+    """so many more (0, or another power of two): 64 + 16 fit experts of about 64 tokens as no power of two does."""
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    group: int = 1
+    """Tiles of entries that run side by side on one block of rows."""
+    splits: int = 1
+    """Programs that share the columns of a block (down projection only); their sums are added by `combine`."""
+    ahead: int = 4
+    """Cache lines of each row of words that a program asks for while the kernel before it ends (project.py)."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise FormatError(f"there is no mode {self.mode!r}; there are: {', '.join(MODES)}")
+        sizes = {"tokens": 16, "rows": 16, "columns": 16, "warps": 1, "ahead": 1} | (
+            {"extra": 16} if self.extra else {}
+        )
+        for name, least in sizes.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least or value & (value - 1):
+                raise FormatError(f"{name} is {value!r}, and must be a power of two, at least {least}")
+        for name, least in {"stages": 3 if self.overlapped else 1, "group": 1, "splits": 1}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise FormatError(f"{name} is {value!r}, and must be a whole number, at least {least}")
+
+    def __str__(self) -> str:
+        entries = f"{self.tokens}+{self.extra}" if self.extra else f"{self.tokens}"
+        more = f" g{self.group}" * (self.group > 1) + f" k{self.splits}" * (self.splits > 1)
+        more += f" a{self.ahead}" * (self.ahead != 4)
+        return f"{self.mode} {entries} {self.rows}x{self.columns} w{self.warps} s{self.stages}{more}"
+
+    @property
+    def paired(self) -> bool:
+        """Whether a program serves both slots of a pair."""
+        return self.mode.endswith("pair")
+
+    @property
+    def overlapped(self) -> bool:
+        """Whether products run while the next words are decoded."""
+        return self.mode.startswith("overlapped")
+
+    @property
+    def entries(self) -> int:
+        """How many entries of each slot a program can take."""
+        return self.tokens + self.extra
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one layer is run on one batch."""
+
+    first: Tile
+    """Gate and up: blocks of `rows` gate rows and as many up rows."""
+    second: Tile
+    """Down."""
+    joined: bool = False
+    """One launch does both (joined.py), where a layer allows it; the tiles then are alike, of `2 * first.rows` rows."""
+
+    def __post_init__(self) -> None:
+        able = not self.first.overlapped and self.first.splits == 1
+        if self.joined and not (able and self.second == _below(self.first)):
+            raise FormatError(f"{self.first} and {self.second} cannot be joined in one launch")
+
+    def __str__(self) -> str:
+        return f"joined {self.first}" if self.joined else f"{self.first} / {self.second}"
+
+
+def join(first: Tile) -> Plan:
+    """The plan that does both projections in one launch, cut as `first`; FormatError for a tile that cannot be."""
+    return Plan(first, _below(first), joined=True)
+
+
+def _below(first: Tile) -> Tile:
+    return replace(first, rows=2 * first.rows)
+
+
+def fits(plan: Plan, memory: int) -> bool:
+    """Whether the tiles that are under way at once fit a block's shared memory."""
+    return tile_fits(plan.first, True, memory) and tile_fits(plan.second, False, memory)
+
+
+def tile_fits(tile: Tile, gated: bool, memory: int) -> bool:
+    """The same of one tile, which has twice its rows where there is a gate; some stages need a little less."""
+    rows, entries = tile.rows * (2 if gated else 1), tile.entries * (2 if tile.paired else 1)
+    return 2 * (rows + entries) * tile.columns * tile.stages <= memory + 16384

@@ -53,6 +53,33 @@ def store_layout(rows, warps):
 
 
 @gluon.jit
+def share(program, n_blocks, ROWS: gl.constexpr, GROUP: gl.constexpr):
+    """project.share, for programs that know their slot: (entry in the table of tiles, first row)."""
+    within = program % (GROUP * n_blocks)
+    return program // (GROUP * n_blocks) * GROUP + within % GROUP, within // GROUP * ROWS
+
+
+@gluon.jit
+def words_in(words, unit, first_row, inner, w_unit, w_row, w_up, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Pointers to a unit's first COLUMNS columns of ROWS gate rows and up rows, by eights; and the columns' numbers."""
+    layout: gl.constexpr = copy_layout(COLUMNS, gl.num_warps())
+    stacked = gl.arange(0, 2 * ROWS, gl.SliceLayout(1, layout))
+    row = (first_row + stacked // 16 * 8 + stacked % 8) % inner
+    k = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    w = words + unit.to(gl.int64) * w_unit + row.to(gl.int64)[:, None] * w_row + k[None, :]
+    return w + gl.where(stacked % 16 >= 8, w_up, 0)[:, None], k
+
+
+@gluon.jit
+def words_out(words, unit, first_row, hidden, w_unit, w_row, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """The same of ROWS rows of the down projection."""
+    layout: gl.constexpr = copy_layout(COLUMNS, gl.num_warps())
+    row = (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))) % hidden
+    k = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    return words + unit.to(gl.int64) * w_unit + row.to(gl.int64)[:, None] * w_row + k[None, :], k
+
+
+@gluon.jit
 def _operand(words):
     """decode.decode_slot, the slot being the lowest bit of the program number."""
     return gl.inline_asm_elementwise(
@@ -172,9 +199,7 @@ def project_in(
     after_the_one_before()
     program = gl.program_id(0) // 2
     slot = gl.program_id(0) % 2
-    n_blocks = gl.cdiv(inner, ROWS)
-    within = program % (GROUP * n_blocks)
-    tile = program // (GROUP * n_blocks) * GROUP + within % GROUP
+    tile, first_row = share(program, gl.cdiv(inner, ROWS), ROWS, GROUP)
     unit = gl.load(tiles + tile)
     if unit < 0:
         return
@@ -183,14 +208,8 @@ def project_in(
     end = gl.load(offsets + place + 1)
     if begin >= end:
         return
-    layout: gl.constexpr = copy_layout(COLUMNS, gl.num_warps())
     shared: gl.constexpr = gl.NVMMASharedLayout(2 * COLUMNS, 16, 2)
-    first_row = within // GROUP * ROWS
-    stacked = gl.arange(0, 2 * ROWS, gl.SliceLayout(1, layout))
-    row = (first_row + stacked // 16 * 8 + stacked % 8) % inner
-    k = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
-    w = words + unit.to(gl.int64) * w_unit + row.to(gl.int64)[:, None] * w_row + k[None, :]
-    w += gl.where(stacked % 16 >= 8, w_up, 0)[:, None]
+    w, k = words_in(words, unit, first_row, inner, w_unit, w_row, w_up, ROWS, COLUMNS)
     w_buffer = gl.allocate_shared_memory(gl.int16, [STAGES, 2 * ROWS, COLUMNS], shared)
     x_buffer = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, COLUMNS], shared)
     more_buffer = gl.allocate_shared_memory(gl.bfloat16, [STAGES, max(EXTRA, 8), COLUMNS], shared)
@@ -300,9 +319,7 @@ def project_out(
     after_the_one_before()
     program = gl.program_id(0) // 2
     slot = gl.program_id(0) % 2
-    n_blocks = gl.cdiv(hidden, ROWS)
-    within = program % (GROUP * n_blocks)
-    tile = program // (GROUP * n_blocks) * GROUP + within % GROUP
+    tile, first_row = share(program, gl.cdiv(hidden, ROWS), ROWS, GROUP)
     unit = gl.load(tiles + tile)
     if unit < 0:
         return
@@ -311,12 +328,8 @@ def project_out(
     end = gl.load(offsets + place + 1)
     if begin >= end:
         return
-    layout: gl.constexpr = copy_layout(COLUMNS, gl.num_warps())
     shared: gl.constexpr = gl.NVMMASharedLayout(2 * COLUMNS, 16, 2)
-    first_row = within // GROUP * ROWS
-    row = (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))) % hidden
-    k = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
-    w = words + unit.to(gl.int64) * w_unit + row.to(gl.int64)[:, None] * w_row + k[None, :]
+    w, k = words_out(words, unit, first_row, hidden, w_unit, w_row, ROWS, COLUMNS)
     w_buffer = gl.allocate_shared_memory(gl.int16, [STAGES, ROWS, COLUMNS], shared)
     x_buffer = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, COLUMNS], shared)
     more_buffer = gl.allocate_shared_memory(gl.bfloat16, [STAGES, max(EXTRA, 8), COLUMNS], shared)

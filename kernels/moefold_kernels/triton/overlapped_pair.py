@@ -17,10 +17,12 @@ from moefold_kernels.triton.decode import BOTH
 from moefold_kernels.triton.overlapped import (
     after_the_one_before,
     barrier,
-    copy_layout,
     positions_at,
     product_layout,
+    share,
     tokens_at,
+    words_in,
+    words_out,
     write_inner,
     write_outer,
 )
@@ -134,22 +136,14 @@ def project_in(
     """project.project_in for PAIR; `hidden` is an even number of COLUMNS."""
     after_the_one_before()
     program = gl.program_id(0)
-    n_blocks = gl.cdiv(inner, ROWS)
-    within = program % (GROUP * n_blocks)
-    tile = program // (GROUP * n_blocks) * GROUP + within % GROUP
+    tile, first_row = share(program, gl.cdiv(inner, ROWS), ROWS, GROUP)
     unit = gl.load(tiles + tile)
     if unit < 0:
         return
     skipped = gl.load(tiles + capacity + tile) * (TOKENS + EXTRA)
     middle, end1 = gl.load(offsets + 2 * unit + 1), gl.load(offsets + 2 * unit + 2)
     begin0, begin1 = gl.load(offsets + 2 * unit) + skipped, middle + skipped
-    layout: gl.constexpr = copy_layout(COLUMNS, gl.num_warps())
-    first_row = within // GROUP * ROWS
-    stacked = gl.arange(0, 2 * ROWS, gl.SliceLayout(1, layout))
-    row = (first_row + stacked // 16 * 8 + stacked % 8) % inner
-    k = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
-    w = words + unit.to(gl.int64) * w_unit + row.to(gl.int64)[:, None] * w_row + k[None, :]
-    w += gl.where(stacked % 16 >= 8, w_up, 0)[:, None]
+    w, k = words_in(words, unit, first_row, inner, w_unit, w_row, w_up, ROWS, COLUMNS)
     buffers = _buffers(2 * ROWS, COLUMNS, TOKENS, EXTRA, STAGES)
     expert0, expert1 = gl.load(experts + 2 * unit), gl.load(experts + 2 * unit + 1)
     steps = hidden // COLUMNS
@@ -218,20 +212,14 @@ def project_out(
     """project.project_out for PAIR in one split; `inner` is an even number of COLUMNS."""
     after_the_one_before()
     program = gl.program_id(0)
-    n_blocks = gl.cdiv(hidden, ROWS)
-    within = program % (GROUP * n_blocks)
-    tile = program // (GROUP * n_blocks) * GROUP + within % GROUP
+    tile, first_row = share(program, gl.cdiv(hidden, ROWS), ROWS, GROUP)
     unit = gl.load(tiles + tile)
     if unit < 0:
         return
     skipped = gl.load(tiles + capacity + tile) * (TOKENS + EXTRA)
     middle, end1 = gl.load(offsets + 2 * unit + 1), gl.load(offsets + 2 * unit + 2)
     begin0, begin1 = gl.load(offsets + 2 * unit) + skipped, middle + skipped
-    layout: gl.constexpr = copy_layout(COLUMNS, gl.num_warps())
-    first_row = within // GROUP * ROWS
-    row = (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))) % hidden
-    k = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
-    w = words + unit.to(gl.int64) * w_unit + row.to(gl.int64)[:, None] * w_row + k[None, :]
+    w, k = words_out(words, unit, first_row, hidden, w_unit, w_row, ROWS, COLUMNS)
     buffers = _buffers(ROWS, COLUMNS, TOKENS, EXTRA, STAGES)
     expert0, expert1 = gl.load(experts + 2 * unit), gl.load(experts + 2 * unit + 1)
     steps = inner // COLUMNS

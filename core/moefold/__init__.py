@@ -14,6 +14,7 @@ from moefold.artifacts import (
     Groups,
     MergedPair,
     Metrics,
+    Paired,
     PairMerge,
     Routed,
     Similarity,
@@ -24,6 +25,8 @@ from moefold.codec import Codec, Coded, CodedLayer
 from moefold.errors import MoefoldError
 from moefold.families import StreamedModel
 from moefold.hooks import hookimpl
+from moefold.magnitudes import LeveledPair, LevelLoop, Levels, LevelTable
+from moefold.merged_pairs import MergedPairs
 from moefold.pruned import Pruning
 from moefold.quantized import Scheme
 from moefold.replacements import Aligned, Packed, Quantized, Reduced, Replacement, Unpacked
@@ -49,11 +52,17 @@ __all__ = [
     "Json",
     "Layer",
     "Layers",
+    "LevelLoop",
+    "LevelTable",
+    "LeveledPair",
+    "Levels",
     "MergedPair",
+    "MergedPairs",
     "Metrics",
     "MoefoldError",
     "Packed",
     "PairMerge",
+    "Paired",
     "Previous",
     "Provenance",
     "Pruning",

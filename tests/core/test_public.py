@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 
 PUBLIC = {
     "Activity", "Aligned", "Artifact", "Baseline", "Checkpoint", "Codec", "Coded", "CodedLayer", "Context", "DualMask",
-    "ExpertNames", "Experts", "Groups", "Json", "Layer", "Layers", "MergedPair", "Metrics", "MoefoldError", "Packed",
-    "PairMerge", "Previous", "Provenance", "Pruning", "Quantized", "Reduced", "Replacement", "Routed", "Saved",
+    "ExpertNames", "Experts", "Groups", "Json", "Layer", "Layers", "LevelLoop", "LevelTable", "LeveledPair", "Levels", "MergedPair", "MergedPairs", "Metrics", "MoefoldError", "Packed",
+    "PairMerge", "Paired", "Previous", "Provenance", "Pruning", "Quantized", "Reduced", "Replacement", "Routed", "Saved",
     "Scheme", "Similarity", "Stage", "StreamedModel", "Text", "Unpacked", "__version__", "hookimpl", "stage",
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Every method on the shipped model, at equal bytes and from one calibration: the tables of docs/methods.md.
 
 `python tests/methods.py DIR` runs shipped pipelines over one store and prints the comparison as Markdown;
-`python tests/methods.py DIR --curve` compares merges fitted on 4 to 256 calibration samples. `--model` takes another one.
+`python tests/methods.py DIR --curve` compares merges fitted on 4 to 256 calibration samples; `--model` takes another.
 """
 
 from __future__ import annotations
@@ -42,6 +42,12 @@ stages:
 """ + TEXTS.lstrip("\n")
 
 
+def through(pipeline: str) -> str:
+    """A shipped pipeline in which every layer is calibrated through the merged layers before it."""
+    text = shipped.find(pipeline).read_text()
+    return text.replace("needs: {text: calibration}", "needs: {text: calibration, experts: mergemoe}")
+
+
 def variants(remain: float) -> dict[str, tuple[str, ...]]:
     """Name -> pipeline (a shipped one's name, or YAML) and what is set in it, for a share of experts that remains."""
     group, prune = f"group.by_use.fraction={remain}", f"fraction={remain}"
@@ -55,6 +61,7 @@ def variants(remain: float) -> dict[str, tuple[str, ...]]:
             "mergemoe-published", group, "mergemoe.target=routed", "mergemoe.ridge=auto", "mergemoe.anchor=average",
         ),
         "MergeMoE routed (pipeline mergemoe)": ("mergemoe", group),
+        "– calibrated through merged layers": (through("mergemoe"), group),
         "random experts dropped": (PRUNED.replace("prune.by_use", "prune.random"), f"prune.random.{prune}"),
         "pruned by use": (PRUNED, f"prune.by_use.{prune}"),
         "pruned by REAP": ("reap", f"prune.reap.{prune}"),

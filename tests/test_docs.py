@@ -36,11 +36,13 @@ def test_the_pipelines_in_the_pages_load():
 
 def test_shipped_pipelines_load_and_say_what_they_are():
     shipped = sorted((ROOT / "pipelines").glob("*.yaml"))
-    assert [path.stem for path in shipped] == ["puzzlemoe", "quickstart"]
+    assert {"average", "hcsmoe", "mergemoe", "mergemoe-published", "msmoe", "puzzlemoe", "quickstart", "reap"} <= {
+        path.stem for path in shipped
+    }
     for path in shipped:
         text = path.read_text(encoding="utf-8")
         assert load(text, str(path), Registry.installed()).ends() == ["evaluate.perplexity"]
-        assert text.startswith("# PuzzleMoE ")
+        assert re.match(r"# [^\n]+\.\n", text), f"{path.name}: the first line says what it is"
 
 
 def test_the_stage_in_contributing_is_the_example_plugin():

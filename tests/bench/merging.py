@@ -52,8 +52,7 @@ def agree(layer: Layer, device: torch.device) -> float:
 
 def random_layer(tokens: int, device: torch.device) -> tuple[Experts, Routed]:
     """Experts on the device, tokens on the host, chosen by a random router with uneven use."""
-    gate_up = torch.randn(EXPERTS, 2 * INNER, HIDDEN, device=device, dtype=torch.bfloat16) * HIDDEN**-0.5
-    down = torch.randn(EXPERTS, HIDDEN, INNER, device=device, dtype=torch.bfloat16) * INNER**-0.5
+    gate_up, down = _in_pairs(2 * INNER, HIDDEN, device), _in_pairs(HIDDEN, INNER, device)
     x = torch.randn(tokens, HIDDEN, device=device, dtype=torch.bfloat16)
     router = torch.randn(HIDDEN, EXPERTS, device=device, dtype=torch.bfloat16) * HIDDEN**-0.5
     logits = (x @ router).float() + torch.randn(EXPERTS, device=device)
@@ -61,6 +60,13 @@ def random_layer(tokens: int, device: torch.device) -> tuple[Experts, Routed]:
     length = 2048 if tokens % 2048 == 0 else tokens
     inputs = torch.empty(tokens // length, length, 0)  # only its shape is read
     return Experts(gate_up, down), Routed(inputs, x.cpu(), index.cpu(), weights.to(torch.bfloat16).cpu())
+
+
+def _in_pairs(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """Random matrices, of which the first and second half have 0.8 of their values in common, pair by pair."""
+    own = torch.randn(EXPERTS, rows, columns, device=device, dtype=torch.bfloat16) * columns**-0.5
+    shared = torch.randn(EXPERTS // 2, rows, columns, device=device, dtype=torch.bfloat16) * columns**-0.5
+    return 0.6 * own + 0.8 * shared.repeat(2, 1, 1)
 
 
 def main() -> None:
@@ -99,7 +105,8 @@ def main() -> None:
                 torch.cuda.reset_peak_memory_stats()
             activity: Activity = timed("observe", observe, layer, routed, experts, context)
             similarity = timed("similarity.gated_outputs", similarity_gated_outputs, layer, routed, experts, context)
-            groups = timed("group.by_use", group_by_use, layer, activity, similarity, experts=EXPERTS // 2)
+            timed("group.by_use", group_by_use, layer, activity, similarity, experts=EXPERTS // 2)
+            groups = Groups([[e, e + EXPERTS // 2] for e in range(EXPERTS // 2)], [])  # every merged expert is fitted
             aligned = timed("align", align, experts, groups, context)
             merged = timed("mergemoe", mergemoe, layer, routed, aligned, groups, activity, context)
             if not bool(merged.down.isfinite().all()) or merged.count != EXPERTS // 2:

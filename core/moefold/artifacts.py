@@ -177,7 +177,12 @@ class DualMask:
 
 
 @dataclass(frozen=True)
-class PairMerge(Artifact):
+class Paired(Artifact):
+    """A layer's merged pairs, for a codec to pack: as a recipe (PairMerge), or done (MergedPairs)."""
+
+
+@dataclass(frozen=True)
+class PairMerge(Paired):
     """A recipe for merged pairs, carried out one matrix at a time, so that no second copy of a layer exists.
 
     `merge(matrix, pair)` computes one pair's merged matrix; `matrix` is a key of `experts.matrices()` and `pair` an

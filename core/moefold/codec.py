@@ -5,6 +5,7 @@ A codec is a frozen pydantic model: its fields are the options of its stage.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,9 +13,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from moefold.artifact import Json
-from moefold.artifacts import Experts, MergedPair, PairMerge, as_index
+from moefold.artifacts import Experts, MergedPair, Paired, PairMerge, as_index
 from moefold.checkpoint import Layer
-from moefold.errors import FormatError
+from moefold.errors import FormatError, InputError
+from moefold.merged_pairs import MergedPairs
 from moefold.replacements import Packed, Unpacked
 from moefold.stage import Context, Port, Stage, stage
 
@@ -69,8 +71,12 @@ class Codec(BaseModel):
         raise NotImplementedError
 
 
-def pack(codec: Codec, merge: PairMerge) -> Packed:
+def pack(codec: Codec, merge: Paired) -> Packed:
     """Encode every pair of a layer: all at once where the codec can, else one matrix of one pair at a time."""
+    if isinstance(merge, MergedPairs):
+        return _pack_merged(codec, merge)
+    if not isinstance(merge, PairMerge):
+        raise InputError(f"pack.{codec.name} takes PairMerge or MergedPairs, not {type(merge).__name__}")
     coded = codec.pack_layer(merge) if merge.pairs else CodedLayer({}, {}, dict.fromkeys(_COUNTS, 0))
     coded = _pair_by_pair(codec, merge) if coded is None else coded
     return Packed(
@@ -87,14 +93,44 @@ def pack(codec: Codec, merge: PairMerge) -> Packed:
 
 
 def _pair_by_pair(codec: Codec, merge: PairMerge) -> CodedLayer:
+    paired = as_index([expert for pair in merge.pairs for expert in pair])
+    matrices = merge.experts.matrices()
+    if len(paired) != merge.experts.count:
+        matrices = {name: weights[paired] for name, weights in matrices.items()}
+    return _encode(codec, len(merge.pairs), matrices, merge.merged)
+
+
+def _pack_merged(codec: Codec, merge: MergedPairs) -> Packed:
+    """Lay out what is merged already: settings are fitted to the magnitudes themselves."""
+    if merge.format != codec.name:
+        raise InputError(f"these pairs were merged for the format {merge.format}; use pack.{merge.format}")
+    coded = CodedLayer({}, {}, dict.fromkeys(_COUNTS, 0))
+    if merge.pairs:
+        coded = _encode(codec, len(merge.pairs), merge.magnitude, merge.merged)
+    return Packed(
+        format=codec.name,
+        pairs=merge.pairs,
+        dense=merge.alone,
+        words=coded.words,
+        experts=merge.experts,
+        settings=coded.settings,
+        counts=coded.counts,
+        route=merge.route,
+        biases=merge.biases,
+    )
+
+
+def _encode(
+    codec: Codec, pairs: int, matrices: Mapping[str, Tensor], merged: Callable[[str], Iterable[MergedPair]]
+) -> CodedLayer:
+    """Pair by pair; `matrices` [any, rows, columns] are what settings are fitted to."""
     words: dict[str, Tensor] = {}
     settings: dict[str, Json] = {}
     counts: dict[str, Json] = dict.fromkeys(_COUNTS, 0)
-    paired = as_index([expert for pair in merge.pairs for expert in pair])
-    for matrix, weights in merge.experts.matrices().items():
-        settings[matrix] = codec.fit(matrix, weights if len(paired) == len(weights) else weights[paired])
-        out = torch.empty(len(merge.pairs), *weights.shape[1:], dtype=torch.int16)  # on the CPU: it is on its way out
-        for index, pair in enumerate(merge.merged(matrix)):
+    for matrix, weights in matrices.items():
+        settings[matrix] = codec.fit(matrix, weights)
+        out = torch.empty(pairs, *weights.shape[1:], dtype=torch.int16)  # on the CPU: it is on its way out
+        for index, pair in enumerate(merged(matrix)):
             coded = codec.encode(pair, settings[matrix])
             if coded.words.dtype != torch.int16:
                 raise FormatError(f"codec {codec.name} gave {coded.words.dtype} words; a codec gives int16")
@@ -127,14 +163,14 @@ def _alone(experts: Experts, alone: list[int]) -> dict[str, Tensor]:
 def pack_stage(codec: type[Codec]) -> Stage[Any, Packed]:
     """The stage `pack.<name>` of a codec: its options are the codec's fields."""
 
-    def run(merge: PairMerge, **options: Json) -> Packed:
+    def run(merge: Paired, **options: Json) -> Packed:
         return pack(codec(**options), merge)
 
     run.__doc__ = codec.__doc__
     return Stage(
         name=f"pack.{codec.name}",
         function=run,
-        ports={"merge": Port("merge", PairMerge, "one")},
+        ports={"merge": Port("merge", Paired, "one")},
         injected={},
         options=codec,
         produces=Packed,

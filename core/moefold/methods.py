@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from moefold import fused
 from moefold.artifact import Json
-from moefold.artifacts import Activity, Baseline, Experts, Groups, Metrics, PairMerge, Routed, Similarity, Text
+from moefold.artifacts import Activity, Baseline, Experts, Groups, Metrics, Paired, Routed, Similarity, Text
 from moefold.checkpoint import Checkpoint
 from moefold.pipeline import MODEL, Pipeline, Step
 from moefold.plan import Plan
@@ -17,7 +17,7 @@ from moefold.replacements import Replacement, Unpacked
 from moefold.saved import Saved
 
 _CALIBRATION = (Text, Routed, Activity)
-_METHOD = (Similarity, Groups, PairMerge, Experts, Replacement)
+_METHOD = (Similarity, Groups, Paired, Experts, Replacement)
 
 
 def model(plan: Plan) -> dict[str, Json]:

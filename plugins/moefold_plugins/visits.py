@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,15 +22,17 @@ class Visit(NamedTuple):
     gates: Tensor  # [token] float32: weights of a token's choices that mean this expert, added up
 
 
-def visits(routed: Routed, experts: Experts, device: torch.device) -> Iterator[Visit]:
-    """Every expert's tokens, chunk after chunk; experts that a chunk does not reach are left out."""
+def visits(
+    routed: Routed, experts: Experts, device: torch.device, only: Sequence[int] | None = None
+) -> Iterator[Visit]:
+    """The tokens of every expert, or of some `only`, chunk after chunk; experts that it does not reach are left out."""
     reached = routed.reaches(experts)
     for start in range(0, len(routed.tokens), CHUNK):
         chunk = slice(start, start + CHUNK)
         tokens, chosen = routed.tokens[chunk].to(device), reached[chunk].to(device)
         weights = routed.top_k_weights[chunk].to(device).float()
         counts = torch.bincount(chosen.flatten(), minlength=experts.count).tolist()
-        for expert in (e for e in range(experts.count) if counts[e]):
+        for expert in (e for e in (range(experts.count) if only is None else only) if counts[e]):
             hits = chosen == expert
             rows = hits.any(dim=1).nonzero().flatten()
             yield Visit(expert, tokens[rows], (weights[rows] * hits[rows]).sum(dim=1))

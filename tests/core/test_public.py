@@ -20,9 +20,10 @@ ROOT = Path(__file__).parents[2]
 
 PUBLIC = {
     "Activity", "Aligned", "Artifact", "Baseline", "Checkpoint", "Codec", "Coded", "CodedLayer", "Context", "DualMask",
-    "ExpertNames", "Experts", "Groups", "Json", "Layer", "Layers", "LevelLoop", "LevelTable", "LeveledPair", "Levels", "MergedPair", "MergedPairs", "Metrics", "MoefoldError", "Packed",
-    "PairMerge", "Paired", "Previous", "Provenance", "Pruning", "Quantized", "Reduced", "Replacement", "Routed", "Saved",
-    "Scheme", "Similarity", "Stage", "StreamedModel", "Text", "Unpacked", "__version__", "hookimpl", "stage",
+    "ExpertNames", "Experts", "Groups", "Json", "Layer", "Layers", "LevelLoop", "LevelTable", "LeveledPair", "Levels",
+    "MergedPair", "MergedPairs", "Metrics", "MoefoldError", "Packed", "PairMerge", "Paired", "Previous", "Provenance",
+    "Pruning", "Quantized", "Reduced", "Replacement", "Routed", "Saved", "Scheme", "Similarity", "Stage",
+    "StreamedModel", "Text", "Unpacked", "__version__", "hookimpl", "stage",
 }  # fmt: skip
 
 

@@ -20,11 +20,12 @@ from moefold.artifacts import (
     Similarity,
     Text,
 )
-from moefold.checkpoint import Checkpoint, ExpertNames, Layer
+from moefold.checkpoint import Checkpoint
 from moefold.codec import Codec, Coded, CodedLayer
 from moefold.errors import MoefoldError
 from moefold.families import StreamedModel
 from moefold.hooks import hookimpl
+from moefold.layer import ExpertNames, Layer
 from moefold.magnitudes import LeveledPair, LevelLoop, Levels, LevelTable
 from moefold.merged_pairs import MergedPairs
 from moefold.pruned import Pruning

@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors files, read lazily, and cheap handles of their decoder layers.
+"""Checkpoints: safetensors files, read lazily.
 
 A `Checkpoint` is its path; headers and the model's skeleton are read when first asked for and never pickled, so a
 handle may travel to any worker that sees the same files.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,8 +20,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moefold.artifact import Json
-from moefold.artifacts import Experts
 from moefold.errors import CheckpointError, suggest
+from moefold.hub import download, looks_local
 from moefold.quantized import OURS, Scheme, find_scheme
 from moefold.shards import Entry, contents_digest, header_digest, read_entries, read_json, shards
 from moefold.stored import StoredTensors
@@ -29,11 +29,11 @@ from moefold.stored import StoredTensors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from moefold.layer import Layer
     from moefold.skeleton import Skeleton
     from moefold_kernels import LayerEntry, PackedLayer
 
 _ADD_TOKENIZER = "put the model's tokenizer.json and tokenizer_config.json beside the weights"
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -54,12 +54,12 @@ class Checkpoint:
         Raises CheckpointError when it is missing or incomplete, holds no safetensors, or is quantised already.
         """
         local = Path(name).expanduser().absolute()  # workers may run elsewhere
-        if local.exists() or _looks_local(name):
+        if local.exists() or looks_local(name):
             if revision is not None:
                 raise CheckpointError(f"{name} is a local directory; drop the revision {revision!r} or name a hub id")
             checkpoint = cls(local)
         else:
-            checkpoint = cls(_download(name, revision))
+            checkpoint = cls(download(name, revision))
         _ = checkpoint.config, checkpoint._entries  # reads headers: truncated shards, an index that lies are found now
         return checkpoint
 
@@ -177,6 +177,8 @@ class Checkpoint:
 
     def layers(self) -> list[Layer]:
         """The decoder layers that have routed experts, in order."""
+        from moefold.layer import Layer  # which has a checkpoint
+
         return [Layer(self, number, position) for position, number in enumerate(self.skeleton.experts)]
 
     def layer(self, number: int) -> Layer:
@@ -203,96 +205,3 @@ class Checkpoint:
     def _near(self, name: str) -> list[str]:
         stem = name.rpartition(".")[0]
         return [known for known in self._entries if known.startswith(stem)][:50]
-
-
-@dataclass(frozen=True)
-class ExpertNames:
-    """Where a layer's routed experts are on disk, in the names of the source files."""
-
-    prefix: str
-    matrix: dict[str, str]
-    """`gate_proj`, `up_proj`, `down_proj` -> what the files call it per expert (Mixtral: w1, w3, w2)."""
-    keys: tuple[str, ...]
-    """The tensors that hold the expert weight matrices (not biases)."""
-    fused: bool
-    """One tensor for all experts on disk (gpt-oss), or one for each."""
-    biases: tuple[str, ...] = ()
-    """The tensors that hold the experts' biases."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A decoder layer with routed experts: a handle, nothing is read before it is asked for."""
-
-    checkpoint: Checkpoint
-    number: int
-    """Of the decoder layer."""
-    position: int
-    """0, 1, ... among the layers with experts."""
-
-    @property
-    def expert_count(self) -> int:
-        """How many routed experts it has; reads no weights."""
-        return self.checkpoint.skeleton.expert_count(self.number)
-
-    @property
-    def router_outputs(self) -> int:
-        """Among how many the router chooses: the experts, or more where some were merged."""
-        entry = self.checkpoint.entries.get(self.number)
-        return self.expert_count if entry is None or entry.route is None else len(entry.route)
-
-    def experts(self, device: str | torch.device = "cpu") -> Experts:
-        """The routed experts in canonical order and the dtype of the files; packed ones are decoded.
-
-        Those of a layer saved with merged experts have a `route`.
-        """
-        return self.checkpoint.skeleton.read_experts(self.number, device)
-
-    def names(self) -> ExpertNames:
-        """Where the routed experts are on disk."""
-        from moefold.expert_files import expert_names
-
-        return expert_names(self.checkpoint.skeleton, self.number)
-
-    def stored(self, experts: Experts, order: Sequence[int] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Other experts, with biases, as the files hold the layer's own; `order[i]` is the one that gets number i."""
-        from moefold.expert_files import stored
-
-        return stored(self.checkpoint.skeleton, self.number, experts, order)
-
-    def stored_biases(self, gate_up: Tensor, down: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Other experts' biases alone, as the files hold the layer's own."""
-        from moefold.expert_files import stored_biases
-
-        return stored_biases(self.checkpoint.skeleton, self.number, gate_up, down)
-
-    def activate(self, experts: Experts, expert: int, tokens: Tensor) -> Tensor:
-        """Hidden activations h_e(x), `[token, inner]`, of one of `experts`, with the family's own gate and biases."""
-        return self.checkpoint.skeleton.activate(self.number, experts, expert, tokens)
-
-    def output(self, experts: Experts, expert: int, tokens: Tensor) -> Tensor:
-        """What one of `experts` gives before its gate weight, f_e(x): `[token, hidden]`."""
-        bias = None if experts.down_bias is None else experts.down_bias[expert]
-        return torch.nn.functional.linear(self.activate(experts, expert, tokens), experts.down[expert], bias)
-
-    def tensor(self, name: str, device: str | torch.device = "cpu") -> Tensor:
-        """Any tensor of the checkpoint by its full name."""
-        return self.checkpoint.tensor(name, device)
-
-
-def _looks_local(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") != 1 or "\\" in name
-
-
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:  # subfolders hold other formats of the same weights (gpt-oss: original/, metal/)
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=["*/*"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{name}: neither a local directory nor a model that the hub gives ({first}); "
-            "check the spelling, log in if it is gated, or give a directory"
-        ) from error

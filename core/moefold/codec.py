@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moefold.artifact import Json
 from moefold.artifacts import Experts, MergedPair, Paired, PairMerge, as_index
-from moefold.checkpoint import Layer
 from moefold.errors import FormatError, InputError
+from moefold.layer import Layer
 from moefold.merged_pairs import MergedPairs
 from moefold.replacements import Packed, Unpacked
 from moefold.stage import Context, Port, Stage, stage

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from moefold import fused
 from moefold.artifacts import Experts
-from moefold.checkpoint import ExpertNames
 from moefold.errors import CheckpointError
+from moefold.layer import ExpertNames
 from moefold.skeleton import Skeleton
 from moefold.sources import split
 

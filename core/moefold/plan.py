@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moefold.artifact import Artifact, Json
-from moefold.checkpoint import Checkpoint, Layer
+from moefold.checkpoint import Checkpoint
 from moefold.errors import InputError
+from moefold.layer import Layer
 from moefold.pipeline import Pipeline, Step
 from moefold.stage import Keep, Port, Provenance
 from moefold.store import Store

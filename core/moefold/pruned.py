@@ -14,7 +14,7 @@ from moefold.artifacts import Experts
 from moefold.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from moefold.checkpoint import Layer
+    from moefold.layer import Layer
     from moefold.skeleton import Skeleton
 
 

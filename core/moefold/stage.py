@@ -17,8 +17,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, PydanticUserError, create_model
 
 from moefold.artifact import Artifact, Json
-from moefold.checkpoint import Checkpoint, Layer
+from moefold.checkpoint import Checkpoint
 from moefold.errors import PluginError
+from moefold.layer import Layer
 
 P = ParamSpec("P")
 R = TypeVar("R", bound=Artifact)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from moefold.artifact import Artifact, Json
-from moefold.checkpoint import Checkpoint, Layer
+from moefold.checkpoint import Checkpoint
 from moefold.errors import MoefoldError, StageError
 from moefold.hooks import Registry
+from moefold.layer import Layer
 from moefold.plan import Keys, Task
 from moefold.stage import Context, Layers, Port, Provenance
 from moefold.store import Store

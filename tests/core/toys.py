@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 
 from moefold.artifact import Artifact, Json
-from moefold.checkpoint import Layer
 from moefold.hooks import Registry
+from moefold.layer import Layer
 from moefold.pipeline import load
 from moefold.plan import Plan, plan
 from moefold.stage import Context, Layers, Previous, Provenance, stage

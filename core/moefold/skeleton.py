@@ -24,7 +24,7 @@ from moefold.errors import CheckpointError
 from moefold.meta import SUPPORTED, dtype_of, on_meta, tensors_of
 from moefold.narrow import Narrow, routers
 from moefold.sources import Device, Sources
-from moefold_kernels.checkpoint import PackedLayer, read_layer
+from moefold_kernels import PackedLayer, read_layer
 from moefold_kernels.errors import FormatError as KernelFormatError
 from moefold_kernels.routed import resize
 

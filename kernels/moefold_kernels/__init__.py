@@ -4,9 +4,10 @@ After `import moefold_kernels`, stock transformers loads packed checkpoints (see
 """
 
 from moefold_kernels.backend import Answer, Backend, Need, Reference, ask, builtin, choose
-from moefold_kernels.checkpoint import LayerEntry, PackedLayer, fuse, read_config, read_layer, write_config
+from moefold_kernels.checkpoint import LayerEntry, PackedLayer, read_config, write_config
 from moefold_kernels.entry import MergedLayer
 from moefold_kernels.errors import BackendError, FormatError, KernelsError
+from moefold_kernels.reading import fuse, read_layer
 from moefold_kernels.reference import PackedExperts, decode, decode_pairs, encode, experts
 from moefold_kernels.registration import arm
 

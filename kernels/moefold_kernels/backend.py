@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moefold_kernels import layout, reference
+from moefold_kernels import layout, layout_pairs, reference
 from moefold_kernels.errors import BackendError
 from moefold_kernels.reference import PackedExperts
 
@@ -61,8 +61,9 @@ class Reference:
     name: str = "reference"
 
     def can(self, need: Need) -> tuple[bool, str]:
-        if need.format != layout.EXPONENT:
-            return False, f"knows format {layout.EXPONENT} only, not {need.format}"
+        formats = (layout.EXPONENT, *layout_pairs.MAGNITUDE_BITS)
+        if need.format not in formats:
+            return False, f"knows formats {', '.join(formats)}, not {need.format}"
         if need.device.type == "meta":
             return False, "meta tensors hold no values"
         return True, "plain torch: decodes every expert, slow"

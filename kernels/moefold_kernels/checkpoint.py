@@ -4,6 +4,12 @@
     {experts}.{number}.gate_proj.weight        the experts left alone, numbered from 0 on their own, source dtype
     {experts}.gate_up_proj                     [0]: the tripwire
 
+and in place of the first, in the few-bit pair formats (layout_pairs.py), whose levels are in config.json,
+
+    {experts}.{pair}.gate_proj.packed_weight         [inner, words] int32: the nibble plane
+    {experts}.{pair}.gate_proj.packed_weight_low     [inner, words] int32: the other bits of the levels; not of pair4
+    {experts}.{pair}.gate_proj.packed_weight_group   [inner, groups] int16: the bits of the scales, which are bf16
+
 `{experts}` is the prefix that the source's own files use, and so are the matrices' names (Mixtral: w1, w3, w2). The
 names are 2-D and per pair because vLLM's loader takes them for experts; the suffix must not begin with `weight`, on
 which transformers 5.17's patterns would match. The tripwire makes a stock transformers without this package raise
@@ -12,22 +18,21 @@ instead of initialising experts at random. Layers that were merged and not packe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from moefold_kernels import layout
+from moefold_kernels import layout, layout_pairs
 from moefold_kernels.entry import MERGED, MergedLayer, check_keys, check_prefix, is_name, read_merged, read_route
 from moefold_kernels.errors import FormatError
 from moefold_kernels.quantized import MATRICES, check_matrices
-from moefold_kernels.reference import decode
 
 METHOD = "moefold"
 VERSION = 1
 PACKED_SUFFIX = "packed_weight"
+PARTS = {"words": PACKED_SUFFIX, "low": f"{PACKED_SUFFIX}_low", "scale": f"{PACKED_SUFFIX}_group"}
+"""What a pair's matrix has in the files -> how the names end."""
+FORMATS = (layout.EXPONENT, *layout_pairs.MAGNITUDE_BITS)
 GATED = ("gate_proj", "up_proj", "down_proj")
 UNGATED = ("up_proj", "down_proj")
 
@@ -41,7 +46,7 @@ class PackedLayer:
     prefix: str
     """The experts' module in the names of the checkpoint's files."""
     window: Mapping[str, int]
-    """The window's top (a biased bf16 exponent) per matrix."""
+    """The window's top (a biased bf16 exponent) per matrix; empty in the few-bit formats."""
     pairs: tuple[tuple[int, int], ...]
     """The original numbers of the experts in slots 0 and 1."""
     dense: tuple[int, ...] = ()
@@ -51,6 +56,15 @@ class PackedLayer:
     format: str = layout.EXPONENT
     route: tuple[int, ...] | None = None
     """The expert that router output i means, when experts were merged away (None: expert i)."""
+    levels: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """The levels per matrix in the few-bit formats; empty in `exponent`."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What a pair's matrix has in the files, of PARTS."""
+        if self.format == layout.EXPONENT:
+            return ("words",)
+        return tuple(layout_pairs.planes(self.format, 0))
 
     @property
     def experts(self) -> int:
@@ -67,9 +81,9 @@ class PackedLayer:
         """The zero-element tensor that keeps stock readers from passing over the packed experts."""
         return f"{self.prefix}.{'gate_up_proj' if self.gated else 'up_proj'}"
 
-    def packed(self, pair: int, matrix: str) -> str:
-        """The name of one pair's words."""
-        return f"{self.prefix}.{pair}.{self.matrix[matrix]}.{PACKED_SUFFIX}"
+    def packed(self, pair: int, matrix: str, part: str = "words") -> str:
+        """The name of one pair's words, or of another of `parts`."""
+        return f"{self.prefix}.{pair}.{self.matrix[matrix]}.{PARTS[part]}"
 
     def alone(self, number: int, matrix: str) -> str:
         """The name of a matrix of the expert `dense[number]`."""
@@ -79,16 +93,22 @@ class PackedLayer:
         """Every tensor that the layer has in place of its experts' weight matrices, with its shape."""
         for matrix in self.matrix:
             shape = (hidden, inner) if matrix == "down_proj" else (inner, hidden)
-            yield from ((self.packed(pair, matrix), shape) for pair in range(len(self.pairs)))
+            for pair in range(len(self.pairs)):
+                yield from ((self.packed(pair, matrix, part), self.stored(part, *shape)) for part in self.parts)
             yield from ((self.alone(number, matrix), shape) for number in range(len(self.dense)))
         yield self.tripwire, (0,)
 
+    def stored(self, part: str, rows: int, columns: int) -> tuple[int, int]:
+        """The shape that a part of a matrix of this shape has."""
+        return rows, columns if self.format == layout.EXPONENT else layout_pairs.planes(self.format, columns)[part]
+
     def to_json(self) -> dict[str, Json]:
         """The entry as config.json has it."""
+        window, levels = dict(self.window), {name: list(values) for name, values in self.levels.items()}
         return {
             "prefix": self.prefix,
             "format": self.format,
-            "window": dict(self.window),
+            **({"window": window} if self.format == layout.EXPONENT else {"levels": levels}),
             "pairs": [list(pair) for pair in self.pairs],
             "dense": list(self.dense),
             "route": None if self.route is None else list(self.route),
@@ -136,38 +156,6 @@ def read_config(config: Mapping[str, Json]) -> dict[int, LayerEntry]:
     return read
 
 
-def read_layer(get: Callable[[str], Tensor], layer: PackedLayer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The decoded matrices of every expert, in the order before packing: standard name -> [expert, rows, columns].
-
-    `get` gives a tensor by its name in the files; it is asked for one pair's matrix at a time. `dtype` is the
-    experts' (default: that of the experts left alone, bfloat16 where there are none).
-    """
-    return {matrix: _read_matrix(get, layer, matrix, dtype) for matrix in layer.matrix}
-
-
-def fuse(matrices: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(gate_up [expert, 2 * inner, hidden], down [expert, hidden, inner]) of `read_layer`'s matrices."""
-    up = matrices["up_proj"]
-    gate_up = torch.cat([matrices["gate_proj"], up], dim=1) if "gate_proj" in matrices else up
-    return gate_up, matrices["down_proj"]
-
-
-def _read_matrix(get: Callable[[str], Tensor], layer: PackedLayer, matrix: str, dtype: torch.dtype | None) -> Tensor:
-    first = get(layer.packed(0, matrix))
-    stored = get(layer.alone(0, matrix)).dtype if layer.dense else torch.bfloat16
-    out = first.new_empty(layer.experts, *first.shape, dtype=dtype or stored)
-    for index, pair in enumerate(layer.pairs):
-        words = get(layer.packed(index, matrix)) if index else first
-        if words.shape != first.shape:
-            name, shapes = layer.packed(index, matrix), f"{list(words.shape)}, that of pair 0 {list(first.shape)}"
-            raise FormatError(f"{name} is {shapes}; the checkpoint is damaged, download or save it again")
-        for slot, expert in enumerate(pair):
-            out[expert] = decode(words, layer.window[matrix], slot)
-    for number, expert in enumerate(layer.dense):
-        out[expert] = get(layer.alone(number, matrix))
-    return out
-
-
 def _read_layer_entry(where: str, entry: Json) -> LayerEntry:
     if not isinstance(entry, Mapping):
         raise FormatError(f"{where} is a {type(entry).__name__}, not an object")
@@ -175,35 +163,56 @@ def _read_layer_entry(where: str, entry: Json) -> LayerEntry:
 
 
 def _read_packed(where: str, entry: Mapping[str, Json]) -> PackedLayer:
-    check_keys(where, entry, {"prefix", "format", "window", "pairs", "dense", "route", "matrix"})
-    if entry["format"] != layout.EXPONENT:
-        raise FormatError(f"{where}.format is {entry['format']!r}; this version knows {layout.EXPONENT}, {MERGED}")
+    if entry.get("format", layout.EXPONENT) not in FORMATS:
+        raise FormatError(f"{where}.format is {entry['format']!r}; this version knows {', '.join(FORMATS)}, {MERGED}")
+    exponent = entry.get("format", layout.EXPONENT) == layout.EXPONENT
+    values = "window" if exponent else "levels"
+    check_keys(where, entry, {"prefix", "format", values, "pairs", "dense", "route", "matrix"})
     check_prefix(where, entry["prefix"])
-    matrix, window = entry["matrix"], entry["window"]
+    matrix = entry["matrix"]
     if not isinstance(matrix, Mapping) or set(matrix) not in (set(GATED), set(UNGATED)):
         raise FormatError(f"{where}.matrix has to name {', '.join(GATED)} (or {', '.join(UNGATED)})")
     if not all(map(is_name, matrix.values())) or len(set(matrix.values())) != len(matrix):
         raise FormatError(f"{where}.matrix: {sorted(map(str, matrix.values()))} are no names of different tensors")
-    if not isinstance(window, Mapping) or set(window) != set(matrix):
-        raise FormatError(f"{where}.window has to have one exponent for each of {', '.join(sorted(matrix))}")
+    names = GATED if "gate_proj" in matrix else UNGATED
+    window = _read_window(where, entry["window"], names) if exponent else {}
+    levels = {} if exponent else _read_levels(where, entry["format"], entry["levels"], names)
+    pairs, dense = _read_members(where, entry["pairs"], entry["dense"])
+    route = None if entry["route"] is None else read_route(where, entry["route"])
+    if route is not None and max(route) + 1 != layout.SLOTS * len(pairs) + len(dense):
+        raise FormatError(f"{where}.route leads to {max(route) + 1} experts, pairs and dense name another number")
+    return PackedLayer(
+        prefix=entry["prefix"],
+        window=window,
+        pairs=pairs,
+        dense=dense,
+        matrix={name: matrix[name] for name in names},
+        format=entry["format"],
+        route=route,
+        levels=levels,
+    )
+
+
+def _read_window(where: str, window: Json, names: Sequence[str]) -> dict[str, int]:
+    if not isinstance(window, Mapping) or set(window) != set(names):
+        raise FormatError(f"{where}.window has to have one exponent for each of {', '.join(sorted(names))}")
     for name, top in window.items():
         try:
             layout.check_top(top)
         except FormatError as error:
             raise FormatError(f"{where}.window.{name}: {error}") from error
-    pairs, dense = _read_members(where, entry["pairs"], entry["dense"])
-    route = None if entry["route"] is None else read_route(where, entry["route"])
-    if route is not None and max(route) + 1 != layout.SLOTS * len(pairs) + len(dense):
-        raise FormatError(f"{where}.route leads to {max(route) + 1} experts, pairs and dense name another number")
-    names = GATED if "gate_proj" in matrix else UNGATED
-    return PackedLayer(
-        prefix=entry["prefix"],
-        window={name: window[name] for name in names},
-        pairs=pairs,
-        dense=dense,
-        matrix={name: matrix[name] for name in names},
-        route=route,
-    )
+    return {name: window[name] for name in names}
+
+
+def _read_levels(where: str, format: str, levels: Json, names: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    if not isinstance(levels, Mapping) or set(levels) != set(names):
+        raise FormatError(f"{where}.levels has to have a list of levels for each of {', '.join(sorted(names))}")
+    for name, values in levels.items():
+        try:
+            layout_pairs.check_levels(format, values if isinstance(values, list) else [])
+        except FormatError as error:
+            raise FormatError(f"{where}.levels.{name}: {error}") from error
+    return {name: tuple(levels[name]) for name in names}
 
 
 def _read_members(where: str, pairs: Json, dense: Json) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:

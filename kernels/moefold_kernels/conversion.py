@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
 
-from moefold_kernels.checkpoint import PACKED_SUFFIX, PackedLayer
+from moefold_kernels.checkpoint import PARTS, PackedLayer
 from moefold_kernels.errors import FormatError
-from moefold_kernels.module import DOWN_DENSE, DOWN_PACKED, GATE_UP_DENSE, GATE_UP_PACKED, gate_up_name
+from moefold_kernels.module import gate_up_name, part_names
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,16 @@ class Place:
     converted: str
     """The prefix of its tensors' names once transformers' renamings are done (Mixtral: mlp, not block_sparse_moe)."""
 
-    def parameters(self) -> dict[str, tuple[tuple[str, ...], bool]]:
-        """The packed module's parameters: the matrices fused in each, and whether they are words."""
+    def parameters(self) -> dict[str, tuple[tuple[str, ...], str]]:
+        """The packed module's parameters: the matrices fused in each, and the part that it holds of them.
+
+        Words come last: transformers 5.17 ends no pattern on a name's boundary, and the first that matches counts.
+        """
         gate_up = tuple(name for name in self.layer.matrix if name != "down_proj")
-        words = {GATE_UP_PACKED: (gate_up, True), DOWN_PACKED: (("down_proj",), True)}
-        dense = {GATE_UP_DENSE: (gate_up, False), DOWN_DENSE: (("down_proj",), False)}
-        return {**words, **dense} if self.layer.dense else words
+        found: dict[str, tuple[tuple[str, ...], str]] = {}
+        for part in (*reversed(self.layer.parts), *(["dense"] if self.layer.dense else [])):
+            found |= zip(part_names(part), ((gate_up, part), (("down_proj",), part)), strict=True)
+        return found
 
     def tripwires(self) -> set[str]:
         """The names under which transformers may meet the tripwire."""
@@ -47,13 +51,13 @@ class FuseExperts(MergeModulelist):
     A subclass of MergeModulelist because transformers 5.17 tells by it that tensors are counted per expert.
     """
 
-    def __init__(self, layer: PackedLayer, matrices: tuple[str, ...], words: bool) -> None:
+    def __init__(self, layer: PackedLayer, matrices: tuple[str, ...], part: str) -> None:
         super().__init__(dim=0)
-        self.layer, self.matrices, self.words = layer, matrices, words
+        self.layer, self.matrices, self.part = layer, matrices, part
 
     @property
     def count(self) -> int:
-        return len(self.layer.pairs) if self.words else len(self.layer.dense)
+        return len(self.layer.dense) if self.part == "dense" else len(self.layer.pairs)
 
     @torch.no_grad()
     def convert(  # type: ignore[override]  # the base class promises lists, its own subclasses give tensors
@@ -82,14 +86,14 @@ class FuseExperts(MergeModulelist):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return SplitExperts(self.layer, self.matrices, self.words)
+        return SplitExperts(self.layer, self.matrices, self.part)
 
 
 class SplitExperts(ConversionOps):
     """The reverse, for save_pretrained: the names of the checkpoint's files, and the tripwire with the first words."""
 
-    def __init__(self, layer: PackedLayer, matrices: tuple[str, ...], words: bool) -> None:
-        self.layer, self.matrices, self.words = layer, matrices, words
+    def __init__(self, layer: PackedLayer, matrices: tuple[str, ...], part: str) -> None:
+        self.layer, self.matrices, self.part = layer, matrices, part
 
     @torch.no_grad()
     def convert(  # type: ignore[override]  # as above
@@ -102,26 +106,29 @@ class SplitExperts(ConversionOps):
         """The tensors by their names in the files."""
         (value,) = input_dict.values()
         fused = value[0] if isinstance(value, list) else value
-        name = self.layer.packed if self.words else self.layer.alone
         out: dict[str, Tensor] = {}
-        for matrix, part in zip(self.matrices, fused.chunk(len(self.matrices), dim=1), strict=True):
-            out |= {name(index, matrix): part[index] for index in range(len(part))}
-        if self.words and "down_proj" not in self.matrices:
+        for matrix, rows in zip(self.matrices, fused.chunk(len(self.matrices), dim=1), strict=True):
+            out |= {self._name(index, matrix): rows[index] for index in range(len(rows))}
+        if self.part == "words" and "down_proj" not in self.matrices:
             # without experts left alone its dtype is the stock one's nearest kin; nothing reads it
             out[self.layer.tripwire] = torch.empty(0, dtype=torch.bfloat16)
         return out
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return FuseExperts(self.layer, self.matrices, self.words)
+        return FuseExperts(self.layer, self.matrices, self.part)
+
+    def _name(self, index: int, matrix: str) -> str:
+        alone = self.part == "dense"
+        return self.layer.alone(index, matrix) if alone else self.layer.packed(index, matrix, self.part)
 
 
 def converters(place: Place) -> list[WeightConverter]:
     """One rule per packed parameter; per layer, because other layers may be stock."""
     rules = []
-    for parameter, (matrices, words) in place.parameters().items():
-        suffix = PACKED_SUFFIX if words else "weight"
+    for parameter, (matrices, part) in place.parameters().items():
+        suffix = PARTS.get(part, "weight")
         sources = [f"{place.converted}.*.{place.layer.matrix[matrix]}.{suffix}" for matrix in matrices]
-        operation = FuseExperts(place.layer, matrices, words)
+        operation = FuseExperts(place.layer, matrices, part)
         rules.append(WeightConverter(sources, f"{place.converted}.{parameter}", [operation]))
     return rules

@@ -31,9 +31,19 @@ and one fused multiply-add with the lower two (low & 0x33333333) gives the level
 
 Rows are padded to whole groups of 64 columns with clear bits, which decode to what nobody asked for: readers cut. So
 each plane's rows are multiples of 8 bytes (the nibble plane's: of 32), and a split between groups cuts no word.
+
+A row that is not in a checkpoint yet is one record of 16-bit integers: the nibble plane's (low halves first), those of
+the other plane, the scales' bits. In files and on devices they are three tensors, and the scales are int16 there, too:
+no reader casts integers when a model is to have another dtype.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
 
 from moefold_kernels.errors import FormatError
 
@@ -51,6 +61,8 @@ ALONE = 4
 
 PIECES, PER_PIECE = 8, 4
 """Of the levels of pair8."""
+NEAR = 64
+"""How many bf16 numbers on either side of a mean step are tried to find one that gives a piece's levels."""
 
 
 def magnitude_bits(format: str) -> int:
@@ -75,15 +87,54 @@ def word_columns(columns: int, bits: int) -> int:
     return groups(columns) * GROUP * bits // WORD
 
 
-def shapes(format: str, rows: int, columns: int) -> dict[str, tuple[int, int]]:
-    """The planes and scales of one matrix of a pair: `words`, `low` where there is one, and `scale`."""
-    found = {"words": (rows, word_columns(columns, NIBBLE))}
+def planes(format: str, columns: int) -> dict[str, int]:
+    """The widths of one matrix's planes in 32-bit words, `words` and `low` where there is one, and of `scale`."""
+    found = {"words": word_columns(columns, NIBBLE)}
     if low_bits(format):
-        found["low"] = (rows, word_columns(columns, low_bits(format)))
-    return found | {"scale": (rows, groups(columns))}
+        found["low"] = word_columns(columns, low_bits(format))
+    return found | {"scale": groups(columns)}
+
+
+def record(format: str, columns: int) -> int:
+    """The 16-bit integers of a row."""
+    found = planes(format, columns)
+    return 2 * (found["words"] + found.get("low", 0)) + found["scale"]
 
 
 def size(format: str, rows: int, columns: int) -> int:
     """Bytes of one matrix of a pair, scales included."""
-    each = {"words": 4, "low": 4, "scale": 2}
-    return sum(each[name] * height * width for name, (height, width) in shapes(format, rows, columns).items())
+    return 2 * rows * record(format, columns)
+
+
+def check_levels(format: str, levels: Sequence[float]) -> tuple[float, ...]:
+    """The levels if they are some of the format: bf16 numbers, positive, increasing, and on pieces where it says so."""
+    count = 1 << magnitude_bits(format)
+    if len(levels) != count or not all(type(level) is float and 0 < level < math.inf for level in levels):
+        raise FormatError(f"{format} has {count} positive levels, and these are {list(levels)}")
+    if any(larger <= smaller for smaller, larger in pairwise(levels)):
+        raise FormatError(f"levels increase, and these are {list(levels)}")
+    if torch.tensor(levels, device="cpu").bfloat16().tolist() != list(levels):
+        raise FormatError(f"levels are bf16 numbers, and these are {list(levels)}")
+    if count == PIECES * PER_PIECE:
+        pieces(levels)
+    return tuple(levels)
+
+
+def pieces(levels: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Where the eight straight pieces of 32 levels begin, and their steps, all bf16 numbers.
+
+    Level 4 p + i is `bf16(begin[p] + i * step[p])`. Raises FormatError for levels that are on no such pieces.
+    """
+    begins: list[float] = []
+    steps: list[float] = []
+    for piece in range(PIECES):
+        four = torch.tensor(levels[PER_PIECE * piece : PER_PIECE * (piece + 1)], dtype=torch.float32, device="cpu")
+        middle = ((four[-1] - four[0]) / (PER_PIECE - 1)).bfloat16().view(torch.int16)
+        near = (middle + torch.arange(-NEAR, NEAR + 1, dtype=torch.int16, device="cpu")).view(torch.bfloat16)
+        made = (four[0] + near.float()[:, None] * torch.arange(PER_PIECE, device="cpu")).bfloat16().float()
+        fitting = near[(made == four).all(dim=1)]
+        if not len(fitting):
+            raise FormatError(f"levels {four.tolist()} lie on no straight line of bf16 numbers, as pair8's have to")
+        begins.append(float(four[0]))
+        steps.append(float(fitting[len(fitting) // 2]))
+    return begins, steps

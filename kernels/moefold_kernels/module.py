@@ -14,23 +14,29 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from moefold_kernels import layout, layout_pairs
 from moefold_kernels.activation import Known, recognise_module
 from moefold_kernels.checkpoint import PackedLayer
 from moefold_kernels.errors import FormatError
 from moefold_kernels.places import tables
 from moefold_kernels.reference import PackedExperts
+from moefold_kernels.reference_pairs import LeveledExperts
 from moefold_kernels.routed import RoutedModule, bias_names, check_outputs, put, resize, route_table, spread
 
 GATE_UP_PACKED, DOWN_PACKED = "gate_up_packed", "down_packed"
 GATE_UP_DENSE, DOWN_DENSE = "gate_up_dense", "down_dense"
+ENDS = {"words": "packed", "low": "packed_low", "scale": "packed_group", "dense": "dense"}
+"""What the parameters hold -> how their names end, after gate_up_ and down_."""
 
 
 class PackedModule(RoutedModule):
     """What a packed experts module has beside its stock class; never instantiated by itself."""
 
     packed_layer: PackedLayer
-    gate_up_packed: Tensor  # [pair, 2 * inner, hidden] int16, gate rows before up rows
-    down_packed: Tensor  # [pair, hidden, inner] int16
+    gate_up_packed: Tensor  # [pair, 2 * inner, hidden] int16, gate rows before up rows (few-bit: words of 32 bits)
+    down_packed: Tensor  # [pair, hidden, inner] int16; few-bit formats have .._packed_low and .._packed_group as well
+    full_inner: int
+    """The experts' inner width; on one of several ranks it may be less."""
     gate_up_dense: Tensor  # [expert left alone, 2 * inner, hidden]; only where there are such experts
     down_dense: Tensor  # [expert left alone, hidden, inner]
     dtype_like: Tensor  # [0]: a buffer that follows the dtype the model is moved to
@@ -48,10 +54,36 @@ class PackedModule(RoutedModule):
 
     def packed_experts(self) -> PackedExperts:
         """The layer as the kernels see it; the matrices are views of the parameters."""
-        layer, inner = self.packed_layer, self.down_packed.shape[2]
-        words = _views(self.gate_up_packed, self.down_packed, layer.gated, inner)
-        dense = _views(self.gate_up_dense, self.down_dense, layer.gated, inner) if layer.dense else {}
-        return PackedExperts(words, dense, layer.window, layer.pairs, layer.dense)
+        layer = self.packed_layer
+        parts = {part: self._views(part) for part in layer.parts}
+        dense = self._views("dense") if layer.dense else {}
+        if layer.format == layout.EXPONENT:
+            return PackedExperts(parts["words"], dense, layer.window, layer.pairs, layer.dense)
+        columns = {name: self.inner if name == "down_proj" else self.hidden for name in layer.matrix}
+        if self.inner != self.full_inner and self.inner % layout_pairs.GROUP:
+            raise FormatError(
+                f"{self.stock_class.__name__}: {layer.format} has a scale for {layout_pairs.GROUP} columns, and these "
+                f"ranks would cut them ({self.inner} of {self.full_inner}); use fewer ranks, or device_map"
+            )
+        rest = layer.format, parts.get("low", {}), parts["scale"], layer.levels, columns
+        return LeveledExperts(parts["words"], dense, {}, layer.pairs, layer.dense, *rest)
+
+    @property
+    def inner(self) -> int:
+        """The rows of the up projection; where experts are split, this rank's."""
+        return self.gate_up_packed.shape[1] // (1 + self.packed_layer.gated)
+
+    @property
+    def hidden(self) -> int:
+        """The rows of the down projection."""
+        return self.down_packed.shape[1]
+
+    def _views(self, part: str) -> dict[str, Tensor]:
+        """One part of every matrix."""
+        gate_up, down = (getattr(self, name) for name in part_names(part))
+        if not self.packed_layer.gated:
+            return {"up_proj": gate_up, "down_proj": down}
+        return {"gate_proj": gate_up[:, : self.inner], "up_proj": gate_up[:, self.inner :], "down_proj": down}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The stock forward; what it reads is decoded once (the eager implementation reads once per expert)."""
@@ -72,27 +104,29 @@ class PackedModule(RoutedModule):
         """Gate and up projections of every expert, in the stock module's own layout."""
         packed = self.packed_experts()
         if not self.packed_layer.gated:
-            return self._stock("up_proj", lambda rows: packed.unpack("up_proj", rows), self.gate_up_packed)
-        return self._stock("gate_up_proj", lambda rows: self._fill(packed, rows), self.gate_up_packed)
+            return self._stock("up_proj", lambda rows: packed.unpack("up_proj", rows), (self.inner, self.hidden))
+        return self._stock("gate_up_proj", lambda rows: self._fill(packed, rows), (2 * self.inner, self.hidden))
 
     def stock_down(self) -> Tensor:
         """Down projections of every expert, in the stock module's own layout."""
         packed = self.packed_experts()
-        return self._stock("down_proj", lambda rows: packed.unpack("down_proj", rows), self.down_packed)
+        return self._stock("down_proj", lambda rows: packed.unpack("down_proj", rows), (self.hidden, self.inner))
 
     def _fill(self, packed: PackedExperts, rows: Tensor) -> None:
-        inner = self.down_packed.shape[2]
+        inner = self.inner
         gate, up = (rows[:, :inner], rows[:, inner:]) if self.is_concatenated else (rows[:, 0::2], rows[:, 1::2])
         packed.unpack("gate_proj", gate)
         packed.unpack("up_proj", up)
 
     @torch.no_grad()
-    def _stock(self, name: str, fill: Any, words: Tensor) -> Tensor:
+    def _stock(self, name: str, fill: Any, sizes: tuple[int, int]) -> Tensor:
         if self._decoded is not None and name in self._decoded:
             return self._decoded[name]
-        rows, columns = words.shape[1:]
+        rows, columns = sizes
         shape = (columns, rows) if self.is_transposed else (rows, columns)
-        out = torch.empty(self.packed_layer.experts, *shape, dtype=self.dtype_like.dtype, device=words.device)
+        out = torch.empty(
+            self.packed_layer.experts, *shape, dtype=self.dtype_like.dtype, device=self.down_packed.device
+        )
         fill(out.transpose(1, 2) if self.is_transposed else out)
         if self._decoded is not None:
             self._decoded[name] = out
@@ -119,16 +153,17 @@ def pack_module(module: nn.Module, layer: PackedLayer, where: str) -> None:
         resize(module, bias_names(module), layer.experts)
     inner, hidden = stock_sizes(flags.is_transposed, down)
     rows = (2 if layer.gated else 1) * inner
-    shapes = {GATE_UP_PACKED: (len(layer.pairs), rows, hidden), DOWN_PACKED: (len(layer.pairs), hidden, inner)}
-    for name, shape in shapes.items():
-        words = torch.empty(shape, dtype=torch.int16, device=down.device)
-        module.register_parameter(name, nn.Parameter(words, requires_grad=False))
+    for part in layer.parts:
+        kind = torch.int16 if layer.format == layout.EXPONENT or part == "scale" else torch.int32
+        for name, shape in zip(part_names(part), ((rows, hidden), (hidden, inner)), strict=True):
+            words = torch.empty(len(layer.pairs), *layer.stored(part, *shape), dtype=kind, device=down.device)
+            module.register_parameter(name, nn.Parameter(words, requires_grad=False))
     dense = {GATE_UP_DENSE: (len(layer.dense), rows, hidden), DOWN_DENSE: (len(layer.dense), hidden, inner)}
-    for name, shape in dense.items() if layer.dense else ():
-        module.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=down.dtype, device=down.device)))
+    for name, size in dense.items() if layer.dense else ():
+        module.register_parameter(name, nn.Parameter(torch.empty(size, dtype=down.dtype, device=down.device)))
     module.register_buffer("dtype_like", torch.empty(0, dtype=down.dtype, device=down.device), persistent=False)
     module.__class__ = _packed_class(cast(Any, type(module)), gate_up_name(layer))
-    flags.packed_layer, flags.arrived, flags._decoded = layer, set(), None
+    flags.packed_layer, flags.arrived, flags._decoded, flags.full_inner = layer, set(), None, inner
     flags.known_activation, flags.fallback = recognise_module(module), None
     flags.add_tables(down.device)
     flags._is_hf_initialized = True  # stock initialisation would write normal numbers over the words
@@ -141,10 +176,10 @@ def unpack_module(module: PackedModule, dtype: torch.dtype | None = None) -> Non
     values = {name: spread(module, value) for name, value in (stock | biases).items()}
     flags: Any = module
     flags.num_experts = len(values["down_proj"])
-    for name in (GATE_UP_PACKED, DOWN_PACKED, GATE_UP_DENSE, DOWN_DENSE):
+    for name in (name for part in ENDS for name in part_names(part)):
         module._parameters.pop(name, None)
     module.drop_tables("dtype_like")
-    for name in ("packed_layer", "arrived", "known_activation", "fallback", "_decoded"):
+    for name in ("packed_layer", "arrived", "known_activation", "fallback", "_decoded", "full_inner"):
         del module.__dict__[name]
     module.__class__ = module.stock_class  # type: ignore[assignment]  # back to what pack_module found
     for name, value in values.items():
@@ -162,10 +197,9 @@ def stock_sizes(is_transposed: bool, down: Tensor) -> tuple[int, int]:
     return (rows, columns) if is_transposed else (columns, rows)
 
 
-def _views(gate_up: Tensor, down: Tensor, gated: bool, inner: int) -> dict[str, Tensor]:
-    if not gated:
-        return {"up_proj": gate_up, "down_proj": down}
-    return {"gate_proj": gate_up[:, :inner], "up_proj": gate_up[:, inner:], "down_proj": down}
+def part_names(part: str) -> tuple[str, str]:
+    """The parameters that hold a part of ENDS."""
+    return f"gate_up_{ENDS[part]}", f"down_{ENDS[part]}"
 
 
 @functools.cache

@@ -130,16 +130,25 @@ class PackedExperts:
         """Write one matrix of every expert into `out` [expert, rows, columns], in its dtype (it may be a view)."""
         for slot in range(layout.SLOTS):
             members = _index([pair[slot] for pair in self.pairs], out)
-            out[members] = decode(self.words[matrix], self.window[matrix], slot).to(out.dtype)
+            out[members] = self.decoded(matrix, slot).to(out.dtype)
         if self.alone:
             out[_index(self.alone, out)] = self.dense[matrix].to(out.dtype)
 
     def unpacked(self, matrix: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """One matrix of every expert: [expert, rows, columns]."""
-        words = self.words[matrix]
-        out = words.new_empty(layout.SLOTS * len(self.pairs) + len(self.alone), *words.shape[1:], dtype=dtype)
+        count = layout.SLOTS * len(self.pairs) + len(self.alone)
+        out = self.words[matrix].new_empty(count, *self.shape(matrix), dtype=dtype)
         self.unpack(matrix, out)
         return out
+
+    def decoded(self, matrix: str, slot: int) -> Tensor:
+        """What one slot of every pair reads: bf16 [pair, rows, columns]."""
+        return decode(self.words[matrix], self.window[matrix], slot)
+
+    def shape(self, matrix: str) -> tuple[int, int]:
+        """Rows and columns of a matrix."""
+        rows, columns = self.words[matrix].shape[1:]
+        return rows, columns
 
 
 def experts(

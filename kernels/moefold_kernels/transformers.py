@@ -25,7 +25,7 @@ from moefold_kernels.checkpoint import METHOD, VERSION, LayerEntry, PackedLayer,
 from moefold_kernels.conversion import Place, converters
 from moefold_kernels.errors import FormatError
 from moefold_kernels.finding import check_tensors, find, headers, wanted_dtypes
-from moefold_kernels.module import PackedModule, is_experts, pack_module, unpack_module
+from moefold_kernels.module import ENDS, PackedModule, is_experts, pack_module, unpack_module
 from moefold_kernels.quantized import MATRICES, MatrixReader
 from moefold_kernels.routed import MergedModule, RoutedModule, merge_module, unmerge_module
 
@@ -220,7 +220,7 @@ def _packed_styles(plan: Mapping[str, str]) -> dict[str, str]:
     for name, style in plan.items():
         for stock, packed in (("gate_up_proj", "gate_up"), ("up_proj", "gate_up"), ("down_proj", "down")):
             if name.endswith(f".experts.{stock}"):  # with the dot: not shared_experts
-                styles |= {f"{name.removesuffix(stock)}{packed}_{kind}": style for kind in ("packed", "dense")}
+                styles |= {f"{name.removesuffix(stock)}{packed}_{end}": style for end in ENDS.values()}
     return styles
 
 

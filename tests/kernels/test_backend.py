@@ -50,7 +50,7 @@ def test_every_reason_is_in_the_error():
     with pytest.raises(BackendError) as caught:
         choose(replace(NEED, format="4bit"), [Picky(), Reference()])
     assert "picky: wants hidden" in str(caught.value)
-    assert "reference: knows format exponent only, not 4bit" in str(caught.value)
+    assert "reference: knows formats exponent, pair4, pair5, pair6, pair8, not 4bit" in str(caught.value)
     with pytest.raises(BackendError, match="no backend given"):
         choose(NEED, [])
 

@@ -29,7 +29,11 @@ def msmoe(experts: Experts, groups: Groups, activity: Activity, context: Context
 
 
 def usage(groups: Groups, activity: Activity) -> dict[int, float]:
-    """Each expert's routed tokens as its share of the group's; equal shares in a group that saw none."""
+    """Each expert's routed tokens as its share of the group's; equal shares in a group that saw none.
+
+    Raises InputError unless the activity is of the experts that are grouped.
+    """
+    check_groups(groups.all(), len(activity.tokens))
     shares: dict[int, float] = {}
     for group in groups.all():
         counts = {expert: float(activity.tokens[expert]) for expert in group}
@@ -78,8 +82,8 @@ def check_groups(groups: list[list[int]], count: int) -> None:
     members = sorted(expert for group in groups for expert in group)
     if members != list(range(count)):
         raise InputError(
-            f"the groups name {len(members)} experts and the layer has {count}, each of which has to be in one group; "
-            "let the group.* stage read what this stage reads"
+            f"the groups name {len(members)} experts, and there are {count}, each of which has to be in one group; "
+            "let the group.* stage and observe read the experts that this stage reads"
         )
 
 

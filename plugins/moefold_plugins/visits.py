@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moefold import Experts, Routed
 
-CHUNK = 16384
+CHUNK = 32768
 """Tokens of a layer on the device at a time: bounds memory, and changes no result but by summation order."""
 
 

@@ -183,6 +183,19 @@ def test_a_ridge_that_is_too_small_says_so(tmp_path):
     assert all(fit["ridge"] != 1e-18 for fit in mergemoe(*inputs).figures["fits"].values())
 
 
+def test_the_ridge_is_the_one_that_predicts_held_out_tokens_best(qwen):
+    """Against every ridge tried one by one on the same tokens, from outside."""
+    inputs = (qwen.layer, qwen.routed, qwen.experts, PAIRS, qwen.activity, CONTEXT)
+    chosen = mergemoe(*inputs).figures["fits"]
+    every = {ridge: mergemoe(*inputs, ridge=ridge).figures["fits"] for ridge in fitting.RIDGES}
+    for number, fit in chosen.items():
+        best = min(every, key=lambda ridge: every[ridge][number]["left"])
+        left = every[best][number]["left"]
+        assert fit["ridge"] == (best if left < 1 else None)
+        assert fit["left"] == pytest.approx(min(left, 1))
+    assert any(fit["ridge"] for fit in chosen.values())
+
+
 def test_a_group_that_no_token_reaches_is_averaged(qwen):
     nowhere = replace(qwen.routed, top_k_index=torch.full_like(qwen.routed.top_k_index, 4))
     unused = replace(qwen.activity, tokens=torch.zeros_like(qwen.activity.tokens))
@@ -212,5 +225,5 @@ def test_usage_weights(qwen):
 
 
 def test_groups_of_other_experts_are_refused(qwen):
-    with pytest.raises(InputError, match="the groups name 4 experts and the layer has 8"):
+    with pytest.raises(InputError, match="the groups name 4 experts, and there are 8"):
         average(qwen.experts, Groups([[0, 1]], [2, 3]), CONTEXT)

@@ -131,7 +131,15 @@ class Activity(Artifact):
 
     def facts(self) -> dict[str, Json]:
         counts = self.tokens.tolist()
-        return {"tokens": counts, "total": self.total, "minimum": self.minimum, "starved": self.starved}
+        seen = self.tokens.clamp(min=1).double().to(self.inner_norm.device)
+        activation = (self.inner_norm.double().square().sum(dim=1) / seen).sqrt()
+        return {
+            "tokens": counts,
+            "activation": [float(f"{value:.5g}") for value in activation.tolist()],
+            "total": self.total,
+            "minimum": self.minimum,
+            "starved": self.starved,
+        }
 
 
 @dataclass(frozen=True)
@@ -210,6 +218,8 @@ class Baseline(Artifact):
     """Mean negative log-likelihood, nats per token, by text name."""
     texts: dict[str, Tensor]  # name -> [sample, length] int32
     bytes: dict[str, int]
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    """The same of each sample by itself, for intervals; every sample of a text has as many tokens."""
 
     def bits_per_byte(self, name: str, loss: float) -> float | None:
         """A loss in nats per token as bits per UTF-8 byte of that text; None where its bytes are not known."""

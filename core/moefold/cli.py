@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moefold import __version__, benchmarks, describe, doctor, report, shipped
+from moefold import __version__, benchmarks, describe, doctor, reporting, shipped, terminal
 from moefold import compare as comparing
 from moefold import tune as tuning
 from moefold.arguments import AsJson, Device, Keep, Model, PipelineName, Settings, Strict, Texts, To, Work
@@ -96,7 +96,8 @@ def run(
         if as_json:
             _print_json(result)
         else:
-            report.show(result, out)
+            terminal.show(result, out, session.store.root / "report.html")
+        terminal.judge(result, err)
 
 
 @app.command(epilog="Example: `moefold plan quickstart --set puzzlemoe.threshold=0.3` shows what that would recompute.")
@@ -226,6 +227,7 @@ def evaluate(
 
 
 app.command(epilog=comparing.EPILOG)(comparing.compare)
+app.command(epilog=reporting.EPILOG)(reporting.report)
 app.command(epilog=tuning.EPILOG)(tuning.tune)
 
 

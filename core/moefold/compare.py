@@ -26,7 +26,7 @@ EPILOG = """
 
         moefold compare out/puzzlemoe out/mergemoe out/reap
 
-        moefold compare out/* --csv methods.csv
+        moefold compare out/* --csv methods.csv --html methods.html
     """
 
 
@@ -35,6 +35,9 @@ def compare(
         list[Path], typer.Argument(metavar="RUN...", help="Directories that moefold saved, or report.json files.")
     ],
     to: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the rows as CSV as well.")] = None,
+    page: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a page with pictures as well.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare methods at equal bytes: loss, perplexity, expert bytes, seconds, peak memory."""
@@ -45,6 +48,10 @@ def compare(
         found = comparison.compare(runs)
         if to:
             _write_csv(found, to)
+        if page:
+            from moefold import compared_page, html
+
+            html.write(page, compared_page.page(found, runs).render())
         for line in found.warnings:
             err.print(f"[yellow]warning[/]: {escape(line)}", highlight=False, soft_wrap=True)
         if as_json:

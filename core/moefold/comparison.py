@@ -12,6 +12,7 @@ from statistics import fmean
 from moefold.artifact import Json
 from moefold.comparable import check
 from moefold.runs import Run, read
+from moefold.verdict import is_random
 
 EQUAL = 0.01
 """Runs whose expert bytes differ by no more than this part of them are of equal bytes."""
@@ -112,7 +113,7 @@ def _row(run: Run) -> Row:
     return Row(
         run.name,
         method(run.method),
-        _is_random(run.method),
+        is_random(run.method),
         *_experts(run.saved["experts"]),
         expert_bytes=size["after"],
         ratio=size["after"] / size["before"],
@@ -149,11 +150,6 @@ def _experts(layers: Mapping[str, Sequence[int]]) -> tuple[tuple[int, int], str]
 
 def _range(counts: Sequence[int]) -> str:
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]}..{counts[-1]}"
-
-
-def _is_random(found: Mapping[str, Json]) -> bool:
-    """Whether chance chose the experts that remain; PuzzleMoE's pairs are random as published, which is no baseline."""
-    return any(s["uses"].endswith(".random") and not s["uses"].startswith("pair.") for s in found["steps"])
 
 
 def method(found: Mapping[str, Json]) -> str:

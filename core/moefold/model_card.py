@@ -7,11 +7,13 @@ is put in at the end of every run, from the report, whether its figures were mea
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from moefold.artifact import Json
+from moefold.inside import Inside
 from moefold.pipeline import Pipeline
+from moefold.report import LARGE
 from moefold.saved import Saved
 
 HEADING = "## What was lost"
@@ -24,7 +26,8 @@ def write_losses(report: Mapping[str, Json], pipeline: Pipeline) -> None:
         rows = [row for facts in layers.values() for row in facts["rows"] if "loss_after" in row]
         for saved in sources:
             if rows:
-                _write(Path(report["saved"][saved]["all"]["path"]) / "README.md", rows)
+                told = _told(report["verdicts"][saved], Inside(report, saved).measured.values())
+                _write(Path(report["saved"][saved]["all"]["path"]) / "README.md", rows, told)
 
 
 def write_records(report: Mapping[str, Json]) -> None:
@@ -33,10 +36,29 @@ def write_records(report: Mapping[str, Json]) -> None:
         for facts in layers.values():
             place = Path(facts["path"])
             if place.is_dir():
-                (place / Saved.RECORD).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                told = {name: value for name, value in report.items() if name not in LARGE}
+                (place / Saved.RECORD).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
-def _write(card: Path, rows: Iterable[Mapping[str, Json]]) -> None:
+def _told(verdict: Mapping[str, Json], measured: Collection[Mapping[str, Json]]) -> str:
+    """The report's verdict in a few sentences: intervals, gate, the layers that err most."""
+    rows = verdict["texts"]
+    spans = [(r["text"], r["loss_increase_interval"]) for r in rows if r["loss_increase_interval"]]
+    lines = []
+    if spans:
+        told = ", ".join(f"{text} {low:+.4f} to {high:+.4f}" for text, (low, high) in spans)
+        lines.append(f"Increase of the loss, 95 % interval over samples: {told}.")
+    if verdict["passed"] is not None:
+        gates = ", ".join(f"{r['text']} {r['gate']:+.4f}" for r in rows if r["gate"] is not None)
+        lines.append(f"Gate ({gates}): {'passed' if verdict['passed'] else 'missed'}.")
+    if worst := sorted(measured, key=lambda row: -row["output_error"])[:3]:
+        told = ", ".join(f"{row['layer']} ({row['output_error']:.1%})" for row in worst)
+        last = max(measured, key=lambda row: row["layer"])
+        lines.append(f"Layers of the largest error: {told}; after the last, {last['cumulative_error']:.1%}.")
+    return "\n\n".join(lines)
+
+
+def _write(card: Path, rows: Iterable[Mapping[str, Json]], told: str) -> None:
     lines = [
         "| text | tokens | loss before | after | perplexity before | after |",
         "|---|---|---|---|---|---|",
@@ -47,7 +69,7 @@ def _write(card: Path, rows: Iterable[Mapping[str, Json]]) -> None:
         ),
     ]
     text = card.read_text(encoding="utf-8") if card.exists() else ""
-    table = "\n".join(lines)
+    table = "\n".join(lines) + (f"\n\n{told}" if told else "")
     section = f"{HEADING}\n\nLoss in nats per token, of the checkpoint as it is read back from disk.\n\n{table}\n"
     kept = text.partition(HEADING)[0].rstrip()
     if not text.endswith(section):

@@ -1,34 +1,30 @@
-"""From the facts of a run to a report: one JSON document, and a table for the terminal.
-
-The document's schema is at version 2: beside what was saved and lost it holds what `moefold compare` needs, which is
-the model's fingerprint and number of expert weights (`model`), which steps are the method's own and which calibrate
-(`methods`), the uncompressed model's losses with a digest of each text (`baselines`), and peaks of stored results.
-"""
+"""From the facts of a run to a report: one JSON document, whose fields docs/report.md describes."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
+from moefold import levels
 from moefold.artifact import Artifact, Json
-from moefold.artifacts import Activity, Baseline, Metrics, Text
+from moefold.artifacts import Activity, Baseline, Groups, Metrics, Similarity, Text
 from moefold.methods import methods, model
 from moefold.pipeline import Pipeline
 from moefold.plan import Plan
 from moefold.replacements import Packed, Reduced
 from moefold.run import Event
 from moefold.saved import Saved
+from moefold.store import Store
+from moefold.verdict import verdicts
 
 VERSION = 2
-"""Of the report's schema; raised when a field changes its meaning."""
+"""Of the report's schema; raised when a field changes its meaning, and not when one is added."""
 
-_STOCK = "import transformers"
+LARGE = ("similarity", "tasks")
+"""Fields that the copy in a saved checkpoint does without."""
+
 _LIBRARIES = ("moefold", "torch", "transformers", "safetensors", "triton")
 
 
@@ -52,8 +48,18 @@ class Times:
             step["peak_device_bytes"] = max(step["peak_device_bytes"], event.peak_device_bytes)
 
 
-def build(plan: Plan, facts: Mapping[str, Json], times: Times, device: str) -> dict[str, Json]:
-    """The report of a finished run: what was saved, what was lost, what it took, and what to be wary of."""
+def build(
+    plan: Plan,
+    facts: Mapping[str, Json],
+    times: Times,
+    device: str,
+    store: Store | None = None,
+    events: Sequence[Json] = (),
+) -> dict[str, Json]:
+    """The report of a finished run: what was saved, what was lost, what it took, and what to be wary of.
+
+    Similarities are read from `store`; `events` are the ledger's.
+    """
     pipeline = plan.pipeline
     report: dict[str, Json] = {
         "version": VERSION,
@@ -71,7 +77,13 @@ def build(plan: Plan, facts: Mapping[str, Json], times: Times, device: str) -> d
         "baselines": _made(pipeline, facts, Baseline),
         "metrics": _made(pipeline, facts, Metrics),
         "stages": {step: _took(step, facts, times) for step in pipeline.steps if step in times.totals},
+        "stage_versions": {step.stage.name: step.stage.version for step in pipeline.steps.values()},
+        "groups": _made(pipeline, facts, Groups),
+        "similarity": {} if store is None else _similarity(plan, store),
+        "tasks": {step: _tasks(notes) for step, notes in facts.items()},
+        "events": list(events),
     }
+    report["verdicts"] = verdicts(report)
     report["warnings"] = list(_warnings(report))
     return report
 
@@ -87,6 +99,22 @@ def _made(pipeline: Pipeline, facts: Mapping[str, Json], kind: type[Artifact]) -
     """The facts of every step that makes this kind of artifact, by step and layer."""
     steps = [s.id for s in pipeline.steps.values() if issubclass(s.stage.produces, kind)]
     return {s: {layer: note["facts"] for layer, note in facts[s].items()} for s in steps if s in facts}
+
+
+def _similarity(plan: Plan, store: Store) -> dict[str, Json]:
+    """Every stored similarity by step and layer, as levels for a picture."""
+    found: dict[str, Json] = {}
+    for key, task in plan.tasks.items():
+        if task.layer and issubclass(plan.kind(task), Similarity) and store.has(key, Similarity):
+            value = store.get(key, Similarity)
+            told = {"metric": value.metric, **levels.encode(value.matrix)}
+            found.setdefault(task.step, {})[str(task.layer.number)] = told
+    return found
+
+
+def _tasks(notes: Mapping[str, Json]) -> dict[str, Json]:
+    """By layer, whenever a task ran: seconds, peak memory of host and device."""
+    return {at: [round(n["seconds"], 4), n["peak_bytes"], n["peak_device_bytes"]] for at, n in notes.items()}
 
 
 def _took(step: str, facts: Mapping[str, Json], times: Times) -> dict[str, Json]:
@@ -135,109 +163,6 @@ def _short(numbers: Iterable[int], most: int = 12) -> str:
     listed = list(numbers)
     text = ", ".join(map(str, listed[:most]))
     return text if len(listed) <= most else f"{text} and {len(listed) - most} more"
-
-
-def show(report: Mapping[str, Json], console: Console) -> None:
-    """Print the report's summary: bytes, losses, masks, exponents, experts, seconds, memory, how to load."""
-    for line in report["warnings"]:
-        console.print(f"[yellow]warning[/]: {escape(line)}", highlight=False, soft_wrap=True)
-    saved = [facts for layers in report["saved"].values() for facts in layers.values()]
-    if saved:
-        console.print(_size_table(saved[0]))
-    for layers in report["metrics"].values():
-        for facts in layers.values():
-            console.print(_metric_table(facts))
-    console.print(_stage_table(report["stages"]))
-    for facts in saved:
-        console.print(_how_to_load(facts), highlight=False)
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    return table
-
-
-def _size_table(facts: Mapping[str, Json]) -> Table:
-    table = _table("What was saved", "", "before", "after", "ratio")
-    for label, key in (("expert bytes", "expert_bytes"), ("whole checkpoint", "checkpoint_bytes")):
-        before, after = facts[key]["before"], facts[key]["after"]
-        table.add_row(label, size(before), size(after), f"{after / before:.3f}x")
-    table.add_section()
-    if "masks" in facts:
-        for label, key in (("shared by both", "shared"), ("first expert's", "own"), ("second expert's", "other")):
-            table.add_row(f"mask: {label}", "", f"{facts['masks'][key]:.1%}", "")
-        table.add_row("exponents clipped / flushed to zero", "", f"{facts['clipped']:,} / {facts['flushed']:,}", "")
-    before, after = (sum(counts[i] for counts in facts["experts"].values()) for i in (0, 1))
-    if before != after:
-        table.add_row("experts", f"{before:,}", f"{after:,}", f"{after / before:.3f}x")
-    starved = facts["starved"]
-    told = "not calibrated" if starved is None else str(sum(len(experts) for experts in starved.values()))
-    table.add_row("experts that saw too few tokens", "", told, "")
-    if facts["thin"]:
-        thin = sum(len(experts) for experts in facts["thin"].values())
-        table.add_row("merged experts fitted on few tokens", "", str(thin), "")
-    for kind, count in facts["kinds"].items():
-        table.add_row(f"layers {kind}", str(facts["layers"]), str(count), "")
-    return table
-
-
-def _metric_table(facts: Mapping[str, Json]) -> Table:
-    rows = facts["rows"]
-    if not rows or "loss_before" not in rows[0]:
-        columns = list(rows[0]) if rows else []
-        table = _table(facts["title"], *columns)
-        for row in rows:
-            table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
-        return table
-    table = _table(
-        "What was lost (nats per token)",
-        "text",
-        "tokens",
-        "loss",
-        "after",
-        "increase",
-        "perplexity",
-        "after",
-    )
-    for row in rows:
-        table.add_row(
-            escape(row["text"]),
-            f"{row['tokens']:,}",
-            f"{row['loss_before']:.4f}",
-            f"{row['loss_after']:.4f}",
-            f"{row['loss_increase']:+.4f}",
-            f"{row['perplexity_before']:.3f}",
-            f"{row['perplexity_after']:.3f}",
-        )
-    return table
-
-
-def _stage_table(stages: Mapping[str, Json]) -> Table:
-    table = _table("What it took", "stage", "ran", "stored", "seconds", "peak memory")
-    for step, took in stages.items():
-        stored = took["tasks"] - took["to_run"]
-        seconds = f"{took['seconds']:.1f}" if took["ran"] else "-"
-        peak = size(took["peak_bytes"]) if took["ran"] else "-"
-        if took["peak_device_bytes"]:
-            peak += f" + {size(took['peak_device_bytes'])} on the device"
-        table.add_row(step, str(took["to_run"]), str(stored), seconds, peak)
-    ran = [took for took in stages.values() if took["ran"]]
-    if ran:
-        table.add_section()
-        total = sum(took["seconds"] for took in ran)
-        table.add_row("all", "", "", f"{total:.1f}", size(max(took["peak_bytes"] for took in ran)))
-    return table
-
-
-def _how_to_load(facts: Mapping[str, Json]) -> str:
-    path, imports = escape(facts["path"]), "import moefold, transformers" if facts["needs_moefold"] else _STOCK
-    return (
-        f"\nsaved in [bold]{path}[/]; load it with\n\n"
-        f"  {imports}\n"
-        f'  model = transformers.AutoModelForCausalLM.from_pretrained("{path}")\n'
-    )
 
 
 def size(count: float) -> str:

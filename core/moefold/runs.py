@@ -62,8 +62,8 @@ def read(places: Sequence[Path]) -> list[Run]:
     return _named([run for place in places for run in _read(place)])
 
 
-def _read(place: Path) -> Iterator[Run]:
-    """The runs behind one argument: one, unless a report without a directory tells of several saved checkpoints."""
+def read_report(place: Path) -> tuple[Path, dict[str, Json]]:
+    """The report of a finished run and the file that it is in; raises InputError for what is none."""
     file = _file(place)
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
@@ -78,9 +78,15 @@ def _read(place: Path) -> Iterator[Run]:
         raise InputError(f"{file} is no report of a run; {_GIVE}")
     if report["version"] != VERSION:
         raise InputError(
-            f"{file} is a report of version {report['version']}, and this moefold compares version {VERSION}; run its "
+            f"{file} is a report of version {report['version']}, and this moefold reads version {VERSION}; run its "
             "pipeline again with this moefold: what is stored is not computed again"
         )
+    return file, report
+
+
+def _read(place: Path) -> Iterator[Run]:
+    """The runs behind one argument: one, unless a report without a directory tells of several saved checkpoints."""
+    file, report = read_report(place)
     found = [Run(_name(place, report, step), place, report, step) for step in report["methods"]]
     if not found:
         raise InputError(f"{file}: that run saved no checkpoint (an evaluation?); {_GIVE}")

@@ -21,6 +21,8 @@ from moefold.artifact import Json
 from moefold.artifacts import Baseline
 from moefold.errors import InputError, StageError, suggest
 from moefold.hooks import Registry
+from moefold.html import write_report
+from moefold.ledger import Ledger
 from moefold.model_card import write_losses, write_records
 from moefold.models import locate
 from moefold.overrides import Overrides
@@ -102,9 +104,11 @@ class Session:
                 times(event)
                 bars(event)
 
-            found = self._run(pool, hear, workers, keep or ())
-        made = report.build(self.plan, found, times, self.device)
-        (self.store.root / "report.json").write_text(json.dumps(made, indent=2))
+            ledger = Ledger(self.store.root)
+            with ledger.run(self.plan, Counter(task.step for task in self.plan.missing(self.store).values())):
+                found = self._run(pool, hear, workers, keep or ())
+        made = report.build(self.plan, found, times, self.device, self.store, ledger.events(self.plan))
+        write_report(made, self.store.root)
         write_losses(made, self.plan.pipeline)
         write_records(made)
         return made

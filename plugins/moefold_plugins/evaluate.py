@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from statistics import fmean
 from typing import Annotated, Any
 
 import torch
@@ -12,15 +13,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moefold import Baseline, Checkpoint, Context, Metrics, Saved, Stage, StreamedModel, Text, hookimpl, stage
-from moefold.errors import TextError
+from moefold.errors import InputError, TextError, suggest
 
 LOG = logging.getLogger("moefold.progress")  # "layer N of M" moves the bar of a stage that runs once
 
+Gate = Annotated[
+    dict[str, Annotated[float, Field(allow_inf_nan=False)]],
+    Field(description="text -> largest increase of the loss (nats per token) with which the run passes"),
+]
 Batch = Annotated[int, Field(ge=1, description="samples in one forward pass")]
 
 
 def losses(checkpoint: Checkpoint, texts: dict[str, Tensor], device: torch.device, batch: int) -> dict[str, float]:
-    """Mean negative log-likelihood of each text in nats per token, one decoder layer in memory at a time.
+    """Mean negative log-likelihood of each text in nats per token: the mean of `sample_losses`."""
+    return {name: fmean(values) for name, values in sample_losses(checkpoint, texts, device, batch).items()}
+
+
+def sample_losses(
+    checkpoint: Checkpoint, texts: dict[str, Tensor], device: torch.device, batch: int
+) -> dict[str, list[float]]:
+    """Mean negative log-likelihood of each sample in nats per token, one decoder layer in memory at a time.
 
     `texts` are `[sample, length]` token ids; the first token of a sample predicts and is not predicted.
     """
@@ -34,18 +46,16 @@ def losses(checkpoint: Checkpoint, texts: dict[str, Tensor], device: torch.devic
                 streamed.through(number, ids.to(device), h.to(device)).cpu()
                 for (_, ids), h in zip(parts, hidden, strict=True)
             ]
-    sums = dict.fromkeys(texts, 0.0)
-    counts = dict.fromkeys(texts, 0)
+    found: dict[str, list[float]] = {name: [] for name in texts}
     for (name, ids), h in zip(parts, hidden, strict=True):
         for row, state in zip(ids, h, strict=True):  # a sample at a time: logits are [length, vocabulary] in float32
             logits = streamed.head(state[None].to(device))[0, :-1].float()
             target = row[1:].to(device)
-            sums[name] += float(F.cross_entropy(logits, target, reduction="sum").double())
-            counts[name] += len(target)
-    return {name: sums[name] / counts[name] for name in texts}
+            found[name].append(float(F.cross_entropy(logits, target, reduction="sum").double()) / len(target))
+    return found
 
 
-@stage("evaluate.baseline")
+@stage("evaluate.baseline", version=2)
 def evaluate_baseline(
     checkpoint: Checkpoint, texts: tuple[Text, ...], context: Context, *, batch: Batch = 8
 ) -> Baseline:
@@ -53,18 +63,31 @@ def evaluate_baseline(
     tokens = {text.name: text.tokens for text in texts}
     if len(tokens) != len(texts):
         raise TextError(f"two texts have one name ({', '.join(t.name for t in texts)}); evaluate each once")
-    return Baseline(losses(checkpoint, tokens, context.device, batch), tokens, {t.name: t.bytes for t in texts})
+    samples = sample_losses(checkpoint, tokens, context.device, batch)
+    means = {name: fmean(values) for name, values in samples.items()}
+    return Baseline(means, tokens, {t.name: t.bytes for t in texts}, samples)
 
 
-@stage("evaluate.perplexity")
-def evaluate_perplexity(saved: Saved, baseline: Baseline, context: Context, *, batch: Batch = 8) -> Metrics:
+@stage("evaluate.perplexity", version=2)
+def evaluate_perplexity(
+    saved: Saved,
+    baseline: Baseline,
+    context: Context,
+    *,
+    batch: Batch = 8,
+    gate: Gate = {},  # noqa: B006
+) -> Metrics:
     """The saved checkpoint's loss and perplexity on each text, read back from disk, beside the uncompressed model's."""
-    after = losses(Checkpoint.open(saved.path), baseline.texts, context.device, batch)
-    return Metrics("loss and perplexity", [_row(name, baseline, after[name]) for name in baseline.losses])
+    for name in gate:
+        if name not in baseline.losses:
+            raise InputError(f"gate: no text is called {name}{suggest(name, baseline.losses)}")
+    after = sample_losses(Checkpoint.open(saved.path), baseline.texts, context.device, batch)
+    rows = [_row(name, baseline, after[name]) | _judged(name, baseline, after[name], gate) for name in baseline.losses]
+    return Metrics("loss and perplexity", rows)
 
 
-def _row(name: str, baseline: Baseline, after: float) -> dict[str, Any]:
-    before = baseline.losses[name]
+def _row(name: str, baseline: Baseline, samples: list[float]) -> dict[str, Any]:
+    before, after = baseline.losses[name], fmean(samples)
     return {
         "text": name,
         "tokens": baseline.texts[name].numel(),
@@ -75,7 +98,16 @@ def _row(name: str, baseline: Baseline, after: float) -> dict[str, Any]:
         "perplexity_after": math.exp(after),
         "bits_per_byte_before": baseline.bits_per_byte(name, before),
         "bits_per_byte_after": baseline.bits_per_byte(name, after),
+        "samples_before": [round(value, 7) for value in baseline.samples.get(name, ())],
+        "samples_after": [round(value, 7) for value in samples],
     }
+
+
+def _judged(name: str, baseline: Baseline, samples: list[float], gate: dict[str, float]) -> dict[str, Any]:
+    """A NaN passes no gate."""
+    if name not in gate:
+        return {}
+    return {"gate": gate[name], "passed": fmean(samples) - baseline.losses[name] <= gate[name]}
 
 
 @hookimpl

@@ -1,0 +1,169 @@
+"""What a report tells of each layer and each expert of one saved checkpoint, gathered from the steps behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+
+from moefold.artifact import Json
+
+Facts = Mapping[str, Mapping[str, Json]]
+
+
+class Inside:
+    """One saved checkpoint of a report: its layers by number, as text, as the report has them."""
+
+    def __init__(self, report: Mapping[str, Json], step: str) -> None:
+        self.report = report
+        self.step = step
+        self.method: Mapping[str, Json] = report["methods"][step]
+        self.own: list[str] = self.method["own"]
+
+    def _of(self, kind: str, steps: list[str] | None = None) -> Facts:
+        """Facts by layer of the last of the checkpoint's own steps that makes such results; none, if none does."""
+        given = self.report.get(kind, {})
+        named = [step for step in (self.own if steps is None else steps) if step in given]
+        return given[named[-1]] if named else {}
+
+    @cached_property
+    def activity(self) -> Facts:
+        """Of the model's own experts: the activity of the most experts."""
+        found = [self._of("activity", [step]) for step in [*self.method["calibration"], *self.own]]
+        return max(found, key=lambda layers: max((len(f["tokens"]) for f in layers.values()), default=0), default={})
+
+    @cached_property
+    def packed(self) -> Facts:
+        """Format, pairs and counts."""
+        return self._of("packed")
+
+    @cached_property
+    def reduced(self) -> Facts:
+        """Merged or pruned experts."""
+        return self._of("reduced")
+
+    @cached_property
+    def similarity(self) -> Facts:
+        """What the choice was made by."""
+        return self._of("similarity")
+
+    @cached_property
+    def measured(self) -> dict[str, Mapping[str, Json]]:
+        """Rows of `evaluate.layers`, dense layers among them."""
+        rows = [
+            row
+            for step in self.method["metrics"]
+            for facts in self.report["metrics"].get(step, {}).values()
+            for row in facts["rows"]
+            if "output_error" in row
+        ]
+        return {str(row["layer"]): row for row in rows}
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """All that something is told of, in order."""
+        saved = self.report["saved"][self.step]["all"].get("experts", {})
+        found = {*self.activity, *self.packed, *self.reduced, *self.measured, *saved}
+        return sorted(found, key=int)
+
+    def spent(self, layer: str) -> tuple[float, int, int]:
+        """Seconds, peak memory of the host and of the device, over the checkpoint's steps at a layer."""
+        tasks = self.report.get("tasks", {})
+        took = [
+            tasks[step][layer]
+            for step in (*self.method["calibration"], *self.own)
+            if step in tasks and layer in tasks[step]
+        ]
+        return sum(t[0] for t in took), max((t[1] for t in took), default=0), max((t[2] for t in took), default=0)
+
+    def seconds(self) -> dict[str, list[float]]:
+        """Seconds by step and layer, of the steps that run once a layer."""
+        tasks = self.report.get("tasks", {})
+        steps = [
+            step for step in (*self.method["calibration"], *self.own) if step in tasks and "all" not in tasks[step]
+        ]
+        return {step: [tasks[step].get(layer, [0.0])[0] for layer in self.layers] for step in steps}
+
+    def threshold(self) -> float | None:
+        """PuzzleMoE's, which decides what mask shares to expect."""
+        for stage in self.report["pipeline"].get("stages", ()):
+            if stage["id"] in self.own and stage["uses"] == "puzzlemoe":
+                return float(stage["with"]["threshold"])
+        return None
+
+    def experts(self) -> Iterator[dict[str, Json]]:
+        """For the page: each layer with experts, a list a column, an entry an expert of the model."""
+        saved = self.report["saved"][self.step]["all"].get("experts", {})
+        for layer in self.layers:
+            seen = self.activity.get(layer)
+            before = len(seen["tokens"]) if seen else saved.get(layer, [0])[0]
+            if before:
+                yield self._experts(layer, before, seen)
+
+    def _experts(self, layer: str, before: int, seen: Mapping[str, Json] | None) -> dict[str, Json]:
+        merged = self._merged(layer, before)
+        partner = self._partners(layer)
+        kept = self.measured.get(layer, {}).get("kept")
+        tokens = seen["tokens"] if seen else [None] * before
+        total = sum(t or 0 for t in tokens)
+        saliency = self.reduced.get(layer, {}).get("figures", {}).get("saliency")
+        saliency = saliency or (seen or {}).get("activation") or [None] * before
+        starved = set(seen["starved"]) if seen else set()
+        flags = {
+            expert: [
+                *(["pruned"] if merged[expert] is None else []),
+                *(["dead"] if tokens[expert] == 0 else ["few tokens"] if expert in starved else []),
+            ]
+            for expert in range(before)
+        }
+        return {
+            "number": int(layer),
+            "tokens": tokens,
+            "share": [None if t is None or not total else round(t * before / total, 4) for t in tokens],
+            "saliency": [None if s is None else float(f"{s:.4g}") for s in saliency],
+            "kept": [None if m is None or not kept else kept[m] for m in merged],
+            "group": [self._named(layer, merged, partner, expert) for expert in range(before)],
+            "groups": self._groups(layer, partner),
+            "flags": {expert: told for expert, told in flags.items() if told},
+            "note": self._note(layer, before, seen, flags),
+        }
+
+    def _merged(self, layer: str, before: int) -> list[int | None]:
+        """The expert of the saved layer that each of the model's own became; None: pruned."""
+        facts = self.reduced.get(layer)
+        if not facts:
+            return list(range(before))
+        place = {expert: number for number, group in enumerate(facts["groups"]) for expert in group}
+        return [place.get(expert) for expert in range(before)]
+
+    def _partners(self, layer: str) -> dict[int, int]:
+        """Of each packed expert, the one that it shares words with."""
+        pairs = self.packed.get(layer, {}).get("pairs", [])
+        return {a: b for pair in pairs for a, b in (pair, pair[::-1])}
+
+    def _groups(self, layer: str, partner: Mapping[int, int]) -> list[list[int]]:
+        """The model's own experts that became one, or that share words; for the similarity map."""
+        facts = self.reduced.get(layer)
+        if facts:
+            return [group for group in facts["groups"] if len(group) > 1]
+        return [[a, b] for a, b in partner.items() if a < b]
+
+    def _named(self, layer: str, merged: list[int | None], partner: Mapping[int, int], expert: int) -> str:
+        number = merged[expert]
+        if number is None:
+            return "pruned"
+        with_others = [e for e, m in enumerate(merged) if m == number and e != expert]
+        parts = [f"merged with {', '.join(map(str, with_others))}"] if with_others else []
+        if number in partner:
+            which = "" if not self.reduced.get(layer) else "merged "
+            parts.append(f"shares words with {which}{partner[number]}")
+        return "; ".join(parts) or "alone"
+
+    @staticmethod
+    def _note(layer: str, before: int, seen: Mapping[str, Json] | None, flags: Mapping[int, list[str]]) -> str:
+        if not seen:
+            return f"Layer {layer}: {before} experts; not calibrated."
+        dead, few = (sum(flag in told for told in flags.values()) for flag in ("dead", "few tokens"))
+        return (
+            f"Layer {layer}: {before} experts, {seen['total']:,} tokens entered; {dead} dead (no token), "
+            f"{few} more under-sampled (fewer than {seen['minimum']} tokens)."
+        )

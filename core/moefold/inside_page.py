@@ -1,0 +1,189 @@
+"""The sections of a run's page that look inside a saved checkpoint: per layer, per expert, what is alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+
+from moefold import pictures
+from moefold.artifact import Json
+from moefold.html import Page, badge, paragraph, place, raw, table
+from moefold.inside import Inside
+from moefold.report import size
+from moefold.verdict import expected_shares
+
+_PERCENT = {"tickformat": ".1%"}
+_MASKS = {"shared": "shared by both", "own": "first expert's", "other": "second expert's"}
+
+
+def layers(made: Page, inside: Inside) -> None:
+    """Errors, routing, masks, seconds and peaks by layer."""
+    if not inside.layers:
+        return
+    parts = _errors(made, inside) + _masks(made, inside) + _seconds(made, inside)
+    made.add("layers", "Per layer", "".join([*parts, _layer_table(inside)]))
+
+
+def _errors(made: Page, inside: Inside) -> list[str]:
+    rows = list(inside.measured.values())
+    if not rows:
+        return [paragraph("Error by layer was not measured; add the stage evaluate.layers to the pipeline.")]
+    named = {"this layer alone": "output_error", "all layers so far": "cumulative_error"}
+    series = {name: [(row["layer"], row[key]) for row in rows] for name, key in named.items()}
+    told = (
+        "Error of a decoder layer's output relative to the original's, mean over tokens: of the compressed layer on "
+        "what enters the original's, and accumulated along the compressed model."
+    )
+    parts = [made.figure("errors-plot", pictures.lines(series, "relative error", rangemode="tozero", **_PERCENT), told)]
+    kept = [(row["layer"], row["routing_overlap"]) for row in rows if row["routing_overlap"] is not None]
+    if kept:
+        told = "Share of the original's top-k choices that the compressed model, on its own inputs, makes too."
+        figure = pictures.lines({"routing kept": kept}, "choices kept", **_PERCENT)
+        parts.append(made.figure("routing-plot", figure, told))
+    return parts
+
+
+def _shares(facts: Mapping[str, Json]) -> dict[str, float] | None:
+    counts = facts.get("counts") or {}
+    total = counts.get("weights", 0)
+    return {name: counts[name] / total for name in _MASKS} if total else None
+
+
+def _masks(made: Page, inside: Inside) -> list[str]:
+    found = {layer: shares for layer, facts in inside.packed.items() if (shares := _shares(facts))}
+    if not found:
+        return []
+    threshold = inside.threshold()
+    marks: list[float] = []
+    told = "What the positions of merged matrices hold."
+    if threshold is not None:
+        want = expected_shares(threshold)
+        marks = [want["shared"], want["shared"] + want["own"]]
+        told += (
+            f" Dashed: independent Gaussian weights at threshold {threshold:g} give "
+            f"{want['shared']:.1%} / {want['own']:.1%} / {want['other']:.1%}."
+        )
+    parts = {title: [shares[name] for shares in found.values()] for name, title in _MASKS.items()}
+    figure = pictures.stacked([int(n) for n in found], parts, "positions", marks, range=[0, 1], **_PERCENT)
+    return [made.figure("masks-plot", figure, told)]
+
+
+def _seconds(made: Page, inside: Inside) -> list[str]:
+    parts = inside.seconds()
+    if not parts:
+        return []
+    figure = pictures.stacked([int(n) for n in inside.layers], parts, "seconds")
+    return [made.figure("seconds-plot", figure, "Seconds by layer and stage, whenever the stored results were made.")]
+
+
+def _layer_table(inside: Inside) -> str:
+    """The columns that this run has something for."""
+    rows = [_layer(inside, layer) for layer in inside.layers]
+    columns = ["layer", *(c for c in rows[0] if c != "layer" and any(row[c] is not None for row in rows))]
+    return table(columns, [[row[column] for column in columns] for row in rows])
+
+
+def _layer(inside: Inside, layer: str) -> dict[str, Json]:
+    saved = inside.report["saved"][inside.step]["all"].get("experts", {}).get(layer)
+    row = inside.measured.get(layer, {})
+    facts = inside.packed.get(layer, {})
+    counts, shares = facts.get("counts") or {}, _shares(facts)
+    seen = inside.activity.get(layer)
+    seconds, peak, device = inside.spent(layer)
+    dead = sum(count == 0 for count in seen["tokens"]) if seen else None
+    few = sum(seen["tokens"][expert] > 0 for expert in seen["starved"]) if seen else None
+    return {
+        "layer": layer,
+        "experts": f"{saved[0]} → {saved[1]}" if saved and saved[0] != saved[1] else saved and saved[0],
+        "output error": _percent(row.get("output_error"), 2),
+        "of what it adds": _percent(row.get("update_error"), 2),
+        "cumulative": _percent(row.get("cumulative_error"), 2),
+        "routing kept": _percent(row.get("routing_overlap")),
+        "shared / first / second": " / ".join(f"{100 * s:.1f}" for s in shares.values()) + " %" if shares else None,
+        "clipped": _flagged(counts.get("clipped") if counts else None, "bad"),
+        "flushed": _flagged(counts.get("flushed") if counts else None, ""),
+        "dead": _flagged(dead, "bad"),
+        "few tokens": _flagged(few, "warn"),
+        "seconds": f"{seconds:.1f}" if seconds else None,
+        "peak": size(peak) if peak else None,
+        "device peak": size(device) if device else None,
+    }
+
+
+def _percent(value: float | None, digits: int = 1) -> str | None:
+    return None if value is None else f"{value:.{digits}%}"
+
+
+def _flagged(count: int | None, kind: str) -> Json:
+    return count if not count or not kind else badge(f"{count:,}", kind)
+
+
+def experts(made: Page, inside: Inside) -> None:
+    """Tokens, saliency, partner and kept share of each expert: all as a picture, one layer at a time as a table."""
+    found = list(inside.experts())
+    if not found:
+        return
+    salient = any("saliency" in f.get("figures", {}) for f in inside.reduced.values())
+    title = "saliency" if salient else "activation (RMS length)"
+    known = {
+        name: any(v is not None for layer in found for v in layer[name]) for name in ("tokens", "saliency", "kept")
+    }
+    measures = [
+        *([{"name": "share", "title": "tokens (1: equal share)", "format": ".2f"}] if known["tokens"] else []),
+        *([{"name": "saliency", "title": title, "format": ".3g"}] if known["saliency"] else []),
+        *([{"name": "kept", "title": "share of weights kept", "format": ".1%"}] if known["kept"] else []),
+    ]
+    columns = [
+        *([{"name": "tokens", "title": "tokens seen", "format": "count"}] if known["tokens"] else []),
+        *([{"name": "share", "title": "of an equal share", "format": "percent"}] if known["tokens"] else []),
+        *([{"name": "saliency", "title": title.split(" (")[0], "format": "number"}] if known["saliency"] else []),
+        *([{"name": "kept", "title": "weights kept", "format": "percent"}] if known["kept"] else []),
+        {"name": "group", "title": "partner or group", "format": "text"},
+    ]
+    made.experts = {"layers": found, "measures": measures, "columns": columns}
+    made.add("experts", "Per expert", _expert_section(found, measures, columns))
+
+
+def _expert_section(found: list[Json], measures: list[Json], columns: list[Json]) -> str:
+    parts = [_flags(found)]
+    if measures:
+        options = "".join(f'<option value="{m["name"]}">{escape(m["title"])}</option>' for m in measures)
+        parts.append(f'<div class="controls"><label>Colour <select id="measure">{options}</select></label></div>')
+        parts.append(place("experts-plot", "Every expert of every layer; a click on one shows its layer below."))
+    options = "".join(f'<option value="{i}">{layer["number"]}</option>' for i, layer in enumerate(found))
+    head = "".join(
+        f"<th{' class=left' if c['format'] == 'text' else ''}>{escape(c['title'])}</th>"
+        for c in [{"title": "expert", "format": ""}, *columns, {"title": "flags", "format": "text"}]
+    )
+    parts.append(
+        f'<div class="controls"><label>Layer <select id="layer">{options}</select></label></div>'
+        '<p class="soft" id="experts-note"></p>'
+        f'<div class="wide tall"><table><thead><tr>{head}</tr></thead><tbody id="experts-rows"></tbody></table></div>'
+    )
+    return "".join(parts)
+
+
+def _flags(found: list[Json]) -> str:
+    """Dead and under-sampled experts of all layers, named."""
+    lines: list[tuple[Json, ...]] = []
+    for layer in found:
+        named = {f: [str(e) for e, told in layer["flags"].items() if f in told] for f in ("dead", "few tokens")}
+        if any(named.values()):
+            lines.append((layer["number"], *(", ".join(who) or None for who in named.values())))
+    if not lines:
+        seen = any(layer["tokens"][0] is not None for layer in found)
+        return f"<p>{badge('every expert saw enough tokens', 'good')}</p>" if seen else paragraph("Not calibrated.")
+    counts = [sum(len(str(line[i]).split(", ")) for line in lines if line[i]) for i in (1, 2)]
+    marks = raw(f"{badge(f'{counts[0]} dead', 'bad')} {badge(f'{counts[1]} under-sampled', 'warn')}")
+    listed = table(("layer", "dead", "few tokens"), lines, {1: "long", 2: "long"})
+    return f"<details{' open' if len(lines) <= 8 else ''}><summary>{marks}, by layer</summary>{listed}</details>"
+
+
+def similarity(made: Page, inside: Inside) -> None:
+    """The map of the chosen layer, with the pairs or groups that were chosen."""
+    if not inside.similarity:
+        return
+    made.experts["maps"] = dict(inside.similarity)
+    select = paragraph("How alike the experts of the layer chosen above are; framed: those that were put together.")
+    note = '<p class="soft" id="similarity-note"></p>'
+    made.add("similarity", "Similarity", select + place("similarity-plot", "Brighter is more alike.", "square") + note)

@@ -6,7 +6,7 @@ A codec is a frozen pydantic model: its fields are the options of its stage.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -16,9 +16,11 @@ from moefold.artifact import Json
 from moefold.artifacts import Experts, MergedPair, Paired, PairMerge, as_index
 from moefold.errors import FormatError, InputError
 from moefold.layer import Layer
+from moefold.magnitudes import LevelTable
 from moefold.merged_pairs import MergedPairs
 from moefold.replacements import Packed, Unpacked
 from moefold.stage import Context, Port, Stage, stage
+from moefold_kernels import reference
 
 _COUNTS = ("weights", "shared", "own", "other", "zero", "clipped", "flushed")
 
@@ -26,7 +28,7 @@ _COUNTS = ("weights", "shared", "own", "other", "zero", "clipped", "flushed")
 class Coded(NamedTuple):
     """One merged matrix in a packed format, and how many positions were `clipped` or `flushed` on the way."""
 
-    words: Tensor  # [rows, columns] int16
+    words: Tensor  # [rows, columns] int16 (few-bit formats: each row's planes and scales)
     counts: dict[str, int]
 
 
@@ -44,6 +46,8 @@ class Codec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: ClassVar[str]
     version: ClassVar[int] = 1
+    takes_levels: ClassVar[bool] = False
+    """Whether `pack.<name>` has an input for the levels of a model's magnitudes."""
 
     def fit(self, matrix: str, weights: Tensor) -> Json:
         """Settings for one matrix of a layer, learnt from its paired experts `[expert, rows, columns]`."""
@@ -59,6 +63,14 @@ class Codec(BaseModel):
 
     def pack_layer(self, merge: PairMerge) -> CodedLayer | None:  # noqa: ARG002  (the default takes nothing)
         """All pairs at once, equal in every bit and count to `fit` and `encode`; None to have those called instead."""
+        return None
+
+    def with_levels(self, table: LevelTable) -> Self:  # noqa: ARG002  (as above)
+        """The codec with the levels of a model's magnitudes, where it takes them."""
+        return self
+
+    def lay_out(self, merge: MergedPairs) -> CodedLayer | None:  # noqa: ARG002  (as above)
+        """Pairs that were merged for this format; None to have `fit` and `encode` called instead."""
         return None
 
     @classmethod
@@ -104,8 +116,8 @@ def _pack_merged(codec: Codec, merge: MergedPairs) -> Packed:
     """Lay out what is merged already: settings are fitted to the magnitudes themselves."""
     if merge.format != codec.name:
         raise InputError(f"these pairs were merged for the format {merge.format}; use pack.{merge.format}")
-    coded = CodedLayer({}, {}, dict.fromkeys(_COUNTS, 0))
-    if merge.pairs:
+    coded = codec.lay_out(merge) if merge.pairs else CodedLayer({}, {}, dict.fromkeys(_COUNTS, 0))
+    if coded is None:
         coded = _encode(codec, len(merge.pairs), merge.magnitude, merge.merged)
     return Packed(
         format=codec.name,
@@ -129,24 +141,18 @@ def _encode(
     counts: dict[str, Json] = dict.fromkeys(_COUNTS, 0)
     for matrix, weights in matrices.items():
         settings[matrix] = codec.fit(matrix, weights)
-        out = torch.empty(pairs, *weights.shape[1:], dtype=torch.int16)  # on the CPU: it is on its way out
+        out = torch.empty(0, dtype=torch.int16)
         for index, pair in enumerate(merged(matrix)):
             coded = codec.encode(pair, settings[matrix])
             if coded.words.dtype != torch.int16:
                 raise FormatError(f"codec {codec.name} gave {coded.words.dtype} words; a codec gives int16")
+            if not index:
+                out = torch.empty(pairs, *coded.words.shape, dtype=torch.int16)  # on the CPU: it is on its way out
             out[index] = coded.words.cpu()
-            for key, value in (_masks(pair) | coded.counts).items():
+            for key, value in (reference.masks(pair.keep) | coded.counts).items():
                 counts[key] = counts.get(key, 0) + value
         words[matrix] = out
     return CodedLayer(words, settings, counts)
-
-
-def _masks(pair: MergedPair) -> dict[str, int]:
-    first, second = pair.keep[0], pair.keep[1]
-    shared = int((first & second).sum())
-    own, other = int(first.sum()) - shared, int(second.sum()) - shared
-    total = first.numel()
-    return {"weights": total, "shared": shared, "own": own, "other": other, "zero": total - shared - own - other}
 
 
 def _biases(experts: Experts) -> dict[str, Tensor]:
@@ -162,15 +168,18 @@ def _alone(experts: Experts, alone: list[int]) -> dict[str, Tensor]:
 
 def pack_stage(codec: type[Codec]) -> Stage[Any, Packed]:
     """The stage `pack.<name>` of a codec: its options are the codec's fields."""
+    ports = {"merge": Port("merge", Paired, "one")}
+    if codec.takes_levels:
+        ports["levels"] = Port("levels", LevelTable, "optional")
 
-    def run(merge: Paired, **options: Json) -> Packed:
-        return pack(codec(**options), merge)
+    def run(merge: Paired, levels: LevelTable | None = None, **options: Json) -> Packed:
+        return pack(codec(**options) if levels is None else codec(**options).with_levels(levels), merge)
 
     run.__doc__ = codec.__doc__
     return Stage(
         name=f"pack.{codec.name}",
         function=run,
-        ports={"merge": Port("merge", Paired, "one")},
+        ports=ports,
         injected={},
         options=codec,
         produces=Packed,
@@ -199,9 +208,8 @@ def _decode(codec: Codec, packed: Packed, matrices: dict[str, Tensor], device: t
 def _unpack_merged(codec: Codec, packed: Packed, device: torch.device) -> Unpacked:
     """The same of experts that were merged before they were packed: nothing of them is in the model's files."""
     dtype = next((part.dtype for part in packed.experts.values()), torch.bfloat16)
-    shapes = {name: words.shape[1:] for name, words in packed.words.items()}
-    inner, hidden = shapes["up_proj"]
-    count, gated = 2 * len(packed.pairs) + len(packed.dense), "gate_proj" in shapes
+    inner, hidden = (packed.words[name].shape[1] for name in ("up_proj", "down_proj"))  # rows, whatever the format
+    count, gated = 2 * len(packed.pairs) + len(packed.dense), "gate_proj" in packed.words
     gate_up = torch.empty(count, inner * (1 + gated), hidden, dtype=dtype, device=device)
     down = torch.empty(count, hidden, inner, dtype=dtype, device=device)
     biases = {name: bias.to(device) for name, bias in packed.biases.items()}

@@ -28,10 +28,13 @@ class Packed(Replacement):
     """The two experts of each pair; a position in the inner list is a slot of the format."""
     dense: list[int]
     """The experts left alone, in the order of their rows in `experts`."""
-    words: dict[str, Tensor]  # "gate_proj", "up_proj", "down_proj" -> [pair, rows, columns] int16
+    words: dict[str, Tensor]
+    """"gate_proj", "up_proj", "down_proj" -> [pair, rows, columns] int16; in few-bit formats a row's planes and scales
+    one after another (moefold_kernels.layout_pairs)."""
     experts: dict[str, Tensor]  # the same names -> [dense expert, rows, columns], source dtype
     settings: dict[str, Json]
-    """What decoding needs beside the words, by matrix; for `exponent`: the top exponent of the window."""
+    """What decoding needs beside the words, by matrix: for `exponent` the top exponent of the window, for few-bit pairs
+    {"levels": [...], "columns": ...}."""
     counts: dict[str, Json]
     """Positions (one word each) by what they hold, over all pairs and matrices: weights, shared, own, other, zero,
     clipped, flushed."""

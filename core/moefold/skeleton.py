@@ -160,8 +160,8 @@ class Skeleton:
         gate_up, down, rows = None, None, 0
         try:
             with self.checkpoint.reading() as read:
-                for matrix, name in packed.matrix.items():
-                    one = read_layer(lambda key: read(key).to(device), replace(packed, matrix={matrix: name}))[matrix]
+                for matrix in packed.matrix:
+                    one = read_layer(lambda key: read(key).to(device), packed, matrices=[matrix])[matrix]
                     if matrix == "down_proj":
                         down = one
                         continue

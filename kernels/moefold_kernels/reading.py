@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,15 +13,20 @@ from moefold_kernels.errors import FormatError
 from moefold_kernels.reference import decode
 
 
-def read_layer(get: Callable[[str], Tensor], layer: PackedLayer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The decoded matrices of every expert, in the order before packing: standard name -> [expert, rows, columns].
+def read_layer(
+    get: Callable[[str], Tensor],
+    layer: PackedLayer,
+    dtype: torch.dtype | None = None,
+    matrices: Iterable[str] | None = None,
+) -> dict[str, Tensor]:
+    """The decoded matrices of every expert (all of them, or `matrices`), in the order before packing.
+
+    Standard name -> [expert, rows, columns].
 
     `get` gives a tensor by its name in the files; it is asked for one pair's matrix at a time. `dtype` is the
     experts' (default: that of the experts left alone, bfloat16 where there are none).
     """
-    rows = {matrix: get(layer.packed(0, matrix)).shape[0] for matrix in ("up_proj", "down_proj")}
-    columns = {matrix: rows["up_proj" if matrix == "down_proj" else "down_proj"] for matrix in layer.matrix}
-    return {matrix: _read_matrix(get, layer, matrix, dtype, columns[matrix]) for matrix in layer.matrix}
+    return {matrix: _read_matrix(get, layer, matrix, dtype) for matrix in matrices or layer.matrix}
 
 
 def fuse(matrices: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -31,12 +36,12 @@ def fuse(matrices: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return gate_up, matrices["down_proj"]
 
 
-def _read_matrix(
-    get: Callable[[str], Tensor], layer: PackedLayer, matrix: str, dtype: torch.dtype | None, columns: int
-) -> Tensor:
+def _read_matrix(get: Callable[[str], Tensor], layer: PackedLayer, matrix: str, dtype: torch.dtype | None) -> Tensor:
     first = {part: get(layer.packed(0, matrix, part)) for part in layer.parts}
     stored = get(layer.alone(0, matrix)).dtype if layer.dense else torch.bfloat16
-    rows = first["words"].shape[0]
+    rows, columns = first["words"].shape
+    if layer.format != layout.EXPONENT:  # of which words do not tell how far a row is padded
+        columns = get(layer.packed(0, "up_proj" if matrix == "down_proj" else "down_proj")).shape[0]
     out = first["words"].new_empty(layer.experts, rows, columns, dtype=dtype or stored)
     for index, pair in enumerate(layer.pairs):
         parts = {part: get(layer.packed(index, matrix, part)) for part in layer.parts} if index else first

@@ -98,6 +98,15 @@ def counts_as_coded(counts: Sequence[int], weights: int) -> dict[str, int]:
     return found | {"zero": emptied, "shared": weights - emptied - found["own"] - found["other"]}
 
 
+def masks(keep: Tensor) -> dict[str, int]:
+    """Positions of `keep` [2, ...] by who keeps them."""
+    first, second = keep
+    shared = int((first & second).sum())
+    own, other = int(first.sum()) - shared, int(second.sum()) - shared
+    total = first.numel()
+    return {"weights": total, "shared": shared, "own": own, "other": other, "zero": total - shared - own - other}
+
+
 def decode(words: Tensor, top: int, slot: int) -> Tensor:
     """One slot's bf16 values: `(-1) ** sign * 2 ** (exponent - 127) * 1.fraction` where it is kept, +0 elsewhere."""
     if slot not in range(layout.SLOTS):

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from moefold import Experts, Layer, Packed, Quantized, Reduced, Replacement
 from moefold.errors import FormatError
-from moefold_kernels import PackedLayer, layout
+from moefold_kernels import PackedLayer, layout, reference_pairs
+from moefold_kernels.checkpoint import FORMATS
 from moefold_plugins.layer_files import Export, LayerFiles
 from moefold_plugins.merged_files import check_route, merged_files
 from moefold_plugins.pruned_files import cut, pruned_files
@@ -33,8 +34,8 @@ def _packed(layer: Layer, value: Packed, export: Export) -> LayerFiles | None:
         if value.route is None or layer.number in layer.checkpoint.packed_layers:
             return None
         return pruned_files(layer, _unpaired(value)) if pruned else merged_files(layer, _unpaired(value), export)
-    if value.format != layout.EXPONENT:
-        raise FormatError(f"format {value.format} has no checkpoint layout; save knows {layout.EXPONENT}")
+    if value.format not in FORMATS:
+        raise FormatError(f"format {value.format} has no checkpoint layout; save knows {', '.join(FORMATS)}")
     if export == "expanded":
         raise FormatError(
             f"layer {layer.number}: packed experts have no form that stock readers know; drop `export: expanded`, or "
@@ -45,7 +46,10 @@ def _packed(layer: Layer, value: Packed, export: Export) -> LayerFiles | None:
     matrix = {name: place.matrix[name] for name in value.words}
     count = 2 * len(pairs) + len(value.dense)
     route = None if pruned else check_route(layer, value.route, count)
-    entry = PackedLayer(place.prefix, value.settings, pairs, tuple(value.dense), matrix, route=route)
+    exponent = value.format == layout.EXPONENT
+    window = value.settings if exponent else {}
+    levels = {} if exponent else {name: tuple(each["levels"]) for name, each in value.settings.items()}
+    entry = PackedLayer(place.prefix, window, pairs, tuple(value.dense), matrix, value.format, route, levels)
     drops = frozenset((*place.keys, *(place.biases if value.biases else ())))
     files = LayerFiles("packed", count, value.bytes(), drops, _packed_tensors(layer, entry, value), entry)
     return cut(layer, files, torch.tensor(value.route)) if pruned else files
@@ -54,7 +58,10 @@ def _packed(layer: Layer, value: Packed, export: Export) -> LayerFiles | None:
 def _packed_tensors(layer: Layer, entry: PackedLayer, value: Packed) -> Iterator[tuple[str, Tensor]]:
     for matrix, words in value.words.items():
         for pair in range(len(value.pairs)):
-            yield entry.packed(pair, matrix), words[pair]
+            parts = {"words": words[pair]}
+            if value.format != layout.EXPONENT:
+                parts = reference_pairs.from_record(value.format, words[pair], value.settings[matrix]["columns"])
+            yield from ((entry.packed(pair, matrix, part), tensor) for part, tensor in parts.items())
         for number in range(len(value.dense)):
             yield entry.alone(number, matrix), value.experts[matrix][number]
     yield entry.tripwire, torch.empty(0, dtype=torch.bfloat16)

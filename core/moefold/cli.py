@@ -17,6 +17,7 @@ from rich.table import Table
 
 from moefold import __version__, benchmarks, describe, doctor, reporting, shipped, terminal
 from moefold import compare as comparing
+from moefold import schema as schemas
 from moefold import tune as tuning
 from moefold.arguments import AsJson, Device, Keep, Model, PipelineName, Settings, Strict, Texts, To, Work
 from moefold.errors import InputError, MoefoldError, PipelineError
@@ -229,6 +230,7 @@ def evaluate(
 app.command(epilog=comparing.EPILOG)(comparing.compare)
 app.command(epilog=reporting.EPILOG)(reporting.report)
 app.command(epilog=tuning.EPILOG)(tuning.tune)
+app.command(epilog=schemas.EPILOG)(schemas.schema)
 
 
 def _version(value: bool) -> None:

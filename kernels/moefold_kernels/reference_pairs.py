@@ -94,7 +94,8 @@ def from_record(format: str, record: Tensor, columns: int) -> dict[str, Tensor]:
     widths = layout_pairs.planes(format, columns)
     sizes = [width if name == "scale" else 2 * width for name, width in widths.items()]
     parts = dict(zip(widths, record.split(sizes, dim=-1), strict=True))
-    return {name: part.clone() if name == "scale" else part.clone().view(torch.int32) for name, part in parts.items()}
+    whole = {name: part.clone(memory_format=torch.contiguous_format) for name, part in parts.items()}
+    return {name: part if name == "scale" else part.view(torch.int32) for name, part in whole.items()}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from merged_checkpoints import KINDS, ROUTE, merge_checkpoint
 from packing import pack_checkpoint
 
 from models import tiny
+from moefold_kernels import layout
 
 
 @pytest.fixture(scope="session")
@@ -31,12 +32,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
     """A function that makes (packed, twin) directories, once per arguments; the rest are keys of the model's config."""
     known: dict[object, tuple[Path, Path]] = {}
 
-    def make(family: str, alone: int = 0, layers: tuple[int, ...] | None = None, **config) -> tuple[Path, Path]:
-        key = (family, alone, layers, *sorted(config.items()))
+    def make(
+        family: str, alone: int = 0, layers: tuple[int, ...] | None = None, format: str = layout.EXPONENT, **config
+    ) -> tuple[Path, Path]:
+        key = (family, alone, layers, format, *sorted(config.items()))
         if key not in known:
             root = tmp_path_factory.mktemp(family)
             source = tiny(family, root / "source", shard_size="1GB", **{"num_hidden_layers": 2} | config)
-            pack_checkpoint(source, root / "packed", root / "twin", alone=alone, layers=layers)
+            pack_checkpoint(source, root / "packed", root / "twin", alone=alone, layers=layers, format=format)
             known[key] = root / "packed", root / "twin"
         return known[key]
 

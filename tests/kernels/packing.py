@@ -6,16 +6,18 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from leveled import levels_of, matrix
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moefold_kernels import PackedLayer, decode, encode, write_config
+from moefold_kernels import PackedLayer, decode, encode, layout, reference_pairs, write_config
 
 SOURCE_NAMES = {"mixtral": {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}}
 STANDARD = {name: name for name in ("gate_proj", "up_proj", "down_proj")}
@@ -52,7 +54,14 @@ def merge(weights: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pack_checkpoint(
-    source: Path, packed: Path, twin: Path, *, alone: int = 0, layers: Sequence[int] | None = None, seed: int = 0
+    source: Path,
+    packed: Path,
+    twin: Path,
+    *,
+    alone: int = 0,
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+    format: str = layout.EXPONENT,
 ) -> None:
     """Write `packed` and its dense `twin`; `layers` are packed (default all with experts), the others are stock."""
     config = json.loads((source / "config.json").read_text())
@@ -64,7 +73,7 @@ def pack_checkpoint(
         if layers is not None and number not in layers:
             continue
         prefix = next(n[: n.index(".experts.") + 8] for n in tensors if f"layers.{number}." in n and ".experts." in n)
-        entry, new = pack_layer(prefix, config["model_type"], canonical(module), alone, seed + number)
+        entry, new = pack_layer(prefix, config["model_type"], canonical(module), alone, seed + number, format)
         entries[number] = entry
         gone = re.compile(re.escape(prefix) + r"\.(\d+\.\w+\.weight|gate_up_proj|down_proj)$")
         tensors = {name: value for name, value in tensors.items() if not gone.match(name)} | new
@@ -77,23 +86,40 @@ def pack_checkpoint(
     model.save_pretrained(twin)
 
 
-def pack_layer(prefix: str, family: str, matrices: dict[str, Tensor], alone: int, seed: int) -> tuple[PackedLayer, Any]:
+def pack_layer(
+    prefix: str, family: str, matrices: dict[str, Tensor], alone: int, seed: int, format: str = layout.EXPONENT
+) -> tuple[PackedLayer, Any]:
     """Pack one layer, and write the decoded weights back into `matrices`."""
     experts = matrices["down_proj"].shape[0]
     order = torch.randperm(experts, generator=torch.Generator().manual_seed(seed)).tolist()
     dense, rest = tuple(sorted(order[:alone])), order[alone:]
     pairs = tuple((rest[i], rest[i + 1]) for i in range(0, len(rest), 2))
-    window = {name: top_of(w[rest]) for name, w in matrices.items()}
-    entry = PackedLayer(prefix, window, pairs, dense, SOURCE_NAMES.get(family, STANDARD))
+    entry = PackedLayer(prefix, {}, pairs, dense, SOURCE_NAMES.get(family, STANDARD), format)
+    if format == layout.EXPONENT:
+        entry = replace(entry, window={name: top_of(w[rest]) for name, w in matrices.items()})
+    else:
+        entry = replace(entry, levels=dict.fromkeys(matrices, levels_of(format)))
     new = {entry.tripwire: torch.empty(0, dtype=torch.bfloat16)}
     for name, weights in matrices.items():
         for index, pair in enumerate(pairs):
-            words, _ = encode(*merge(weights[list(pair)], seed + index), window[name])
-            new[entry.packed(index, name)] = words
-            for slot, expert in enumerate(pair):
-                weights[expert] = decode(words, window[name], slot)
+            members = list(pair)
+            parts, weights[members] = _code(entry, name, weights[members], seed + index)
+            new |= {entry.packed(index, name, part): tensor for part, tensor in parts.items()}
         new |= {entry.alone(index, name): weights[e].contiguous().clone() for index, e in enumerate(dense)}
     return entry, new
+
+
+def _code(entry: PackedLayer, name: str, weights: Tensor, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    """One matrix of a pair [2, rows, columns] as the files have it, and what both slots read."""
+    if entry.format == layout.EXPONENT:
+        words, _ = encode(*merge(weights, seed), entry.window[name])
+        return {"words": words}, torch.stack([decode(words, entry.window[name], slot) for slot in (0, 1)])
+    rows, columns = weights.shape[1:]
+    level, scale, _, keep = matrix(entry.format, rows, columns, seed)
+    planes = reference_pairs.encode(entry.format, level, scale * 0.1, weights < 0, keep)
+    levels = entry.levels[name]
+    read = [reference_pairs.decode(entry.format, planes, levels, columns, slot) for slot in (0, 1)]
+    return planes, torch.stack(read)
 
 
 def top_of(weights: Tensor) -> int:

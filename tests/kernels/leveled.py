@@ -1,0 +1,24 @@
+"""Random matrices in the few-bit pair formats."""
+
+from __future__ import annotations
+
+import torch
+
+from moefold_kernels import layout_pairs
+
+FORMATS = tuple(layout_pairs.MAGNITUDE_BITS)
+
+
+def levels_of(format: str) -> tuple[float, ...]:
+    """Levels that a format can have: evenly spaced, so on straight pieces as well."""
+    return tuple((i + 1) / 16 for i in range(1 << layout_pairs.magnitude_bits(format)))
+
+
+def matrix(format: str, rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Random numbers of levels, scales, signs and keep bits."""
+    generator = torch.Generator().manual_seed(seed)
+    level = torch.randint(1 << layout_pairs.magnitude_bits(format), (rows, columns), generator=generator)
+    choice = torch.randint(3, (rows, columns), generator=generator)
+    scale = torch.rand(rows, layout_pairs.groups(columns), generator=generator).bfloat16()
+    negative = torch.rand(2, rows, columns, generator=generator) < 0.5
+    return level.to(torch.uint8), scale, negative, torch.stack([choice != 1, choice != 2])

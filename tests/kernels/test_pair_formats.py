@@ -1,0 +1,160 @@
+"""The few-bit pair formats: every code comes back, the bits are where the picture has them, and what is refused."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from leveled import FORMATS, levels_of, matrix
+
+from moefold_kernels import FormatError, layout_pairs
+from moefold_kernels.backend import Need, builtin, choose
+from moefold_kernels.reference_pairs import decode, encode, fields, from_record, states, to_record
+from moefold_kernels.triton.backend import Triton
+
+ALL = [(True, True), (True, False), (False, True)]
+"""Who keeps a position."""
+
+
+def values(format: str, level, scale, negative, keep) -> torch.Tensor:
+    """What both slots read [2, rows, columns], by the definition in words, one position at a time."""
+    out = torch.zeros(2, *level.shape, dtype=torch.bfloat16)
+    for slot, row, column in product(range(2), *map(range, level.shape)):
+        if keep[slot, row, column]:
+            exact = levels_of(format)[int(level[row, column])] * float(scale[row, column // 64])
+            out[slot, row, column] = -exact if negative[slot, row, column] else exact
+    return out
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_code_comes_back(format):
+    """Each state with each level, all in one row."""
+    codes = [
+        (number, signs, keep)
+        for number, keep in product(range(len(levels_of(format))), ALL)
+        for signs in product([False, True], repeat=2)
+        if all(kept or not sign for sign, kept in zip(signs, keep, strict=True))
+    ]
+    assert len(codes) == 8 << layout_pairs.magnitude_bits(format)
+    level = torch.tensor([[number for number, _, _ in codes]], dtype=torch.uint8)
+    negative, keep = (torch.tensor([code[i] for code in codes]).T[:, None] for i in (1, 2))
+    scale = torch.full((1, layout_pairs.groups(len(codes))), 0.75).bfloat16()
+    planes = encode(format, level, scale, negative, keep)
+    state, number = fields(format, planes, len(codes))
+    assert len(set(zip(state[0].tolist(), number[0].tolist(), strict=True))) == len(codes)
+    assert torch.equal(number, level)
+    assert torch.equal(state, states(negative, keep))
+    found = torch.stack([decode(format, planes, levels_of(format), len(codes), slot) for slot in (0, 1)])
+    assert torch.equal(found, values(format, level, scale, negative, keep))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(FORMATS), st.integers(1, 3), st.integers(1, 150), st.integers(0, 2**31))
+def test_any_shape_comes_back(format, rows, columns, seed):
+    level, scale, negative, keep = matrix(format, rows, columns, seed)
+    planes = encode(format, level, scale, negative, keep)
+    record = to_record(planes)
+    assert record.numel() * 2 == layout_pairs.size(format, rows, columns)
+    again = from_record(format, record, columns)
+    assert {name: plane.shape[-1] for name, plane in again.items()} == layout_pairs.planes(format, columns)
+    assert all(torch.equal(again[name], planes[name]) for name in planes)
+    found = torch.stack([decode(format, again, levels_of(format), columns, slot) for slot in (0, 1)])
+    assert torch.equal(found, values(format, level, scale, negative, keep))
+    assert not (found.view(torch.int16) == -0x8000).any()  # no negative zero
+
+
+def test_bits_are_where_the_picture_has_them():
+    """Column 5 of the second word, in each format; everything else is level 0, shared, positive."""
+    for format, (level, low) in {
+        "pair4": (1, None),
+        "pair5": (0b11, (0, 1 << 20 + 1)),  # 32 columns a word: column 13 is the second of nibble 5
+        "pair6": (0b110, (0, 0b10 << 20 + 2)),  # 16 columns a word: the same
+        "pair8": (0b11001, (1, 0b1001 << 20)),  # 8 columns a word
+    }.items():
+        levels, keep = torch.zeros(1, 64, dtype=torch.uint8), torch.ones(2, 1, 64, dtype=torch.bool)
+        negative = torch.zeros(2, 1, 64, dtype=torch.bool)
+        levels[0, 13], keep[0, 0, 13], negative[1, 0, 13] = level, False, True  # slot 1 alone, negative: state 7
+        planes = encode(format, levels, torch.ones(1, 1).bfloat16(), negative, keep)
+        expected = torch.zeros(1, 8, dtype=torch.int64)
+        expected[0, 1] = 0b1111 << 20  # the level's highest bit, then the state
+        assert torch.equal(planes["words"].long() & 0xFFFFFFFF, expected), format
+        if low is None:
+            assert "low" not in planes
+        else:
+            word, bits = low
+            assert planes["low"][0, word] == bits
+            assert planes["low"].count_nonzero() == 1
+        assert planes["scale"].tolist() == [[0x3F80]]
+
+
+def test_sizes_are_what_they_are_called():
+    """Bits a position, and two bytes for 64 columns."""
+    for format, bits in {"pair4": 4, "pair5": 5, "pair6": 6, "pair8": 8}.items():
+        assert layout_pairs.size(format, 3, 128) == 3 * 128 * bits // 8 + 3 * 2 * 2
+        assert layout_pairs.size(format, 3, 65) == layout_pairs.size(format, 3, 128)  # padded
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_meta_tensors_give_shapes(format):
+    parts = [part.to("meta") for part in matrix(format, 3, 70)]
+    planes = encode(format, *parts)
+    assert all(plane.is_meta for plane in planes.values())
+    assert {name: plane.shape[-1] for name, plane in planes.items()} == layout_pairs.planes(format, 70)
+    assert decode(format, planes, levels_of(format), 70, 1).shape == (3, 70)
+
+
+def test_what_a_format_cannot_hold_is_refused():
+    level, scale, negative, keep = matrix("pair4", 2, 70)
+    for change, message in [
+        ({"level": level + 2}, r"level [23] of pair4, which has 2"),
+        ({"level": level.long()}, "write uint8"),
+        ({"scale": -scale}, "finite and not negative"),
+        ({"scale": scale * torch.inf}, "finite and not negative"),
+        ({"scale": scale[:, :1]}, "one for each 64 columns"),
+        ({"scale": scale.float()}, "write bfloat16"),
+        ({"keep": keep & keep.flip(0)}, "have no zero"),
+        ({"keep": keep[:1]}, "write bool of one shape"),
+        ({"negative": negative.int()}, "write bool of one shape"),
+    ]:
+        parts = {"level": level, "scale": scale, "negative": negative, "keep": keep} | change
+        with pytest.raises(FormatError, match=message):
+            encode("pair4", **parts)
+    planes = encode("pair4", level, scale, negative, keep)
+    for change, message in [
+        ({"format": "pair5"}, "pair5 with 70 columns has planes"),
+        ({"format": "pair7"}, "'pair7' is none of pair4, pair5"),
+        ({"columns": 130}, "has planes of"),
+        ({"slot": 2}, "slots 0 and 1"),
+        ({"planes": planes | {"words": planes["words"].long()}}, "words of pair4 is torch.int32"),
+    ]:
+        told = {"format": "pair4", "planes": planes, "levels": (0.5, 1.0), "columns": 70, "slot": 0} | change
+        with pytest.raises(FormatError, match=message):
+            decode(**told)
+    with pytest.raises(FormatError, match=r"rows of pair4 are 34 int16 for 70 columns"):
+        from_record("pair4", to_record(planes)[:, :-1], 70)
+
+
+def test_pieces_are_exact():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        steps = torch.rand(8, generator=generator).mul(0.2).add(0.05).bfloat16().float()
+        begins = (torch.arange(8) * 1.1 + 0.1).bfloat16().float()
+        levels = (begins[:, None] + steps[:, None] * torch.arange(4)).bfloat16().flatten().tolist()
+        first, step = layout_pairs.pieces(levels)
+        made = (torch.tensor(first)[:, None] + torch.tensor(step)[:, None] * torch.arange(4)).bfloat16()
+        assert made.flatten().tolist() == levels
+        assert torch.tensor(step).bfloat16().tolist() == step
+    with pytest.raises(FormatError, match="on no straight line"):
+        layout_pairs.check_levels("pair8", [float(i + 1) ** 1.5 // 1 for i in range(32)])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_no_kernel_runs_them_yet_and_that_is_said(format):
+    need = Need(format, torch.device("cpu"))
+    assert choose(need, builtin()).name == "reference"
+    able, said = Triton().can(need)
+    assert not able
+    assert format in said

@@ -52,7 +52,7 @@ class Exponent(Codec):
             words, counts = reference.encode(pair.magnitude, pair.negative, pair.keep, settings)
         except KernelsFormatError as error:
             raise FormatError(str(error)) from error
-        return Coded(words, {name: counts[name] for name in ("clipped", "flushed")})
+        return Coded(words, {name: counts[name] for name in ("clipped", "flushed") if name in counts})
 
     def pack_layer(self, merge: PairMerge) -> CodedLayer | None:
         """A dual-mask merge on a CUDA device in one pass over each matrix; on the CPU, and of other merges, None."""

@@ -77,6 +77,8 @@ class FewBits(Codec):
         scale = grid.scales(magnitude)
         level, _ = grid.round(magnitude, _spread(scale, magnitude.shape[-1]))
         coded = self.lay(_kept(LeveledPair(level, scale, pair.negative, pair.keep), neither), settings)
+        if neither.is_meta:  # there is nothing to count
+            return Coded(coded.words, {})
         return Coded(coded.words, coded.counts | {"filled": int(neither.sum())})
 
     def lay(self, pair: LeveledPair, settings: Json) -> Coded:

@@ -25,8 +25,8 @@ from moefold_kernels.routed import RoutedModule, bias_names, check_outputs, put,
 
 GATE_UP_PACKED, DOWN_PACKED = "gate_up_packed", "down_packed"
 GATE_UP_DENSE, DOWN_DENSE = "gate_up_dense", "down_dense"
-ENDS = {"words": "packed", "low": "packed_low", "scale": "packed_group", "dense": "dense"}
-"""What the parameters hold -> how their names end, after gate_up_ and down_."""
+ENDS = {"words": "packed", "low": "low", "scale": "group", "dense": "dense"}
+"""What the parameters hold -> how their names end, after gate_up_ and down_; none begins with another (5.17)."""
 
 
 class PackedModule(RoutedModule):
@@ -34,7 +34,7 @@ class PackedModule(RoutedModule):
 
     packed_layer: PackedLayer
     gate_up_packed: Tensor  # [pair, 2 * inner, hidden] int16, gate rows before up rows (few-bit: words of 32 bits)
-    down_packed: Tensor  # [pair, hidden, inner] int16; few-bit formats have .._packed_low and .._packed_group as well
+    down_packed: Tensor  # [pair, hidden, inner] int16; few-bit formats have .._low and .._group as well
     full_inner: int
     """The experts' inner width; on one of several ranks it may be less."""
     gate_up_dense: Tensor  # [expert left alone, 2 * inner, hidden]; only where there are such experts

@@ -83,7 +83,7 @@ def test_other_dtypes_cast_the_decoded_values_and_no_scale(made, dtype):
     left, right = load(packed, dtype=dtype), load(twin, dtype=dtype)
     assert torch.equal(logits(left), logits(right))
     module = stock_experts(load(packed).to(dtype))[0]
-    assert module.down_packed_group.dtype == torch.int16
+    assert module.down_group.dtype == torch.int16
     assert torch.equal(module.down_proj, stock_experts(right)[0].down_proj)
 
 
@@ -180,5 +180,5 @@ def test_two_processes_split_whole_groups_or_refuse(made, tmp_path, inner, word)
 def test_parallel_plans_name_every_part():
     plan = {"layers.*.mlp.experts.gate_up_proj": "packed_colwise", "layers.*.mlp.experts.down_proj": "rowwise"}
     styles = ours._packed_styles(plan)
-    assert styles["layers.*.mlp.experts.gate_up_packed_low"] == "packed_colwise"
-    assert styles["layers.*.mlp.experts.down_packed_group"] == "rowwise"
+    assert styles["layers.*.mlp.experts.gate_up_low"] == "packed_colwise"
+    assert styles["layers.*.mlp.experts.down_group"] == "rowwise"

@@ -32,7 +32,7 @@ def _against_bytes(made: Page, found: Comparison, text: str, number: int) -> str
         {
             "name": row.run,
             "method": row.method,
-            "gigabytes": row.expert_bytes / 1e9,
+            "bytes": row.expert_bytes,
             "loss": row.losses[text].loss,
             "random": row.random,
         }
@@ -55,7 +55,7 @@ def _table(found: Comparison) -> str:
         "Rows of equal expert bytes (within 1 %) stand together, the least loss first. Loss in nats per token; seconds "
         "and peak memory whenever they were spent."
     )
-    return table(columns, rows, {len(columns) - 1: "long"}) + paragraph(told)
+    return table(columns, rows, {len(columns) - 1: "longest"}) + paragraph(told)
 
 
 def _row(found: Comparison, row: Row) -> list[str]:

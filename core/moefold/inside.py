@@ -75,13 +75,18 @@ class Inside:
         ]
         return sum(t[0] for t in took), max((t[1] for t in took), default=0), max((t[2] for t in took), default=0)
 
-    def seconds(self) -> dict[str, list[float]]:
-        """Seconds by step and layer, of the steps that run once a layer."""
+    def seconds(self, most: int = 5) -> dict[str, list[float]]:
+        """Seconds by step and layer, of the steps that run once a layer; the shortest of many as one."""
         tasks = self.report.get("tasks", {})
         steps = [
             step for step in (*self.method["calibration"], *self.own) if step in tasks and "all" not in tasks[step]
         ]
-        return {step: [tasks[step].get(layer, [0.0])[0] for layer in self.layers] for step in steps}
+        found = {step: [tasks[step].get(layer, [0.0])[0] for layer in self.layers] for step in steps}
+        if len(found) <= most:
+            return found
+        longest = sorted(found, key=lambda step: -sum(found[step]))[: most - 1]
+        others = [sum(times) for times in zip(*(found[s] for s in found if s not in longest), strict=True)]
+        return {step: found[step] for step in found if step in longest} | {"others": others}
 
     def threshold(self) -> float | None:
         """PuzzleMoE's, which decides what mask shares to expect."""
@@ -109,10 +114,7 @@ class Inside:
         saliency = saliency or (seen or {}).get("activation") or [None] * before
         starved = set(seen["starved"]) if seen else set()
         flags = {
-            expert: [
-                *(["pruned"] if merged[expert] is None else []),
-                *(["dead"] if tokens[expert] == 0 else ["few tokens"] if expert in starved else []),
-            ]
+            expert: ["dead"] if tokens[expert] == 0 else ["few tokens"] if expert in starved else []
             for expert in range(before)
         }
         return {
@@ -161,7 +163,7 @@ class Inside:
     @staticmethod
     def _note(layer: str, before: int, seen: Mapping[str, Json] | None, flags: Mapping[int, list[str]]) -> str:
         if not seen:
-            return f"Layer {layer}: {before} experts; not calibrated."
+            return f"Layer {layer}: {before} experts; tokens were not counted."
         dead, few = (sum(flag in told for told in flags.values()) for flag in ("dead", "few tokens"))
         return (
             f"Layer {layer}: {before} experts, {seen['total']:,} tokens entered; {dead} dead (no token), "

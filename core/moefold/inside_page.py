@@ -172,7 +172,11 @@ def _flags(found: list[Json]) -> str:
             lines.append((layer["number"], *(", ".join(who) or None for who in named.values())))
     if not lines:
         seen = any(layer["tokens"][0] is not None for layer in found)
-        return f"<p>{badge('every expert saw enough tokens', 'good')}</p>" if seen else paragraph("Not calibrated.")
+        return (
+            f"<p>{badge('every expert saw enough tokens', 'good')}</p>"
+            if seen
+            else paragraph("Tokens were not counted; the stage observe does.")
+        )
     counts = [sum(len(str(line[i]).split(", ")) for line in lines if line[i]) for i in (1, 2)]
     marks = raw(f"{badge(f'{counts[0]} dead', 'bad')} {badge(f'{counts[1]} under-sampled', 'warn')}")
     listed = table(("layer", "dead", "few tokens"), lines, {1: "long", 2: "long"})

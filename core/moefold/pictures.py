@@ -97,16 +97,17 @@ def stacked(
 
 
 def against_bytes(points: Sequence[Mapping[str, Json]], uncompressed: float, text: str) -> dict[str, Json]:
-    """Loss against expert bytes; `points` have name, gigabytes, loss, random, method."""
+    """Loss against expert bytes; `points` have name, bytes, loss, random, method."""
+    unit, name = (1e9, "GB") if any(p["bytes"] >= 1e8 for p in points) else (1e6, "MB")
     data: list[Json] = []
-    for name, random, colour, symbol in (
+    for title, random, colour, symbol in (
         ("method", False, PALETTE[0], "circle"),
         ("random baseline", True, PALETTE[7], "x"),
     ):
         chosen = [point for point in points if point["random"] is random]
         if chosen:
             data.append({
-                "type": "scatter", "mode": "markers+text", "name": name, "x": [p["gigabytes"] for p in chosen],
+                "type": "scatter", "mode": "markers+text", "name": title, "x": [p["bytes"] / unit for p in chosen],
                 "y": [p["loss"] for p in chosen], "text": [p["name"] for p in chosen], "textposition": "top center",
                 "customdata": [p["method"] for p in chosen], "cliponaxis": False,
                 "marker": {"size": 10, "color": colour, "symbol": symbol},
@@ -114,7 +115,7 @@ def against_bytes(points: Sequence[Mapping[str, Json]], uncompressed: float, tex
             })  # fmt: skip
     front = best(points)
     data.append({
-        "type": "scatter", "mode": "lines", "name": "best at its bytes", "x": [p["gigabytes"] for p in front],
+        "type": "scatter", "mode": "lines", "name": "best at its bytes", "x": [p["bytes"] / unit for p in front],
         "y": [p["loss"] for p in front], "line": {"color": PALETTE[0], "width": 1, "dash": "dot"}, "hoverinfo": "skip",
     })  # fmt: skip
     line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": uncompressed, "y1": uncompressed,
@@ -126,7 +127,7 @@ def against_bytes(points: Sequence[Mapping[str, Json]], uncompressed: float, tex
         420,
         shapes=[line],
         annotations=[note],
-        xaxis={"title": {"text": "expert bytes, GB"}, "rangemode": "tozero"},
+        xaxis={"title": {"text": f"expert bytes, {name}"}, "rangemode": "tozero"},
         yaxis={"title": {"text": f"loss on {text}, nats per token"}},
     )
 
@@ -134,7 +135,7 @@ def against_bytes(points: Sequence[Mapping[str, Json]], uncompressed: float, tex
 def best(points: Sequence[Mapping[str, Json]]) -> list[Mapping[str, Json]]:
     """Those that no other beats in both bytes and loss, the smallest first."""
     front: list[Mapping[str, Json]] = []
-    for point in sorted(points, key=lambda p: (p["gigabytes"], p["loss"])):
+    for point in sorted(points, key=lambda p: (p["bytes"], p["loss"])):
         if point["loss"] is not None and (not front or point["loss"] < front[-1]["loss"]):
             front.append(point)
     return front

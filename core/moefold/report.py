@@ -22,7 +22,7 @@ from moefold.verdict import verdicts
 VERSION = 2
 """Of the report's schema; raised when a field changes its meaning, and not when one is added."""
 
-LARGE = ("similarity", "tasks")
+LARGE = ("similarity",)
 """Fields that the copy in a saved checkpoint does without."""
 
 _LIBRARIES = ("moefold", "torch", "transformers", "safetensors", "triton")

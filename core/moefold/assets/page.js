@@ -128,7 +128,7 @@
       state.className = "left";
       for (const flag of layer.flags[expert] || []) {
         const badge = document.createElement("span");
-        badge.className = "badge " + (flag === "few tokens" ? "warn" : flag === "dead" ? "bad" : "");
+        badge.className = "badge " + (flag === "dead" ? "bad" : "warn");
         badge.textContent = flag;
         state.append(badge, " ");
       }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 
@@ -81,11 +82,13 @@ class Inside:
         steps = [
             step for step in (*self.method["calibration"], *self.own) if step in tasks and "all" not in tasks[step]
         ]
-        found = {step: [tasks[step].get(layer, [0.0])[0] for layer in self.layers] for step in steps}
+        found: dict[str, list[float]] = {
+            step: [tasks[step].get(layer, [0.0])[0] for layer in self.layers] for step in steps
+        }
         if len(found) <= most:
             return found
         longest = sorted(found, key=lambda step: -sum(found[step]))[: most - 1]
-        others = [sum(times) for times in zip(*(found[s] for s in found if s not in longest), strict=True)]
+        others = [math.fsum(times) for times in zip(*(found[s] for s in found if s not in longest), strict=True)]
         return {step: found[step] for step in found if step in longest} | {"others": others}
 
     def threshold(self) -> float | None:

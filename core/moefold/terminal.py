@@ -12,6 +12,7 @@ from rich.table import Table
 
 from moefold.artifact import Json
 from moefold.report import size
+from moefold.verdict import differences, interval
 
 _STOCK = "import transformers"
 
@@ -39,11 +40,10 @@ def show(report: Mapping[str, Json], console: Console, page: Path | None = None)
     saved = [facts for layers in report["saved"].values() for facts in layers.values()]
     if saved:
         console.print(_size_table(saved[0]))
-    increases = {row["text"]: row for one in report.get("verdicts", {}).values() for row in one["texts"]}
     for layers in report["metrics"].values():
         for facts in layers.values():
             console.print(_metrics(facts), highlight=False)
-            if spans := _spans(facts["rows"], increases):
+            if spans := _spans(facts["rows"]):
                 console.print(spans, highlight=False, markup=False, soft_wrap=True)
     console.print(_stage_table(report["stages"]))
     for facts in saved:
@@ -120,11 +120,11 @@ def _loss_table(rows: list[Mapping[str, Json]]) -> Table:
     return table
 
 
-def _spans(rows: list[Mapping[str, Json]], told: Mapping[str, Json]) -> str:
+def _spans(rows: list[Mapping[str, Json]]) -> str:
     """How far each increase may be off; nothing where no samples are known."""
-    found = {row["text"]: told.get(row["text"], {}).get("loss_increase_interval") for row in rows if "text" in row}
+    found = {row["text"]: interval(differences(row)) for row in rows if "loss_after" in row}
     halves = [f"{text} ±{(span[1] - span[0]) / 2:.4f}" for text, span in found.items() if span]
-    return f"increase, 95 % interval over samples: {', '.join(halves)}" if halves and "loss_after" in rows[0] else ""
+    return f"increase, 95 % interval over samples: {', '.join(halves)}" if halves else ""
 
 
 def _layer_table(title: str, rows: list[Mapping[str, Json]], most: int = 5) -> Table:

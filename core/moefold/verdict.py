@@ -41,8 +41,7 @@ def _rows(report: Mapping[str, Json], step: str) -> Iterator[Mapping[str, Json]]
 
 
 def _row(row: Mapping[str, Json]) -> dict[str, Json]:
-    before, after = row.get("samples_before") or [], row.get("samples_after") or []
-    paired = [a - b for a, b in zip(after, before, strict=True)] if len(after) == len(before) else []
+    before, after, paired = row.get("samples_before") or [], row.get("samples_after") or [], differences(row)
     return {
         "text": row["text"],
         "tokens": row["tokens"],
@@ -58,6 +57,12 @@ def _row(row: Mapping[str, Json]) -> dict[str, Json]:
         "random_increase": None,
         "beyond_random": None,
     }
+
+
+def differences(row: Mapping[str, Json]) -> list[float]:
+    """How much the loss of each sample rose; empty where the row does not tell."""
+    before, after = row.get("samples_before") or [], row.get("samples_after") or []
+    return [a - b for a, b in zip(after, before, strict=True)] if len(after) == len(before) else []
 
 
 def interval(samples: Sequence[float]) -> list[float] | None:

@@ -211,6 +211,16 @@ def test_a_missed_gate_has_its_own_exit_code(capsys):
     assert "loss on prose rose by 0.1000, and 0.0500 was allowed" in capsys.readouterr().out
 
 
+def test_the_terminal_has_each_checkpoints_own_interval():
+    report = synthetic(rows=[loss_row("prose", [2.0, 2.0, 2.0], [2.1, 2.2, 2.3])])
+    report["metrics"]["worse"] = {"all": {"title": "", "rows": [loss_row("prose", [2.0] * 3, [2.4, 2.4, 2.4])]}}
+    console = Console(width=160, record=True)
+    report["saved"] = {}
+    terminal.show(report, console)
+    told = [line for line in console.export_text().splitlines() if "95 % interval" in line]
+    assert [line.split(": ")[1] for line in told] == ["prose ±0.2484", "prose ±0.0000"]
+
+
 def test_the_ledger_keeps_a_killed_run(tmp_path, monkeypatch):
     plan: Any = type("Plan", (), {"ends": ("k",), "tasks": {"k": None}})()
     other: Any = type("Plan", (), {"ends": ("x",), "tasks": {}})()

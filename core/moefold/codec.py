@@ -170,10 +170,10 @@ def pack_stage(codec: type[Codec]) -> Stage[Any, Packed]:
     """The stage `pack.<name>` of a codec: its options are the codec's fields."""
     ports = {"merge": Port("merge", Paired, "one")}
     if codec.takes_levels:
-        ports["levels"] = Port("levels", LevelTable, "optional")
+        ports["table"] = Port("table", LevelTable, "optional")  # `levels` is an option
 
-    def run(merge: Paired, levels: LevelTable | None = None, **options: Json) -> Packed:
-        return pack(codec(**options) if levels is None else codec(**options).with_levels(levels), merge)
+    def run(merge: Paired, table: LevelTable | None = None, **options: Json) -> Packed:
+        return pack(codec(**options) if table is None else codec(**options).with_levels(table), merge)
 
     run.__doc__ = codec.__doc__
     return Stage(

@@ -117,7 +117,10 @@ class Grid(NamedTuple):
 
     def scales(self, magnitude: Tensor) -> Tensor:
         """The scales of whole rows [..., columns]: bfloat16 [..., groups]; the last group may be shorter."""
-        return torch.stack([self.scale(part) for part in magnitude.split(GROUP, dim=-1)], dim=-1)
+        whole = magnitude.shape[-1] // GROUP * GROUP
+        rows = magnitude[..., :whole].unflatten(-1, (-1, GROUP))  # [..., group, column]
+        rest = [self.scale(magnitude[..., whole:])[..., None]] if whole < magnitude.shape[-1] else []
+        return torch.cat([self.scale(rows), *rest], dim=-1)
 
 
 class LevelLoop:

@@ -7,12 +7,17 @@ R upper triangular, and D = W - Q that is the sum over columns k of
 
 so that walking k upwards and coding w_k as well as can be, given all before it, is the greedy solution. It is GPTQ's
 (whose factor of the inverse is U = R^-1, with U_kk = 1 / R_kk) for one Cholesky factor instead of two and an inverse.
-Blocks of columns make most of the work matrix products.
+Then the columns are gone over again: with all others as they are, column k is best coded from
+
+    w_k = Q_k + (D H)_k / H_kk,    at a cost of H_kk || w_k - q_k ||^2,
+
+so that no step makes it worse. Blocks of columns make most of the work matrix products.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -30,12 +35,19 @@ class Coder(Protocol):
     @property
     def group(self) -> int | None:
         """How many columns are announced at once, with `open`; None: none are."""
+        ...
 
-    def open(self, start: int, columns: Tensor) -> None:
-        """The group of columns [batch, slot, column, rows] from number `start` comes next."""
+    def weigh(self, cost: Tensor) -> None:
+        """What a squared error costs from now on: [batch, slot, columns]."""
+        ...
+
+    def open(self, start: int, columns: Tensor | None) -> None:
+        """The group of columns from number `start` comes next: [batch, slot, column, rows]; None: once more."""
+        ...
 
     def code(self, number: int, column: Tensor) -> Tensor:
         """What the column reads when it is coded: both [batch, slot, rows]."""
+        ...
 
 
 class Factors(NamedTuple):
@@ -63,17 +75,28 @@ def factor(moments: Tensor, damping: float) -> Factors:
     return Factors(moments, cost.view(moments.shape[:-1]), raised)
 
 
+def damp(moments: Tensor, damping: float, raised: list[int]) -> None:
+    """Add to the moments, in place, what `factor` added to them."""
+    for moment, count in zip(moments.view(-1, *moments.shape[-2:]), raised, strict=True):
+        moment.diagonal().add_(_added(float(moment.diagonal().mean()), damping, count))
+
+
+def _added(mean: float, damping: float, count: int) -> float:
+    least = damping * mean if mean > 0 else 1.0  # no input but zeros: anything serves
+    return least * 10.0**count
+
+
 def _root(moment: Tensor, damping: float) -> tuple[Tensor, int]:
     """The upper triangular R with R R^T = H: the lower factor of H read backwards, read backwards."""
     backwards = moment.double().flip(0, 1)
     mean = float(backwards.diagonal().mean())
     if not math.isfinite(mean):
         raise StageError("moments of calibration are not finite; check the checkpoint and the calibration text")
-    unit, added = mean if mean > 0 else 1.0, 0.0  # no input but zeros: any R serves
+    before = 0.0
     for count in range(RAISES):
-        wanted = (damping if mean > 0 else 1.0) * unit * 10**count
-        backwards.diagonal().add_(wanted - added)
-        added = wanted
+        added = _added(mean, damping, count)
+        backwards.diagonal().add_(added - before)
+        before = added
         lower, failed = torch.linalg.cholesky_ex(backwards)
         if not int(failed):
             return lower.flip(0, 1), count
@@ -83,33 +106,67 @@ def _root(moment: Tensor, damping: float) -> tuple[Tensor, int]:
     )
 
 
-def walk(original: Tensor, factors: Factors, coder: Coder, block: int) -> tuple[Tensor, Tensor]:
-    """Code all columns in order, and tell what of them was coded and what that cost.
+class Walk:
+    """Codes the columns of many matrices at once: first in order, then again."""
 
-    `original` is [batch, slot, columns, rows], `factors` those of [batch, slot]. Returns the columns as they were when
-    their turn came (float32, like `original`), and tr((W - Q) H (W - Q)^T) [batch, slot].
-    """
-    batch, slots, columns, rows = original.shape
-    now = original.float() if original.dtype != torch.float32 else original.clone()
-    damage = torch.zeros(batch, slots, device=original.device)
-    step = block if coder.group is None else -(-block // coder.group) * coder.group
-    unit = factors.unit
-    for start in range(0, columns, step):
-        stop = min(start + step, columns)
-        part = now[:, :, start:stop]
-        off = original[:, :, start:stop].float()  # W, and W - Q for columns that have been coded
-        missed = torch.empty_like(off)
-        for k in range(stop - start):
-            if coder.group is not None and (start + k) % coder.group == 0:
-                coder.open(start + k, part[:, :, k : k + coder.group])
-            read = coder.code(start + k, part[:, :, k])
-            torch.sub(part[:, :, k], read, out=missed[:, :, k])
-            off[:, :, k] -= read
-            if k + 1 < stop - start:
-                part[:, :, k + 1 :].addcmul_(unit[:, :, start + k, start + k + 1 : stop, None], off[:, :, k : k + 1])
-        damage += (missed.square_().sum(dim=3) * factors.cost[:, :, start:stop]).sum(dim=2)
-        if stop < columns:
-            later = now.view(batch * slots, columns, rows)[:, stop:]
-            pushed = unit[:, :, start:stop, stop:].flatten(0, 1).mT  # [batch * slot, later columns, block]
-            later.baddbmm_(pushed, off.flatten(0, 1))
-    return now, damage
+    def __init__(self, original: Tensor, coder: Coder, block: int, dtype: torch.dtype) -> None:
+        """`original` is [batch, slot, columns, rows]; `dtype` holds exactly what the coder makes of a column."""
+        self.original, self.coder = original, coder
+        self.step = block if coder.group is None else -(-block // coder.group) * coder.group
+        self.read = torch.empty_like(original, dtype=dtype)
+        """What has been coded."""
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        columns = self.original.shape[2]
+        return ((start, min(start + self.step, columns)) for start in range(0, columns, self.step))
+
+    def first(self, factors: Factors) -> Tensor:
+        """Go over all columns in order; returns tr((W - Q) H (W - Q)^T): [batch, slot]."""
+        group, unit = self.coder.group, factors.unit
+        now = self.original.to(torch.float32, copy=True)
+        flat = now.flatten(0, 1)
+        damage = torch.zeros(now.shape[:2], device=now.device)
+        self.coder.weigh(factors.cost)
+        for start, stop in self.blocks():
+            part = now[:, :, start:stop]
+            off = self.original[:, :, start:stop].to(
+                torch.float32, copy=True
+            )  # W, and D of the columns that have been coded
+            missed = torch.empty_like(off)
+            for k in range(stop - start):
+                if group is not None and k % group == 0:
+                    self.coder.open(start + k, part[:, :, k : k + group])
+                read = self.coder.code(start + k, part[:, :, k])
+                self.read[:, :, start + k] = read
+                torch.sub(part[:, :, k], read, out=missed[:, :, k])
+                off[:, :, k] -= read
+                follow = unit[:, :, start + k, start + k + 1 : stop, None]
+                part[:, :, k + 1 :].addcmul_(follow, off[:, :, k : k + 1])
+            damage += (missed.square_().sum(dim=3) * factors.cost[:, :, start:stop]).sum(dim=2)
+            follow = unit[:, :, start:stop, stop:].flatten(0, 1).mT  # [batch * slot, later columns, block]
+            flat[:, stop:].baddbmm_(follow, off.flatten(0, 1))
+        return damage
+
+    def again(self, moments: Tensor) -> Tensor:
+        """Go over all columns once more, with `moments` [batch, slot, columns, columns]; returns what `first` does."""
+        group, weight = self.coder.group, moments.diagonal(dim1=-2, dim2=-1)  # [batch, slot, columns]
+        off = self.original.float() - self.read
+        self.coder.weigh(weight)
+        for start, stop in self.blocks():
+            pull = moments[:, :, start:stop] @ off  # [batch, slot, block, rows]: (D H)_k
+            for k in range(stop - start):
+                number = start + k
+                if group is not None and number % group == 0:
+                    self.coder.open(number, None)
+                before = self.read[:, :, number].float()
+                read = self.coder.code(number, before.addcdiv(pull[:, :, k], weight[:, :, number, None]))
+                change = read - before
+                self.read[:, :, number] = read
+                off[:, :, number] -= change
+                follow = moments[:, :, number, number + 1 : stop, None]
+                pull[:, :, k + 1 :].addcmul_(follow, change[:, :, None], value=-1)
+        return self._damage(off, moments)
+
+    def _damage(self, off: Tensor, moments: Tensor) -> Tensor:
+        parts = [((moments[:, :, a:b] @ off) * off[:, :, a:b]).sum(dim=(2, 3)) for a, b in self.blocks()]
+        return torch.stack(parts).sum(dim=0)

@@ -29,8 +29,8 @@ SAMPLE = 4096
 class Moments(NamedTuple):
     """Blended means of the experts asked for, in their order, float32."""
 
-    x: Tensor  # [expert, hidden, hidden]
-    h: Tensor  # [expert, inner, inner]
+    x: Tensor  # [expert, hidden, hidden]: of what gate and up multiply
+    h: Tensor  # [expert, inner, inner]: of what down multiplies
     tokens: list[int]
     """How many tokens reached each of the experts."""
 
@@ -63,20 +63,15 @@ class Calibration:
             gates[row] += visit.gates.square().sum()
             _add(x[row], visit.tokens, visit.gates)
             _add(h[row], self.layer.activate(self.experts, visit.expert, visit.tokens), visit.gates)
-        for row, expert in enumerate(members):
-            count = counts[row]
-            gate = float(gates[row]) / count if count else self.gate
-            own = self._share(count) / count if count else 0.0
-            rest = gate * (1 - self._share(count))
-            x[row].mul_(own).add_(self.all, alpha=rest)
-            h[row].mul_(own)
+        for row, (count, total) in enumerate(zip(counts, gates.tolist(), strict=True)):
+            share = count / (count + self.blend) if count else 0.0
+            rest = (total / count if count else self.gate) * (1 - share)
+            x[row].mul_(share / max(count, 1)).add_(self.all, alpha=rest)
+            h[row].mul_(share / max(count, 1))
             if rest:
-                _add(h[row], self.layer.activate(self.experts, expert, self.sample), scale=rest / len(self.sample))
+                typical = self.layer.activate(self.experts, members[row], self.sample)
+                _add(h[row], typical, scale=rest / len(self.sample))
         return Moments(x, h, counts)
-
-    def _share(self, count: int) -> float:
-        """Lambda: how much an expert's own tokens decide."""
-        return count / (count + self.blend) if count else 0.0
 
 
 def _add(moment: Tensor, values: Tensor, gates: Tensor | None = None, scale: float = 1.0) -> None:

@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moefold import MergedPairs
+from moefold import LevelLoop, Levels
+from moefold_kernels.layout_pairs import GROUP
 
 KEPT = ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0))
 """Who reads the magnitude, by candidate: both, the first, the second."""
@@ -28,15 +29,19 @@ class Grid(Protocol):
     @property
     def group(self) -> int | None:
         """Columns that share a scale; None: there are no scales."""
+        ...
 
-    def open(self, start: int, magnitude: Tensor) -> None:
-        """Set the scales of the group of columns that comes next, for magnitudes [pair, column, rows] as merged."""
+    def open(self, start: int, magnitude: Tensor | None) -> None:
+        """Set the scales of the columns from `start` on, for [pair, column, rows] as merged; None: they are set."""
+        ...
 
     def round(self, magnitude: Tensor) -> Tensor:
         """The nearest that the format has, float32 and bf16 numbers, of [pair, candidate, rows]."""
+        ...
 
     def clipped(self, magnitude: Tensor) -> int:
-        """How many of these rounded magnitudes are the largest there is, and may have been more."""
+        """How many of these rounded magnitudes may have been more than the format holds."""
+        ...
 
 
 class Window:
@@ -47,7 +52,7 @@ class Window:
     def __init__(self, smallest: float, largest: float) -> None:
         self.smallest, self.largest = smallest, largest
 
-    def open(self, start: int, magnitude: Tensor) -> None:
+    def open(self, start: int, magnitude: Tensor | None) -> None:
         """There is nothing to set."""
 
     def round(self, magnitude: Tensor) -> Tensor:
@@ -58,28 +63,59 @@ class Window:
         return int((magnitude >= self.largest).sum())
 
 
-class PairCoder:
-    """Codes columns of many pairs at once, and holds what they became."""
+class Leveled:
+    """Levels times a scale for each row of a pair and group of columns."""
 
-    def __init__(self, cost: Tensor, rows: int, grid: Grid) -> None:
-        """`cost` [pair, 2, columns]: what a squared error in a column of an expert costs."""
-        self.grid, self.cost = grid, cost.mT[..., None].contiguous()  # [pair, columns, 2, 1]
+    group = GROUP
+
+    def __init__(self, levels: Levels, device: torch.device) -> None:
+        self.loop = LevelLoop(levels, device)
+        self.present = 0
+
+    def open(self, start: int, magnitude: Tensor | None) -> None:
+        if magnitude is not None:
+            self.loop.open(start, magnitude)
+        self.present = start // self.group
+
+    def round(self, magnitude: Tensor) -> Tensor:
+        return self.loop.grid.round(magnitude, self.loop.scale[self.present][:, None])[1]
+
+    def clipped(self, magnitude: Tensor) -> int:  # noqa: ARG002  (scales span what there is)
+        return 0
+
+    def scales(self) -> Tensor:
+        """All that were set: [pair, rows, groups] bfloat16."""
+        return self.loop.scales()
+
+
+class PairCoder:
+    """Codes columns of many pairs at once."""
+
+    def __init__(self, grid: Grid, usage: Tensor) -> None:
+        """`usage` [pair, 2]: how much an expert's errors count."""
+        self.grid, self.usage = grid, usage
+        self.kept = torch.tensor(KEPT, device=usage.device)[None, :, :, None]  # [1, 3, 2, 1]
+        self.cost = self.share = torch.empty(0)
+
+    def weigh(self, cost: Tensor) -> None:
+        """Take what a squared error in a column costs each expert: [pair, 2, columns]."""
+        self.cost = (cost * self.usage[:, :, None]).mT[..., None].contiguous()  # [pair, columns, 2, 1]
         self.share = self.cost / self.cost.sum(dim=2, keepdim=True)
-        pairs, _, columns = cost.shape
-        self.magnitude = torch.empty(pairs, columns, rows, dtype=torch.bfloat16, device=cost.device)
-        self.choice = torch.empty(pairs, columns, rows, dtype=torch.uint8, device=cost.device)
-        self.kept = torch.tensor(KEPT, device=cost.device)[None, :, :, None]  # [1, 3, 2, 1]
 
     @property
     def group(self) -> int | None:
         """Columns that share a scale."""
         return self.grid.group
 
-    def open(self, start: int, columns: Tensor) -> None:
+    def open(self, start: int, columns: Tensor | None) -> None:
         """Have the grid set its scales for what the group would become without rounding."""
-        stop = start + columns.shape[2]
-        values = _candidates(columns.abs().movedim(1, 2), self.share[:, start:stop])  # [pair, column, 3, rows]
-        chosen = self._choose(columns.abs().movedim(1, 2), values, self.cost[:, start:stop])[0]
+        if columns is None:
+            self.grid.open(start, None)
+            return
+        size = columns.abs().movedim(1, 2)  # [pair, column, 2, rows]
+        some = slice(start, start + size.shape[1])
+        values = _candidates(size, self.share[:, some])
+        chosen, _ = self._choose(size, values, self.cost[:, some])
         self.grid.open(start, values.gather(2, chosen[:, :, None])[:, :, 0])
 
     def code(self, number: int, column: Tensor) -> Tensor:
@@ -87,16 +123,8 @@ class PairCoder:
         size = column.abs()
         values = self.grid.round(_candidates(size, self.share[:, number]))
         chosen, reads = self._choose(size, values, self.cost[:, number])
-        self.choice[:, number] = chosen
-        self.magnitude[:, number] = values.gather(1, chosen[:, None])[:, 0]
         read = reads.gather(1, chosen[:, None, None].expand(-1, 1, 2, -1))[:, 0]
         return read.copysign_(column)
-
-    def flags(self, coded: Tensor) -> Tensor:
-        """MergedPairs' flags [pair, columns, rows], for what the columns were when they were coded."""
-        held = self.magnitude != 0
-        keep = torch.stack([(self.choice != 2) & held, (self.choice != 1) & held], dim=1)
-        return MergedPairs.flag(coded < 0, keep)
 
     def _choose(self, size: Tensor, values: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
         """The cheapest candidate [..., rows], and what both would read of each, [..., 3, 2, rows]."""

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moefold import __version__, benchmarks, describe, doctor, reporting, shipped, terminal
+from moefold import __version__, benchmarks, describe, doctor, new, reporting, shipped, terminal
 from moefold import compare as comparing
 from moefold import schema as schemas
 from moefold import tune as tuning
@@ -36,6 +36,7 @@ app = typer.Typer(
 )
 
 app.add_typer(benchmarks.app, name="bench")
+app.add_typer(new.app, name="new")
 
 out = Console()
 err = Console(stderr=True)

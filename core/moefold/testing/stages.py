@@ -69,6 +69,7 @@ def _declared(stage: Stage[Any, Any], what: str) -> None:
     require(bool(re.fullmatch(r"[a-z][a-z0-9_.]*", stage.name)), what, "names are lower-case words, joined by . or _")
     require(bool(stage.summary), what, "it has no docstring; `moefold list` shows its first line")
     for name, field in stage.options.model_fields.items():
+        require(name not in stage.ports, what, f"input {name} and option {name} have one name; rename one of them")
         how = f"option {name} has no description; write Annotated[TYPE, Field(description=...)]"
         require(bool(field.description), what, how)
     require(stage.version >= 1, what, f"version {stage.version}: count from 1")

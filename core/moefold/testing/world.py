@@ -29,12 +29,14 @@ from moefold.artifacts import (
 from moefold.codec import pack
 from moefold.errors import InputError
 from moefold.hooks import Registry
+from moefold.magnitudes import Levels, LevelTable
 from moefold.merged_pairs import MergedPairs
 from moefold.quantized import Scheme
 from moefold.replacements import Packed, Quantized, Reduced
 from moefold.saved import Saved
 from moefold.stage import Context, Provenance
 from moefold_kernels import layout, reference
+from moefold_kernels.layout_pairs import MAGNITUDE_BITS
 
 T = TypeVar("T", bound=Artifact)
 SAMPLES, LENGTH = 3, 64
@@ -103,7 +105,7 @@ class World:
             Experts: self.layer.experts, Text: self._text, Routed: self._routed, Activity: self._activity,
             Similarity: self._similarity, Groups: self._groups, PairMerge: self._merge, MergedPairs: self._merged,
             Packed: self._packed, Reduced: self._reduced, Quantized: self._quantized, Baseline: self._baseline,
-            Saved: self._saved, Metrics: lambda: Metrics("made up", [{"row": 1}]),
+            Saved: self._saved, LevelTable: self._levels, Metrics: lambda: Metrics("made up", [{"row": 1}]),
         }  # fmt: skip
 
     @property
@@ -192,6 +194,10 @@ class World:
         return Baseline(
             {text.name: 5.5}, {text.name: text.tokens}, {text.name: text.bytes}, {text.name: [5.5] * SAMPLES}
         )
+
+    def _levels(self) -> LevelTable:
+        magnitudes = self._random(1 << 12).abs()
+        return LevelTable({str(b): list(Levels.learn(magnitudes, b).values) for b in MAGNITUDE_BITS.values()}, {})
 
     def _saved(self) -> Saved:
         """The model itself, as if a stage had written it with nothing changed."""

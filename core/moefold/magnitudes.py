@@ -42,7 +42,7 @@ class Levels:
             raise FormatError(f"{len(self.values)} levels for {self.bits} bits; formats have 2, 4, 8 or 32 levels")
         if not all(0 < value < float("inf") for value in self.values):
             raise FormatError(f"levels {list(self.values)}: each is a positive number")
-        if torch.tensor(self.values).bfloat16().tolist() != list(self.values):
+        if torch.tensor(self.values, dtype=torch.float64, device="cpu").bfloat16().tolist() != list(self.values):
             raise FormatError(f"levels {list(self.values)}: each is a bf16 number")
         if any(larger < (1 + SPACING) * smaller for smaller, larger in pairwise(self.values)):
             raise FormatError(f"levels {list(self.values)}: each is at least {1 + SPACING} times the one before")

@@ -113,7 +113,7 @@ def check_levels(format: str, levels: Sequence[float]) -> tuple[float, ...]:
         raise FormatError(f"{format} has {count} positive levels, and these are {list(levels)}")
     if any(larger <= smaller for smaller, larger in pairwise(levels)):
         raise FormatError(f"levels increase, and these are {list(levels)}")
-    if torch.tensor(levels, device="cpu").bfloat16().tolist() != list(levels):
+    if torch.tensor(levels, dtype=torch.float64, device="cpu").bfloat16().tolist() != list(levels):
         raise FormatError(f"levels are bf16 numbers, and these are {list(levels)}")
     if count == PIECES * PER_PIECE:
         pieces(levels)

@@ -158,3 +158,28 @@ def test_no_kernel_runs_them_yet_and_that_is_said(format):
     able, said = Triton().can(need)
     assert not able
     assert format in said
+
+
+def test_selectors_take_no_more_than_the_docstring_says():
+    """Shifts and masks of whole words give, in each nibble, what `prmt` is to look up."""
+    for format, highest, mask in [("pair4", 3, 0x11111111), ("pair5", 2, 0x22222222), ("pair6", 1, 0x44444444)]:
+        level, scale, negative, keep = matrix(format, 2, 64)
+        planes, w = encode(format, level, scale, negative, keep), layout_pairs.low_bits(format)
+        words = planes["words"].long() & 0xFFFFFFFF
+        assert torch.equal(nibbles(words & 0x77777777), states(negative, keep).long())
+        numbers = words >> highest & mask
+        if w:
+            j = torch.arange(8) % (4 // w)  # the word's place in the other plane's
+            low = (planes["low"].long() & 0xFFFFFFFF).repeat_interleave(4 // w, dim=1)
+            numbers = low >> w * j & {1: 0x11111111, 2: 0x33333333}[w] | numbers
+        assert torch.equal(nibbles(numbers), level.long()), format
+    level, scale, negative, keep = matrix("pair8", 2, 64)
+    planes = encode("pair8", level, scale, negative, keep)
+    words, low = (planes[name].long() & 0xFFFFFFFF for name in ("words", "low"))
+    assert torch.equal(nibbles(low >> 2 & 0x33333333 | words >> 1 & 0x44444444), level.long() >> 2)
+    assert torch.equal(nibbles(low & 0x33333333), level.long() & 3)
+
+
+def nibbles(words: torch.Tensor) -> torch.Tensor:
+    """The eight nibbles of each word, from the lowest: [rows, 8 * words]."""
+    return (words[..., None] >> torch.arange(0, 32, 4) & 15).flatten(-2)

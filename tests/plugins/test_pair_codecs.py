@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from merged_layers import GROUPS, PROVENANCE, load, logits
+from merged_layers import merged as merged_experts
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +26,7 @@ from moefold import (
     MergedPairs,
     Packed,
     PairMerge,
-    Provenance,
+    fused,
 )
 from moefold.codec import pack, pack_stage, unpack_stage
 from moefold.errors import FormatError
@@ -197,8 +199,7 @@ def test_what_is_saved_loads_as_packed(family, name, tmp_path):
     """From a codec through the files to transformers and the streaming reader, and back through `unpack`."""
     source, codec = Checkpoint.open(str(tiny(family, tmp_path / "source", num_hidden_layers=2))), CODECS[name]
     layers: dict[int, Packed] = {layer.number: pack(codec(), merge_of(layer.experts())) for layer in source.layers()}
-    provenance = Provenance("org/model", "f" * 64, ({"id": "pack", "uses": f"pack.{name}", "version": 1, "with": {}},))
-    saved = save(source, Layers(layers), None, provenance, to=tmp_path / "out", shard_size="60KB")
+    saved = save(source, Layers(layers), None, PROVENANCE, to=tmp_path / "out", shard_size="60KB")
     assert saved.figures["format"] == name
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
@@ -217,3 +218,32 @@ def test_what_is_saved_loads_as_packed(family, name, tmp_path):
     dense.set_experts_implementation("eager")
     with torch.no_grad():
         assert torch.equal(model(samples(2, 9)).logits, dense(samples(2, 9)).logits)
+
+
+@pytest.mark.parametrize(("family", "name"), [("qwen3_moe", "pair6"), ("gpt_oss", "pair8")])
+def test_merged_experts_are_packed_with_their_route(family, name, tmp_path):
+    """Five experts of eight router outputs: the saved model is the one in which decoded experts are repeated."""
+    source, codec = Checkpoint.open(str(tiny(family, tmp_path / "source", num_hidden_layers=2))), CODECS[name]
+    context, values = Context(torch.device("cpu"), torch.Generator()), {}
+    for layer in source.layers():
+        few = merged_experts(layer.experts(), GROUPS)
+        values[layer.number] = pack(codec(), merge_of(few, ((3, 0), (1, 4))))
+    save(source, Layers(values), None, PROVENANCE, to=tmp_path / "ours")
+    model, twin = load(tmp_path / "ours"), load(source.path)
+    for number, value in values.items():
+        read = unpack_stage(codec)(value, source.layer(number), context)
+        assert read.route is not None
+        assert torch.equal(Checkpoint.open(str(tmp_path / "ours")).layer(number).experts().down, read.down)
+        parts = (getattr(read, part) for part in ("gate_up", "down", "gate_up_bias", "down_bias"))
+        every = Experts(*(None if part is None else part[read.route] for part in parts), gated=read.gated)
+        (module,) = (m for n, m in twin.named_modules() if f"layers.{number}." in n and hasattr(m, "is_concatenated"))
+        for stored, weights in layer_parameters(module, every):
+            stored.data.copy_(weights)
+    assert torch.equal(logits(model), logits(twin))
+
+
+def layer_parameters(module, experts: Experts):
+    """A stock module's parameters, and experts in its own layout."""
+    names = ("gate_up_proj", "down_proj", *(("gate_up_proj_bias", "down_proj_bias") if module.has_bias else ()))
+    own = fused.in_own_layout(module, experts)
+    return [(getattr(module, name), own[name]) for name in names]

@@ -178,7 +178,9 @@ def _flags(found: list[Json]) -> str:
             else paragraph("Tokens were not counted; the stage observe does.")
         )
     counts = [sum(len(str(line[i]).split(", ")) for line in lines if line[i]) for i in (1, 2)]
-    marks = raw(f"{badge(f'{counts[0]} dead', 'bad')} {badge(f'{counts[1]} under-sampled', 'warn')}")
+    marks = raw(
+        f"{badge(f'{counts[0]} dead', 'bad' if counts[0] else 'good')} {badge(f'{counts[1]} under-sampled', 'warn')}"
+    )
     listed = table(("layer", "dead", "few tokens"), lines, {1: "long", 2: "long"})
     return f"<details{' open' if len(lines) <= 8 else ''}><summary>{marks}, by layer</summary>{listed}</details>"
 

@@ -47,7 +47,7 @@ def increases(rows: Sequence[Mapping[str, Json]], names: Sequence[str]) -> dict[
     return _figure(
         data,
         110 + 40 * len(rows),
-        xaxis={"title": {"text": "loss increase, nats per token"}, "zeroline": True, "rangemode": "tozero"},
+        xaxis={"title": {"text": "loss increase (nats)"}, "zeroline": True, "rangemode": "tozero"},
         yaxis={"type": "category", "autorange": "reversed"},
     )
 

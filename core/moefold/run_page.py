@@ -7,15 +7,19 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 
-import yaml
-
 from moefold import pictures
 from moefold.artifact import Json
 from moefold.html import Page, badge, card, paragraph, raw, table
 from moefold.inside import Inside
 from moefold.inside_page import experts, layers, similarity
+from moefold.provenance_page import provenance
 from moefold.report import size
 
+_HOW_TO_READ = (
+    "Loss in nats per token, below it the 95 % interval over samples; neighbouring samples of one text are not quite "
+    "independent, so the true interval is a little wider. Recovery: perplexity before / after. Beyond random: the share "
+    "of a random baseline's increase, at equal bytes, that the method avoids."
+)
 _KNOWN = ("loss_after", "output_error", "same_tokens")
 
 
@@ -29,11 +33,11 @@ def page(report: Mapping[str, Json]) -> Page:
     if main:
         inside = Inside(report, main[0])
         if len(verdicts) > 1:
-            made.head += paragraph(f"Layers and experts below are of the checkpoint that the stage {main[0]} saved.")
+            made.head += paragraph(f"Layers and experts below are of the checkpoint of the stage {main[0]}.")
         for add in (layers, experts, similarity):
             add(made, inside)
     _samples(made, report)
-    _provenance(made, report)
+    provenance(made, report)
     _loading(made, report)
     return made
 
@@ -49,6 +53,8 @@ def _head(report: Mapping[str, Json]) -> str:
 
 def _verdict(made: Page, report: Mapping[str, Json], verdicts: Mapping[str, Json]) -> str:
     parts = [_checkpoint(step, one, len(verdicts) > 1) for step, one in verdicts.items()]
+    if any(one["texts"] for one in verdicts.values()):
+        parts.append(paragraph(_HOW_TO_READ))
     if not verdicts:
         parts.append(paragraph("This run saved no checkpoint; below is what it measured."))
         losses = [
@@ -105,24 +111,13 @@ def _gate(row: Mapping[str, Json]) -> raw:
 
 
 def _losses(rows: list[Mapping[str, Json]]) -> str:
-    columns = [
-        "text",
-        "tokens",
-        "samples",
-        "loss before",
-        "after",
-        "increase",
-        "perplexity before",
-        "after",
-        "recovery",
-    ]
+    columns = ["text", "tokens", "loss before", "after", "increase", "perplexity before", "after", "recovery"]
     chance = any(row["random_increase"] is not None for row in rows)
     lines = []
     for row in rows:
         line = [
             row["text"],
-            f"{row['tokens']:,}",
-            row["samples"],
+            raw(f"{row['tokens']:,}" + (f"<small>{row['samples']} samples</small>" if row["samples"] else "")),
             _span(row["loss_before"], row["loss_before_interval"]),
             _span(row["loss_after"], row["loss_after_interval"]),
             _span(row["loss_increase"], row["loss_increase_interval"], "+.4f"),
@@ -134,13 +129,7 @@ def _losses(rows: list[Mapping[str, Json]]) -> str:
             random, beyond = row["random_increase"], row["beyond_random"]
             line += [None if random is None else f"{random:+.4f}", None if beyond is None else f"{beyond:.1%}"]
         lines.append(line)
-    told = (
-        "Loss in nats per token, below it the 95 % interval over samples; neighbouring samples of one text are not "
-        "quite independent, so the true interval is a little wider. Recovery: perplexity before / after."
-    )
-    if chance:
-        told += " Beyond random: the share of the random baseline's increase, at equal bytes, that the method avoids."
-    return table([*columns, *(("random baseline", "beyond random") if chance else ())], lines) + paragraph(told)
+    return table([*columns, *(("random", "beyond random") if chance else ())], lines)
 
 
 def _span(value: float, interval: list[float] | None, form: str = ".4f") -> raw:
@@ -164,7 +153,7 @@ def _other_metrics(report: Mapping[str, Json]) -> Iterator[str]:
                 yield f"<h3>{escape(facts['title'])}</h3>{table(list(rows[0]), cells)}"
 
 
-# -- samples, provenance, loading
+# -- samples, loading
 
 
 def _samples(made: Page, report: Mapping[str, Json]) -> None:
@@ -182,82 +171,6 @@ def _sample(row: Mapping[str, Json]) -> str:
     )
     same = f"the first {row['same_tokens']} of {row['new_tokens']} tokens are the same"
     return f'<div class="sample"><h3>{escape(row["text"])}: {same}</h3><div class="sides">{sides}</div></div>'
-
-
-def _provenance(made: Page, report: Mapping[str, Json]) -> None:
-    parts = [_details("The pipeline, with nothing left to defaults", _pre(_yaml(report["pipeline"])))]
-    hashes = [("model fingerprint", report["model"]["fingerprint"])]
-    for layers_ in report["texts"].values():
-        hashes += [(f"text {f['name']} ({f['samples']} × {f['length']} tokens)", f["digest"]) for f in layers_.values()]
-    code = [(name, None if value is None else raw(f"<code>{escape(value)}</code>")) for name, value in hashes]
-    parts.append("<h3>Hashes</h3>" + table(("of", "digest"), code, {0: "name", 1: "long"}))
-    seeds = [
-        (stage["id"], name, value)
-        for stage in report["pipeline"]["stages"]
-        for name, value in stage["with"].items()
-        if "seed" in name
-    ]
-    parts.append("<h3>Seeds</h3>" + (table(("stage", "option", "seed"), seeds) or paragraph("No stage has one.")))
-    versions = [(name, version) for name, version in report["versions"].items()]
-    parts.append("<h3>Versions</h3>" + table(("", "version"), versions))
-    stages = report.get("stage_versions", {})
-    if stages:
-        parts.append(_details("Versions of the stages", table(("stage", "version"), list(stages.items()))))
-    parts.append("<h3>Runs that led here</h3>" + _events(report.get("events", [])))
-    parts.append("<h3>What each stage took</h3>" + _stages(report["stages"]))
-    if report["warnings"]:
-        lines = "".join(f"<li>{escape(line)}</li>" for line in report["warnings"])
-        parts.append(_details(f"All warnings ({len(report['warnings'])})", f'<ul class="warnings">{lines}</ul>'))
-    for layers_ in report["saved"].values():
-        for facts in layers_.values():
-            files = [(name, f"{count:,}") for name, count in facts["files"].items()]
-            parts.append(_details(f"Files in {facts['path']}", table(("file", "bytes"), files)))
-    made.add("provenance", "Provenance", "".join(parts))
-
-
-def _details(summary: str, inner: str) -> str:
-    return f"<details><summary>{escape(summary)}</summary>{inner}</details>"
-
-
-def _pre(text: str) -> str:
-    return f"<pre>{escape(text)}</pre>"
-
-
-def _yaml(pipeline: Mapping[str, Json]) -> str:
-    return yaml.safe_dump(dict(pipeline), sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
-
-
-def _events(events: list[Mapping[str, Json]]) -> str:
-    if not events:
-        return paragraph("Not noted.")
-    lines, before = [], None
-    for event in events:
-        what = event["event"]
-        if what == "started":
-            to_run = sum(event["to_run"].values())
-            what = f"{'resumed' if before in ('started', 'failed') else 'started'}: {to_run:,} tasks to run"
-            what += " (the run before was killed)" if before == "started" else ""
-        lines.append((event["when"], what + (f": {event['why']}" if "why" in event else "")))
-        before = event["event"]
-    return table(("when", "what"), lines, {1: "long"})
-
-
-def _stages(stages: Mapping[str, Json]) -> str:
-    lines = [
-        (
-            step,
-            took["tasks"],
-            took["to_run"],
-            f"{took['stored_seconds']:.1f}",
-            size(took["stored_peak_bytes"]) if took["stored_peak_bytes"] else None,
-            size(took["stored_peak_device_bytes"]) if took["stored_peak_device_bytes"] else None,
-        )
-        for step, took in stages.items()
-    ]
-    columns = ("stage", "tasks", "ran now", "seconds, all runs", "peak memory", "on the device")
-    return table(columns, lines) + paragraph(
-        "Seconds are added up over workers, whenever the stored results were made."
-    )
 
 
 def _loading(made: Page, report: Mapping[str, Json]) -> None:

@@ -135,7 +135,7 @@ class Walk:
             missed = torch.empty_like(off)
             for k in range(stop - start):
                 if group is not None and k % group == 0:
-                    self.coder.open(start + k, part[:, :, k : k + group])
+                    self.coder.open(start + k, self._expected(now, unit, start + k, start + k + group))
                 read = self.coder.code(start + k, part[:, :, k])
                 self.read[:, :, start + k] = read
                 torch.sub(part[:, :, k], read, out=missed[:, :, k])
@@ -146,6 +146,17 @@ class Walk:
             follow = unit[:, :, start:stop, stop:].flatten(0, 1).mT  # [batch * slot, later columns, block]
             flat[:, stop:].baddbmm_(follow, off.flatten(0, 1))
         return damage
+
+    def _expected(self, now: Tensor, unit: Tensor, start: int, stop: int) -> Tensor:
+        """What columns `start` to `stop` would best be, were they not rounded, given those before them.
+
+        D of theirs makes `D R` zero there; what `now` has gathered is R's part of earlier columns.
+        """
+        own = self.original[:, :, start:stop].float()
+        gathered = now[:, :, start:stop] - own
+        inside = unit[:, :, start:stop, start:stop].mT
+        off: Tensor = torch.linalg.solve_triangular(inside, gathered, upper=False, unitriangular=True)
+        return own + off
 
     def again(self, moments: Tensor) -> Tensor:
         """Go over all columns once more, with `moments` [batch, slot, columns, columns]; returns what `first` does."""

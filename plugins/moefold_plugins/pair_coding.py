@@ -74,7 +74,8 @@ class Leveled:
 
     def open(self, start: int, magnitude: Tensor | None) -> None:
         if magnitude is not None:
-            self.loop.open(start, magnitude)
+            by_row = magnitude.movedim(1, 2).contiguous()  # what the loop goes over, many times
+            self.loop.open(start, by_row.movedim(1, 2))
         self.present = start // self.group
 
     def round(self, magnitude: Tensor) -> Tensor:

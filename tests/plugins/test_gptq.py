@@ -1,0 +1,98 @@
+"""GPTQ and rounding to nearest against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import tiny
+from moefold import Checkpoint, Context, Layers, Provenance, Routed
+from moefold_plugins.gptq import GroupCoder, coded, gptq
+from moefold_plugins.save import save
+
+
+def nearest(weights: Tensor, bits: int, group: int) -> Tensor:
+    """A matrix [rows, columns], each group of a row rounded to 2 ** bits values that zero is one of."""
+    steps, out = 2**bits - 1, torch.empty_like(weights)
+    for row, values in enumerate(weights):
+        for start in range(0, len(values), group):
+            part = values[start : start + group]
+            low, high = min(float(part.min()), 0.0), max(float(part.max()), 0.0)
+            scale = float(torch.tensor((high - low) / steps).half()) or 1.0
+            zero = min(max(round(-low / scale), 0), steps)
+            out[row, start : start + group] = (((part / scale).round() + zero).clamp(0, steps) - zero) * scale
+    return out
+
+
+def compensated(weights: Tensor, moment: Tensor, bits: int, group: int) -> Tensor:
+    """As published: U of the inverse, errors pushed to later columns, scales set when a group begins; float64."""
+    upper = torch.linalg.cholesky(torch.linalg.inv(moment.double()), upper=True)
+    work, out = weights.double().clone(), torch.empty_like(weights)
+    for k in range(weights.shape[1]):
+        if k % group == 0:
+            coder = GroupCoder(bits, group, torch.float32)
+            coder.open(k, work[:, k : k + group].T[None, None].float())
+        out[:, k] = coder.code(k, work[:, k][None, None].float())[0, 0]
+        work[:, k + 1 :] -= ((work[:, k] - out[:, k]) / upper[k, k])[:, None] * upper[k, k + 1 :]
+    return out
+
+
+@pytest.fixture
+def case() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(500, 8, generator=generator) @ torch.randn(8, 40, generator=generator)
+    inputs += 0.3 * torch.randn(500, 40, generator=generator)
+    return torch.randn(24, 40, generator=generator), inputs.T @ inputs / 500
+
+
+def run(weights: Tensor, moment: Tensor | None, bits: int, block: int = 32) -> Tensor:
+    given = None if moment is None else moment.clone()[None, None]
+    return coded(weights.T[None, None], given, GroupCoder(bits, 16, weights.dtype), 1e-9, block)[0][0, 0].T
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_nearest_is_the_nearest(case, bits):
+    torch.testing.assert_close(run(case[0], None, bits), nearest(case[0], bits, 16), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_compensated_is_gptq(case, bits):
+    weights, moment = case
+    found, expected = run(weights, moment, bits), compensated(weights, moment, bits, 16)
+    assert (found - expected).abs().lt(1e-5).float().mean() > 0.95  # float32 rounds a few to the other side
+    error, plain = (
+        float((((weights - read) @ moment) * (weights - read)).sum()) for read in (found, run(weights, None, bits))
+    )
+    assert error < 0.5 * plain
+
+
+@pytest.mark.parametrize("block", [1, 20, 100])
+def test_blocks_change_nothing_but_rounding(case, block):
+    weights, moment = case
+    assert (run(weights, moment, 3) - run(weights, moment, 3, block)).abs().lt(1e-5).float().mean() > 0.95
+
+
+def test_rows_of_zeros_stay_zeros():
+    assert not run(torch.zeros(3, 40), None, 2).any()
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+def test_the_stage_gives_dense_experts_that_can_be_saved(tmp_path, compensate):
+    source = Checkpoint.open(str(tiny("qwen3_moe", tmp_path / "source", num_hidden_layers=2)))
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randn(200, 64, generator=generator).bfloat16()
+    index = torch.rand(200, 6, generator=generator).argsort(dim=1)[:, :2]
+    routed = Routed(tokens[None], tokens, index, torch.rand(200, 2, generator=generator))
+    context = Context(torch.device("cpu"), torch.Generator())
+    made = {
+        layer.number: gptq(layer, routed, layer.experts(), context, bits=3, group=32, compensate=compensate)
+        for layer in source.layers()
+    }
+    assert made[0].figures["bits_per_weight"] == 4.0
+    for expert, columns in ((0, made[0].gate_up[0]), (7, made[0].down[7])):
+        assert max(len(part.unique()) for row in columns for part in row.split(32)) <= 8, expert
+    save(source, Layers(made), None, Provenance("org/model", "f" * 64, ()), to=tmp_path / "out")
+    again = Checkpoint.open(str(tmp_path / "out")).layers()[0].experts()
+    assert torch.equal(again.gate_up, made[0].gate_up)
+    assert torch.equal(again.down, made[0].down)

@@ -173,6 +173,8 @@ def sample(weights: Tensor, count: int = SAMPLE) -> Tensor:
     """Magnitudes in units of their group's root mean square, of experts [expert, rows, columns] merged two by two.
 
     Each is what costs least of sharing the mean, or keeping either; about `count`, from rows spread over all experts.
+    Levels of single weights instead leave 10 % more error of merged magnitudes in pair4 to pair6, and 26 % in pair8
+    (shipped model).
     """
     pairs, rows, columns = len(weights) // 2, *weights.shape[1:]
     step = max(1, pairs * rows * columns // count)

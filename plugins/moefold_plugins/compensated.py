@@ -6,8 +6,7 @@ what it gets wrong in a column is made up for in the other columns of each exper
 
 Memory: for each expert in hand 8 bytes of an entry of the larger of its moment matrices, 4 of the other, and 12 of an
 entry of its larger weight matrix. Pairs are taken in chunks that fit a budget (half of what a GPU has free), each of
-which goes over the calibration tokens once. DeepSeek-V3 (7168, 2048): 0.78 GB an expert, 200 GB for all 256 at once, 22
-experts in 17 GB.
+which goes over the calibration tokens once. DeepSeek-V3 (7168, 2048): 0.78 GB an expert, 200 GB for all 256 at once.
 """
 
 from __future__ import annotations
@@ -45,9 +44,6 @@ from moefold_plugins.pair_coding import Grid, Leveled, PairCoder, Window
 
 BUDGET = 4 * 2**30
 """Bytes of moments and weights held at a time where there is no GPU."""
-
-HEADROOM = 2
-"""Exponents above the largest weight's that a compensated one may reach before it is clipped."""
 
 Damping = Annotated[float, Field(gt=0, description="added to the moments' diagonal, in units of its mean")]
 Block = Annotated[int, Field(ge=1, description="columns between which errors are pushed on one by one")]
@@ -146,10 +142,10 @@ class Merge:
         self.tokens: dict[str, int] = {}
         paired = as_index([expert for pair in pairs.members for expert in pair])
         some = {name: stack.weights[paired] for name, stack in self.stacks.items()} if len(paired) else {}
-        self.windows: dict[str, tuple[float, float]] = {}
+        self.windows: dict[str, Window] = {}
         self.levels: dict[str, Levels] = {}
         if rules.format == layout.EXPONENT:
-            self.windows = {name: window(weights) for name, weights in some.items()}
+            self.windows = {name: Window.over(weights) for name, weights in some.items()}
             return
         bits = layout_pairs.magnitude_bits(rules.format)
         for name, weights in some.items():
@@ -193,7 +189,7 @@ class Merge:
         stack.raised |= {str(e): count for e, count in zip(members, factors.raised, strict=True) if count}
 
     def _grid(self, name: str, device: torch.device) -> Grid:
-        return Window(*self.windows[name]) if name in self.windows else Leveled(self.levels[name], device)
+        return self.windows[name] if name in self.windows else Leveled(self.levels[name], device)
 
     def done(self) -> MergedPairs:
         """All pairs, and the experts left alone."""
@@ -241,19 +237,6 @@ class Merge:
             "raised": {name: stack.raised for name, stack in self.stacks.items()},
             "clipped": {name: stack.clipped for name, stack in self.stacks.items()},
         }
-
-
-def window(weights: Tensor) -> tuple[float, float]:
-    """The least and most that one window of the format `exponent` holds, with room above the largest of the weights."""
-    least, most = torch.aminmax(weights)
-    largest = torch.maximum(-least, most).bfloat16()
-    if not bool(largest.isfinite()):
-        raise InputError(f"weights lie in {least.item()} .. {most.item()}, and bf16 has to hold them")
-    exponent = int(largest.view(torch.int16)) >> layout.FRACTION_BITS
-    top = min(max(exponent, 1) + HEADROOM, layout.LARGEST_EXPONENT)
-    bits = torch.tensor([layout.smallest(top), layout.largest(top)], dtype=torch.int16)
-    smallest, greatest = bits.view(torch.bfloat16).tolist()
-    return smallest, greatest
 
 
 def costly_first(moment: Tensor) -> Tensor:

@@ -11,13 +11,18 @@ each with m as the format rounds it; there is no threshold.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from moefold import LevelLoop, Levels
+from moefold.errors import InputError
+from moefold_kernels import layout
 from moefold_kernels.layout_pairs import GROUP
+
+HEADROOM = 2
+"""Exponents above the largest weight's that a compensated one may reach before it is clipped."""
 
 KEPT = ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0))
 """Who reads the magnitude, by candidate: both, the first, the second."""
@@ -51,6 +56,18 @@ class Window:
 
     def __init__(self, smallest: float, largest: float) -> None:
         self.smallest, self.largest = smallest, largest
+
+    @classmethod
+    def over(cls, weights: Tensor) -> Self:
+        """The window of `exponent` that holds these weights, with HEADROOM; raises InputError for what bf16 cannot."""
+        least, most = torch.aminmax(weights)
+        largest = torch.maximum(-least, most).bfloat16()
+        if not bool(largest.isfinite()):
+            raise InputError(f"weights lie in {least.item()} .. {most.item()}, and bf16 has to hold them")
+        exponent = int(largest.view(torch.int16)) >> layout.FRACTION_BITS
+        top = min(max(exponent, 1) + HEADROOM, layout.LARGEST_EXPONENT)
+        bits = torch.tensor([layout.smallest(top), layout.largest(top)], dtype=torch.int16)
+        return cls(*bits.view(torch.bfloat16).tolist())
 
     def open(self, start: int, magnitude: Tensor | None) -> None:
         """There is nothing to set."""

@@ -159,8 +159,7 @@ def test_what_is_merged_packs_exactly(layer, routed):
     merged = compensated(layer, routed, layer.experts(), PAIRS, None, CONTEXT)
     packed = pack(Exponent(), merged)
     assert packed.counts["clipped"] == packed.counts["flushed"] == 0
-    read = unpack(Exponent(), packed, layer, CONTEXT.device)
-    for matrix, weights in read.matrices().items():
+    for matrix, weights in unpack(Exponent(), packed, layer, CONTEXT.device).matrices().items():
         for index, members in enumerate(PAIRS.members):
             for slot, expert in enumerate(members):
                 assert torch.equal(weights[expert].bfloat16(), merged.read(matrix, index, slot))
@@ -173,8 +172,7 @@ def test_few_bits_are_laid_out_exactly(layer, routed, codec, table):
     values = [0.3, 0.55, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0]
     bits = layout_pairs.magnitude_bits(codec.name)
     spread = torch.tensor(values if bits == 3 else [0.5, 1.5]).bfloat16().tolist()
-    levels = LevelTable({str(bits): spread}) if table else None
-    experts = layer.experts()
+    levels, experts = LevelTable({str(bits): spread}) if table else None, layer.experts()
     if not table:  # enough weights to learn levels from
         wide = torch.randn(4, 2 * 64, 64), torch.randn(4, 64, 64)
         merge = Merge(Experts(*wide), Groups([[0, 1], [2, 3]], []), Rules(format=codec.name))

@@ -27,6 +27,9 @@ _PAGE = """\
  content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
 <title>{title}</title>
 <link rel="icon" href="data:,">
+<script>
+document.documentElement.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+</script>
 <style>{css}</style>
 </head>
 <body>

@@ -17,8 +17,8 @@ from moefold.report import size
 
 _HOW_TO_READ = (
     "Loss in nats per token, below it the 95 % interval over samples; neighbouring samples of one text are not quite "
-    "independent, so the true interval is a little wider. Recovery: perplexity before / after. Beyond random: the share "
-    "of a random baseline's increase, at equal bytes, that the method avoids."
+    "independent, so the true interval is a little wider. Recovery: perplexity before / after. Beyond random: the "
+    "share of a random baseline's increase, at equal bytes, that the method avoids."
 )
 _KNOWN = ("loss_after", "output_error", "same_tokens")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -284,3 +286,23 @@ def test_every_field_of_a_report_is_documented(tmp_path):
     assert set(found) == set(re.findall(r"^\| `(\w+)` \|", described, flags=re.MULTILINE))
     row = synthetic()["verdicts"]["save"]["texts"][0]
     assert all(f"`{name}`" in described for name in (*synthetic()["verdicts"]["save"], *row))
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("shape", [(3, 8), (60, 128)])
+def test_a_browser_draws_every_figure_without_an_error(tmp_path, shape):
+    """Headless, with the network's names unresolvable; `data-drawn` is set when the last figure is there."""
+    (tmp_path / "report.html").write_text(page(synthetic(*shape)).render(), encoding="utf-8")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=390,844"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000", "--dump-dom"]
+    options += ["--host-resolver-rules=MAP * ~NOTFOUND", (tmp_path / "report.html").as_uri()]
+    done = subprocess.run([str(CHROMIUM), *options], capture_output=True, text=True, timeout=120, check=True)
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert 'data-drawn="all"' in done.stdout[:500]
+    assert done.stdout.count('class="main-svg"') >= 7
+    rows = done.stdout.partition('id="experts-rows"')[2].partition("</tbody>")[0]
+    assert rows.count("<tr>") == shape[1]
+    assert "shares words with" in rows

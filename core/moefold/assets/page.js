@@ -34,11 +34,34 @@
     return out;
   }
 
-  function draw(element, figure) {
+  // Text is readable at once; figures follow one by one, so that neither opening nor scrolling waits for all of them.
+  const waiting = new Map();
+  function soon(element, figure) {
     if (!element) return;
+    waiting.set(element, figure);
+    if (waiting.size === 1) setTimeout(next, 0);
+  }
+  function next() {
+    const first = waiting.entries().next();
+    if (first.done) return;
+    const [element, figure] = first.value;
+    waiting.delete(element);
+    draw(element, figure);
+    if (waiting.size) setTimeout(next, 0);
+    else document.documentElement.dataset.drawn = "all";
+  }
+  function drawAll() {
+    while (waiting.size) next();
+  }
+
+  function draw(element, figure) {
     drawn.set(element, figure);
     Plotly.react(element, figure.data, themed(figure.layout, root.dataset.theme === "dark"),
                  { responsive: true, displayModeBar: false });
+    if (figure.clicked && !element.dataset.clicks) {
+      element.dataset.clicks = "heard";
+      element.on("plotly_click", (event) => drawn.get(element).clicked(event.points[0]));
+    }
   }
 
   function paint(isDark) {
@@ -49,6 +72,7 @@
   system.addEventListener("change", () => paint(dark()));
   byId("theme").addEventListener("click", () => { chosen = dark() ? "light" : "dark"; paint(dark()); });
   window.addEventListener("beforeprint", () => {
+    drawAll();
     document.querySelectorAll("details").forEach((one) => { one.open = true; });
     paint(false);
     for (const element of drawn.keys()) {  // a narrow sheet, whatever the window's width
@@ -60,7 +84,7 @@
     paint(dark());
   });
 
-  for (const [name, figure] of Object.entries(page.figures)) draw(byId(name), figure);
+  for (const [name, figure] of Object.entries(page.figures)) soon(byId(name), figure);
   if (page.experts) experts(page.experts);
 
   // -- per expert: one layer at a time, and all of them as a picture
@@ -79,20 +103,18 @@
       measure.addEventListener("change", () => overview(told, measure.value));
       overview(told, measure.value);
     }
-    const plot = byId("experts-plot");
-    if (plot && plot.on) {
-      plot.on("plotly_click", (event) => {
-        const found = layers.findIndex((layer) => String(layer.number) === String(event.points[0].y));
-        if (found >= 0) { pick.value = String(found); show(); }
-      });
-    }
     show();
   }
 
   function overview(told, name) {
     const measure = told.measures.find((one) => one.name === name);
     const z = told.layers.map((layer) => layer[name] || []);
-    draw(byId("experts-plot"), {
+    soon(byId("experts-plot"), {
+      clicked: (point) => {
+        const found = told.layers.findIndex((layer) => String(layer.number) === String(point.y));
+        byId("layer").value = String(found);
+        byId("layer").dispatchEvent(new Event("change"));
+      },
       data: [{
         type: "heatmap", z, y: told.layers.map((layer) => String(layer.number)), colorscale: "Cividis",
         colorbar: { thickness: 10, outlinewidth: 0, tickformat: measure.format },
@@ -170,7 +192,7 @@
     const marker = { symbol: "square-open", size: Math.max(4, Math.min(16, 360 / size)), color: "#e4572e",
                      line: { width: 2 } };
     const side = { showgrid: false, zeroline: false, constrain: "domain" };
-    draw(element, {
+    soon(element, {
       data: [
         { type: "heatmap", z, colorscale: "Cividis", colorbar: { thickness: 10, outlinewidth: 0 },
           hovertemplate: "experts %{x} and %{y}: %{z:.4f}<extra></extra>" },

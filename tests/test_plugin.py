@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import site
 import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
 
+from environments import Environment
 from models import tiny
 
 HERE = Path(__file__).parent
@@ -31,28 +29,20 @@ stages:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh virtual environment that sees this one's packages, with the plugin installed by pip."""
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """A fresh one with the plugin installed by pip."""
     folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, with_pip=True, symlinks=True)
-    packages = folder / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
-    seen = [sysconfig.get_path("purelib"), *site.getsitepackages()]
-    (packages / "outer.pth").write_text("".join(f"import site; site.addsitedir({p!r})\n" for p in dict.fromkeys(seen)))
-    plugin = shutil.copytree(HERE / "example_plugin", folder / "plugin")
-    pip = [folder / "bin" / "python", "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", plugin]
-    subprocess.run(pip, check=True)
-    return folder
+    made = Environment(folder / "environment")
+    made.install(shutil.copytree(HERE / "example_plugin", folder / "plugin"))
+    return made
 
 
 @pytest.mark.slow
-def test_stage_by_entry_point_used_from_yaml(environment: Path, tmp_path: Path) -> None:
+def test_stage_by_entry_point_used_from_yaml(environment: Environment, tmp_path: Path) -> None:
     tiny("qwen3_moe", tmp_path / "model")
     (tmp_path / "text.txt").write_text("What a plugin gives, a pipeline can use. " * 20)
     (tmp_path / "p.yaml").write_text(PIPELINE.format(model=tmp_path / "model"))
-    command = [environment / "bin" / "python", "-m", "moefold", "run", "p.yaml", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    report = json.loads(environment.run("moefold run p.yaml --json", tmp_path))
     layers = report["packed"]["pack.exponent"]
     assert {tuple(map(tuple, facts["pairs"])) for facts in layers.values()} == {((1, 2), (3, 4), (5, 6), (0, 7))}
     quantization = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]

@@ -1,0 +1,1 @@
+"""The codec log8 for moefold, and its kernel."""

@@ -1,0 +1,13 @@
+"""What moefold asks this plugin for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moefold import Stage, hookimpl
+from moefold_ream.stages import pair_ream, saliency_reap, similarity_ream
+
+
+@hookimpl
+def moefold_stages() -> list[Stage[Any, Any]]:
+    return [saliency_reap, similarity_ream, pair_ream]

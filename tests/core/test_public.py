@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 import moefold
-from moefold import hooks
+import moefold_kernels
+from moefold import artifacts, errors, hooks, testing
 from moefold.errors import PluginError
 from moefold.hooks import Registry, hookimpl
 from moefold.stage import Context, stage
+from moefold.testing import plugin as fixtures
 from moefold_kernels import layout
 
 ROOT = Path(__file__).parents[2]
@@ -26,19 +28,77 @@ PUBLIC = {
     "StreamedModel", "Text", "Unpacked", "__version__", "hookimpl", "stage",
 }  # fmt: skip
 
+TESTING = {
+    "CheckError", "Shape", "Unchecked", "World", "check_backend", "check_codec", "check_stage", "run_pipeline",
+    "small_model",
+}  # fmt: skip
+FIXTURES = {"moefold_model", "moefold_run", "moefold_world"}
+
+# What may grow, but not shrink: docs/plugins.md promises that.
+ARTIFACTS = {
+    "Activity", "Baseline", "DualMask", "Experts", "Groups", "MergedPair", "Metrics", "PairMerge", "Paired", "Routed",
+    "Similarity", "Text", "as_index", "digest", "tensor_bytes",
+}  # fmt: skip
+ERRORS = {
+    "CheckpointError", "FormatError", "InputError", "MoefoldError", "PipelineError", "PluginError", "StageError",
+    "StoreError", "TextError",
+}  # fmt: skip
+KERNELS = {
+    "Answer", "Backend", "BackendError", "FormatError", "KernelsError", "LayerEntry", "MergedLayer", "Need",
+    "PackedExperts", "PackedLayer", "Reference", "ask", "builtin", "choose", "decode", "decode_pairs", "encode",
+    "experts", "fuse", "read_config", "read_layer", "write_config",
+}  # fmt: skip
+STAGES = {
+    "align": "method", "average": "", "dequantize": "", "evaluate.baseline": "batch", "evaluate.layers": "text samples",
+    "evaluate.perplexity": "batch", "forward": "batch", "group.by_use": "experts fraction per_layer skip",
+    "group.hierarchical": "experts fraction per_layer skip", "group.kmeans": "experts fraction per_layer skip seed",
+    "group.random": "experts fraction per_layer skip seed", "levels": "layers",
+    "mergemoe": "target tokens ridge anchor", "model": "", "msmoe": "", "observe": "minimum", "pack.exponent": "window", "pack.pair4": "levels",
+    "pack.pair5": "levels", "pack.pair6": "levels", "pack.pair8": "levels", "pair.by_usage": "fraction skip",
+    "pair.random": "seed fraction skip", "pair.similar": "fraction skip", "prune.by_use": "experts fraction",
+    "prune.random": "experts fraction seed", "prune.reap": "experts fraction", "puzzlemoe": "threshold",
+    "quantize": "scheme group", "save": "to shard_size export", "similarity.gated_outputs": "metric",
+    "similarity.outputs": "tokens metric", "similarity.router": "", "similarity.weights": "matrices",
+    "text.files": "files field samples length seed", "text.mix": "shares samples seed",
+    "text.prose": "samples length seed", "text.stdlib": "part samples length seed", "unpack.exponent": "",
+}  # fmt: skip
+
 
 def test_public_names_are_pinned():
     assert set(moefold.__all__) == PUBLIC
     assert all(hasattr(moefold, name) for name in PUBLIC)
+    assert set(testing.__all__) == TESTING
+    assert {name for name in vars(fixtures) if name.startswith("moefold_")} == FIXTURES
+
+
+def test_nothing_public_goes_away():
+    assert set(moefold_kernels.__all__) >= KERNELS
+    assert set(vars(artifacts)) >= ARTIFACTS
+    assert set(vars(errors)) >= ERRORS
+    stages = Registry.installed().stages
+    for name, options in STAGES.items():
+        assert set(stages[name].options.model_fields) >= set(options.split()), name
+
+
+@pytest.mark.parametrize("folder", ["docs/examples", "core/moefold/templates"])
+def test_what_plugins_are_shown_is_public(folder):
+    """The examples, and what `moefold new plugin` writes."""
+    allowed = {"moefold", "moefold.errors", "moefold.artifacts", "moefold.testing", "moefold_kernels"}
+    found = [path for path in (ROOT / folder).rglob("*") if path.name.endswith((".py", ".py.txt"))]
+    assert len(found) > 5
+    for path in found:
+        text = path.read_text().replace("$module", "module").replace("$key", "key").replace("$codec", "codec")
+        names = {n for n in imported(path, text) if n.partition(".")[0] in ("moefold", "moefold_kernels")}
+        assert names <= allowed, path
 
 
 def test_a_context_is_a_device_and_a_generator_and_nothing_else_ever():
     assert list(Context.__dataclass_fields__) == ["device", "generator"]
 
 
-def imported(path: Path) -> set[str]:
+def imported(path: Path, text: str | None = None) -> set[str]:
     """The full names of the modules that a file imports at any place."""
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text() if text is None else text)
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +39,24 @@ def test_where_nothing_can_be_checked_it_is_said(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(Unchecked, match=r"backend triton cannot work on format exponent here .*cpu.*TRITON_INTERPRET"):
         check_backend(Triton())
+
+
+def test_pytest_shows_that_as_skipped_and_a_defect_as_failed(tmp_path: Path) -> None:
+    text = """
+        from moefold.testing import Unchecked, check_stage
+
+        def test_nothing_to_check():
+            raise Unchecked("no such device")
+
+        def test_broken(moefold_world):
+            check_stage(print)
+    """
+    (tmp_path / "test_it.py").write_text(textwrap.dedent(text))
+    command = [sys.executable, "-m", "pytest", "-rs", "-p", "moefold.testing.plugin", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "1 failed, 1 skipped" in done.stdout, done.stdout
+    assert "no such device" in done.stdout
+    assert "print: this is no stage" in done.stdout
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ def test_a_stage_that_breaks_leaves_its_traceback(folder, monkeypatch):
     def broken(*_):
         raise RuntimeError("the norm broke")
 
-    monkeypatch.setattr(calibrate, "_squares", broken)
+    monkeypatch.setattr(calibrate, "_add_squares", broken)
     printed = moefold("run", "p.yaml", code=1)
     assert printed.startswith("error: observe, layer 0: RuntimeError: the norm broke")
     assert "in broken" in (folder / ".moefold" / "traceback.txt").read_text()

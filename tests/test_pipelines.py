@@ -25,7 +25,10 @@ RATIO = {
     "mergemoe-published": 0.5,
     "mergemoe-puzzlemoe": 0.25,
     "msmoe": 0.5,
+    "pair4": 0.133,  # 4 bits for two weights, and a scale of 16 bits for 64 positions
+    "pair6": 0.195,
     "puzzlemoe": 0.5,
+    "puzzlemoe-pair6": 0.195,
     "quickstart": 0.5,
     "reap": 0.5,
 }

@@ -7,10 +7,8 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
-import transformers
 from pydantic import Field
 from torch import Tensor
-from transformers.utils import logging
 
 from moefold import Baseline, Checkpoint, Context, Metrics, Saved, Stage, hookimpl, stage
 from moefold.errors import InputError
@@ -56,6 +54,8 @@ def evaluate_samples(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' own progress bars, which would break the run's."""
+    from transformers.utils import logging  # slow to import, and plugins load with every command
+
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -67,6 +67,8 @@ def _quiet() -> Iterator[None]:
 
 def _written(path: str, prompts: dict[str, Tensor], new: int, context: Context) -> dict[str, Tensor]:
     """The new tokens by text, [prompt, new]; shorter than `new` where the model came to its end before."""
+    import transformers  # as above
+
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype="auto", device_map=str(context.device), trust_remote_code=False, local_files_only=True
     )

@@ -54,7 +54,7 @@ def outputs() -> dict[str, Artifact]:
     merge = puzzlemoe(EXPERTS, PAIRS, ACTIVITY, threshold=0.4)
     alike = numbers(6, 6, salt=4).float()
     return {
-        "pair.random": stages["pair.random"](Layer(), seed=5, fraction=1.0, skip=[]),
+        "pair.random": stages["pair.random"](Layer(), None, seed=5, fraction=1.0, skip=[]),
         "pair.by_usage": stages["pair.by_usage"](Layer(), ACTIVITY, fraction=1.0, skip=[]),
         "pair.similar": stages["pair.similar"](Layer(), Similarity(alike + alike.T, "x"), fraction=0.7, skip=[]),
         "puzzlemoe": merge,
@@ -72,6 +72,8 @@ def digest(value: Artifact) -> str:
                     found.update(tensor.float().numpy().tobytes())
         return found.hexdigest()[:16]
     for name, item in sorted(vars(value).items()):
+        if item is None:
+            continue  # a field that came later and holds nothing here changes no result
         for key, entry in sorted(item.items()) if isinstance(item, dict) else [("", item)]:
             data = entry.float().numpy().tobytes() if isinstance(entry, torch.Tensor) else repr(entry).encode()
             found.update(f"{name}{key}".encode() + data)

@@ -102,6 +102,7 @@ class Wiring:
             )
         elif port.required and not self.lost:
             known = [s.name for s in self.registry.stages.values() if issubclass(s.produces, port.type)]
+            known.sort(key=lambda name: not name.startswith(port.name.removesuffix("s")))  # pairs: pair.* first
             remedy = f"add one of {', '.join(known)}" if known else "no installed plugin makes it either"
             self.document.problem(path, f"{draft.id} needs {kind}, and no stage makes that; {remedy}")
         return ()

@@ -101,7 +101,8 @@ def group_kmeans(
     count = len(similarity.matrix)
     remain = Remaining(experts, fraction, per_layer, skip).of(layer.number, count)
     points = _points(similarity.matrix).numpy()
-    return _labelled(KMeans(remain, n_init=10, random_state=seed).fit_predict(points))
+    tries: Any = 10  # the type of its default, "auto", is all that pyright sees
+    return _labelled(KMeans(remain, n_init=tries, random_state=seed).fit_predict(points))
 
 
 @stage("group.random")

@@ -100,7 +100,7 @@ def test_resolved_loads_to_the_same_pipeline(registry):
         ),
         (
             stages("uses: walk"),
-            ["p.yaml:3:5: stages[0].needs.start: walk needs Seen, and no stage makes that; add one of other, start"],
+            ["p.yaml:3:5: stages[0].needs.start: walk needs Seen, and no stage makes that; add one of start, other"],
         ),
         (
             stages("uses: start", "uses: other", "uses: walk"),

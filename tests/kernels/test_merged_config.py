@@ -77,7 +77,7 @@ def test_an_entry_is_read_as_it_was_written():
         (lambda e: e.update(prefix="a..b"), r"layers\.3\.prefix is 'a\.\.b'"),
         (lambda e: e.update(route=[0, 2, 1, 3]), r"layers\.3\.route leads to as many experts as the router has"),
         (lambda e: e.update(route=None), r"layers\.3\.route is no list"),
-        (lambda e: e.update(format="smaller"), r"layers\.3\.\w+ is missing"),
+        (lambda e: e.update(format="smaller"), r"layers\.3\.format is 'smaller'; this version knows exponent, "),
     ],
 )
 def test_a_wrong_entry_says_where(change, message):

@@ -152,8 +152,8 @@ def find_scheme(config: Mapping[str, Json]) -> Scheme | None:
         return None if own.get("matrices") is None else read_config(own["matrices"])
     if nested is not None or method is not None:
         raise CheckpointError(
-            f"already quantised by {method or nested}; give the unquantised checkpoint (or load it with transformers "
-            "and dequantize=True, save_pretrained it, and give that directory)"
+            f"already quantised by {method or nested}; give the unquantised checkpoint that it was made from "
+            "(quantised ones are read only as moefold itself writes them)"
         )
     return None
 

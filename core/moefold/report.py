@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from moefold import levels
+from moefold import shades
 from moefold.artifact import Artifact, Json
 from moefold.artifacts import Activity, Baseline, Groups, Metrics, Similarity, Text
 from moefold.methods import methods, model
@@ -102,12 +102,12 @@ def _made(pipeline: Pipeline, facts: Mapping[str, Json], kind: type[Artifact]) -
 
 
 def _similarity(plan: Plan, store: Store) -> dict[str, Json]:
-    """Every stored similarity by step and layer, as levels for a picture."""
+    """Every stored similarity by step and layer, as shades for a picture."""
     found: dict[str, Json] = {}
     for key, task in plan.tasks.items():
         if task.layer and issubclass(plan.kind(task), Similarity) and store.has(key, Similarity):
             value = store.get(key, Similarity)
-            told = {"metric": value.metric, **levels.encode(value.matrix)}
+            told = {"metric": value.metric, **shades.encode(value.matrix)}
             found.setdefault(task.step, {})[str(task.layer.number)] = told
     return found
 

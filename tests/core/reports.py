@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moefold import levels
+from moefold import shades
 from moefold.report import VERSION
 from moefold.verdict import verdicts
 
@@ -93,7 +93,7 @@ def synthetic(layers: int = 3, experts: int = 8, **changes: Any) -> dict[str, An
         "stages": {"forward": took(layers), "save": took(1)},
         "tasks": {step: {n: [1.5, 2 * 10**9, 0] for n in numbers} for step in ("forward", "observe", "pack")},
         "similarity": {
-            "similarity": {n: {"metric": "cosine", **levels.encode(alike(experts, int(n)))} for n in numbers}
+            "similarity": {n: {"metric": "cosine", **shades.encode(alike(experts, int(n)))} for n in numbers}
         },
         "events": [
             {"when": "2026-01-01T00:00:00+00:00", "event": "started", "to_run": {"forward": layers}},

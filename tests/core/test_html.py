@@ -19,7 +19,7 @@ from scipy import stats
 from typer import Exit
 from typer.testing import CliRunner
 
-from moefold import compared_page, comparison, html, levels, pictures, terminal
+from moefold import compared_page, comparison, html, pictures, shades, terminal
 from moefold.cli import app
 from moefold.inside import Inside
 from moefold.ledger import NAME, Ledger
@@ -193,7 +193,7 @@ def test_expected_shares_by_sampling():
 def test_levels_keep_a_matrix_to_within_half_a_step():
     matrix = torch.randn(7, 7, generator=torch.Generator().manual_seed(1)).double()
     matrix.fill_diagonal_(50)
-    found = levels.decode(levels.encode(matrix))
+    found = shades.decode(shades.encode(matrix))
     off = ~torch.eye(7, dtype=torch.bool)
     step = (matrix[off].max() - matrix[off].min()) / 255
     assert float((found - matrix)[off].abs().max()) <= float(step) / 2 + 1e-9

@@ -1,4 +1,4 @@
-"""A similarity matrix in a report: 256 levels between the least and the largest value, one byte an entry.
+"""A similarity matrix in a report: 256 shades between the least and the largest value, one byte an entry.
 
 Enough for a picture, and a sixteenth of what the numbers take as text: 60 layers of 128 experts are 1.3 MB.
 """

@@ -27,9 +27,11 @@ def test_ci_runs_the_readmes_test_command():
 
 def test_the_pipelines_in_the_pages_load():
     found = [(page.name, text) for page in PAGES for text in blocks(page.read_text(encoding="utf-8"), "yaml")]
-    assert {name for name, _ in found} == {"README.md", "methods.md"}
+    assert {name for name, _ in found} >= {"README.md", "methods.md"}
     for name, text in found:
         pipeline = load(text, name, Registry.installed())
+        if name not in {"README.md", "methods.md"}:  # the others are held by test_pages.py
+            continue
         assert pipeline.ends() == ["save"]
         assert set(pipeline.steps["puzzlemoe"].needs) == {"experts", "pairs", "activity"}
 

@@ -24,9 +24,11 @@ from moefold.checkpoint import Checkpoint
 from moefold.codec import Codec, Coded, CodedLayer
 from moefold.errors import MoefoldError
 from moefold.families import StreamedModel
+from moefold.history import Figure
 from moefold.hooks import hookimpl
 from moefold.layer import ExpertNames, Layer
 from moefold.magnitudes import LeveledPair, LevelLoop, Levels, LevelTable
+from moefold.measuring import Benchmark, Workbench, benchmark
 from moefold.merged_pairs import MergedPairs
 from moefold.pruned import Pruning
 from moefold.quantized import Scheme
@@ -41,6 +43,7 @@ __all__ = [
     "Aligned",
     "Artifact",
     "Baseline",
+    "Benchmark",
     "Checkpoint",
     "Codec",
     "Coded",
@@ -49,6 +52,7 @@ __all__ = [
     "DualMask",
     "ExpertNames",
     "Experts",
+    "Figure",
     "Groups",
     "Json",
     "Layer",
@@ -78,7 +82,9 @@ __all__ = [
     "StreamedModel",
     "Text",
     "Unpacked",
+    "Workbench",
     "__version__",
+    "benchmark",
     "hookimpl",
     "stage",
 ]

@@ -1,4 +1,4 @@
-"""The commands `moefold bench ...`: measure the kernels, compare two runs, write the page."""
+"""The commands `moefold bench run` and `page`, and how two runs of the kernels are compared."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from moefold import history_commands
 from moefold.arguments import Device
 from moefold.errors import InputError, MoefoldError
 
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from moefold_kernels.bench import Case, Contender
     from moefold_kernels.bench.comparison import Comparison
 
-app = typer.Typer(no_args_is_help=True, help="Time the kernels, compare two runs, write the page of results.")
+app = typer.Typer(
+    no_args_is_help=True, help="Time the kernels, keep a history of figures, fail on a drop, write pages."
+)
 
 
 @contextmanager
@@ -90,13 +93,8 @@ def run(
             raise MoefoldError(f"{wrong} of {wrong + len(entries)} gave wrong results and were not timed")
 
 
-@app.command(epilog="Example: `moefold bench compare before.json after.json --margin 0.1`")
-def compare(
-    before: Annotated[Path, typer.Argument(metavar="A.json")],
-    after: Annotated[Path, typer.Argument(metavar="B.json")],
-    margin: Annotated[float, typer.Option(min=0, max=1, help="A ratio may fall by this part of itself.")] = 0.05,
-) -> None:
-    """Compare two runs by ratios that each measured within itself; exit code 1 if one fell beyond the margin."""
+def compare_layers(before: Path, after: Path, margin: float) -> None:
+    """Compare two runs of the layer by ratios that each measured within itself."""
     from moefold.cli import err, out
     from moefold_kernels.bench import comparison, results
 
@@ -196,3 +194,6 @@ def _table(found: Comparison, margin: float, before: Path, after: Path) -> Table
             f"[red]{text}[/red]" if one.relative < -margin else text,
         )
     return table
+
+
+history_commands.add(app)

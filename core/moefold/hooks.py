@@ -21,6 +21,7 @@ from moefold.errors import InputError, PluginError, suggest
 from moefold.stage import Stage
 
 if TYPE_CHECKING:
+    from moefold.measuring import Benchmark
     from moefold_kernels.backend import Backend
 
 hookspec = pluggy.HookspecMarker("moefold")
@@ -48,6 +49,11 @@ def moefold_backends() -> Iterable[Backend]:  # type: ignore[empty-body]
 @hookspec
 def moefold_models() -> Mapping[str, Path]:  # type: ignore[empty-body]
     """Checkpoint directories that ship with a plugin, by the name that stands for them in `model:`."""
+
+
+@hookspec
+def moefold_benchmarks() -> Iterable[Benchmark]:  # type: ignore[empty-body]
+    """What `moefold bench record` measures, and `moefold bench compare` holds against a history."""
 
 
 @hookspec(firstresult=True)
@@ -97,6 +103,7 @@ class Registry:
         self.codecs: Named[type[Codec]] = Named("codec")
         self.backends: Named[Backend] = Named("backend")
         self.models: Named[Path] = Named("model")
+        self.benchmarks: Named[Benchmark] = Named("benchmark")
         self._order: list[str] = []
         self._manager = pluggy.PluginManager("moefold")
         self._manager.add_hookspecs(_this_module())
@@ -108,6 +115,14 @@ class Registry:
     def installed(cls) -> Registry:
         """The registry of every installed distribution's plugins (read once a process)."""
         return _installed()
+
+    @classmethod
+    def installed_and(cls, plugins: Iterable[Any]) -> Registry:
+        """What is installed and these modules or objects; one that is both counts once."""
+        loaded = [_loaded(point) for point in _points()]
+        known = {id(module) for _, module, _ in loaded}
+        more = [(f"test {i}", plugin, "test") for i, plugin in enumerate(plugins) if id(plugin) not in known]
+        return cls([*loaded, *more])
 
     def _register(self, name: str, plugin: Any, source: str) -> None:
         self._manager.register(plugin, name=f"{source}:{name}")
@@ -122,6 +137,8 @@ class Registry:
             self._order.append(backend.name)
         for model, path in dict(self._given(plugin, "moefold_models", source, dict)).items():
             self.models.add(model, path, source)
+        for benchmark in self._given(plugin, "moefold_benchmarks", source):
+            self.benchmarks.add(benchmark.name, benchmark, source)
 
     def _given(self, plugin: Any, hook: str, source: str, collect: Callable[[Any], Any] = list) -> Any:
         implementation = getattr(plugin, hook, None)
@@ -170,8 +187,11 @@ def _this_module() -> Any:
 
 @cache
 def _installed() -> Registry:
-    points = importlib.metadata.entry_points(group=GROUP)
-    return Registry(_loaded(point) for point in sorted(points, key=lambda p: p.name))
+    return Registry(_loaded(point) for point in _points())
+
+
+def _points() -> list[importlib.metadata.EntryPoint]:
+    return sorted(importlib.metadata.entry_points(group=GROUP), key=lambda point: point.name)
 
 
 def _loaded(point: importlib.metadata.EntryPoint) -> tuple[str, Any, str]:

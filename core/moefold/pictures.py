@@ -70,6 +70,26 @@ def lines(series: Mapping[str, Sequence[tuple[Json, Json]]], title: str, **axis:
     )
 
 
+def over_runs(series: Mapping[str, Sequence[tuple[str, float]]], title: str) -> dict[str, Json]:
+    """Curves over recorded runs: name -> (run, value); many names are told by pointing at a curve."""
+    data: list[Json] = [
+        {
+            "type": "scatter", "mode": "lines+markers", "name": name, "x": [x for x, _ in points],
+            "y": [y for _, y in points], "line": {"color": PALETTE[i % len(PALETTE)]}, "marker": {"size": 7},
+            "hovertemplate": f"{name}, %{{x}}: %{{y:.4g}}<extra></extra>",
+        }
+        for i, (name, points) in enumerate(series.items())
+    ]  # fmt: skip
+    runs = list(dict.fromkeys(x for points in series.values() for x, _ in points))
+    return _figure(
+        data,
+        320,
+        showlegend=1 < len(data) <= 8,
+        xaxis={"type": "category", "categoryorder": "array", "categoryarray": runs},
+        yaxis={"title": {"text": title}},
+    )
+
+
 def stacked(
     layers: Sequence[int], parts: Mapping[str, Sequence[Json]], title: str, marks: Sequence[float] = (), **axis: Json
 ) -> dict[str, Json]:

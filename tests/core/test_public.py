@@ -21,11 +21,13 @@ from moefold_kernels import layout
 ROOT = Path(__file__).parents[2]
 
 PUBLIC = {
-    "Activity", "Aligned", "Artifact", "Baseline", "Checkpoint", "Codec", "Coded", "CodedLayer", "Context", "DualMask",
-    "ExpertNames", "Experts", "Groups", "Json", "Layer", "Layers", "LevelLoop", "LevelTable", "LeveledPair", "Levels",
+    "Activity", "Aligned", "Artifact", "Baseline", "Benchmark",
+    "Checkpoint", "Codec", "Coded", "CodedLayer", "Context", "DualMask",
+    "ExpertNames", "Experts", "Figure",
+    "Groups", "Json", "Layer", "Layers", "LevelLoop", "LevelTable", "LeveledPair", "Levels",
     "MergedPair", "MergedPairs", "Metrics", "MoefoldError", "Packed", "PairMerge", "Paired", "Previous", "Provenance",
     "Pruning", "Quantized", "Reduced", "Replacement", "Routed", "Saved", "Scheme", "Similarity", "Stage",
-    "StreamedModel", "Text", "Unpacked", "__version__", "hookimpl", "stage",
+    "StreamedModel", "Text", "Unpacked", "Workbench", "__version__", "benchmark", "hookimpl", "stage",
 }  # fmt: skip
 
 TESTING = {
@@ -146,7 +148,10 @@ def test_kernels_need_torch_only():
 
 def test_every_hook_is_documented_in_one_sentence():
     specs = {n: f for n, f in vars(hooks).items() if n.startswith("moefold_") and callable(f)}
-    assert set(specs) == {"moefold_stages", "moefold_codecs", "moefold_backends", "moefold_models", "moefold_executor"}
+    assert set(specs) == {
+        "moefold_stages", "moefold_codecs", "moefold_backends", "moefold_models", "moefold_executor",
+        "moefold_benchmarks",
+    }  # fmt: skip
     for function in specs.values():
         assert function.__doc__
         assert len(function.__doc__.splitlines()) == 1

@@ -1,0 +1,78 @@
+"""What a few methods cost the shipped model: small samples, so that each takes seconds on two cores."""
+
+from __future__ import annotations
+
+from moefold import Benchmark, Figure, Workbench, benchmark, hookimpl
+
+_HEAD = """\
+model: demo
+stages:
+  - {id: calibration, uses: text.stdlib, with: {part: calibrate, samples: 16, length: 512}}
+  - {uses: forward, needs: {text: calibration}}
+  - {uses: observe}
+"""
+_END = """\
+  - {uses: save, with: {to: saved}}
+  - {id: unseen, uses: text.stdlib, with: {part: evaluate, samples: 8, length: 512}}
+  - {id: prose, uses: text.prose, with: {samples: 8, length: 512}}
+  - {uses: evaluate.baseline, needs: {texts: [unseen, prose]}}
+  - {uses: evaluate.perplexity}
+"""
+
+
+def _calibrated(stages: str) -> str:
+    return _HEAD + stages + _END
+
+
+@benchmark("quality.int4")
+def int4(workbench: Workbench) -> dict[str, Figure]:
+    """Experts in four bits, in groups of 64."""
+    return workbench.quality(f"model: demo\nstages:\n  - {{uses: quantize, with: {{scheme: int4, group: 64}}}}\n{_END}")
+
+
+@benchmark("quality.puzzlemoe")
+def puzzlemoe(workbench: Workbench) -> dict[str, Figure]:
+    """Random pairs, merged and packed as published."""
+    return workbench.quality(_calibrated("  - uses: pair.random\n  - uses: puzzlemoe\n  - uses: pack.exponent\n"))
+
+
+@benchmark("quality.compensated")
+def compensated(workbench: Workbench) -> dict[str, Figure]:
+    """Pairs whose errors are made up for column by column, packed."""
+    stages = "  - uses: pair.by_usage\n  - uses: puzzlemoe.compensated\n  - uses: pack.exponent\n"
+    return workbench.quality(_calibrated(stages))
+
+
+@benchmark("quality.mergemoe")
+def mergemoe(workbench: Workbench) -> dict[str, Figure]:
+    """Half of the experts, fitted to what each token's own experts gave."""
+    stages = """\
+  - uses: similarity.gated_outputs
+  - uses: group.by_use
+  - uses: align
+  - {uses: mergemoe, needs: {experts: align}}
+"""
+    return workbench.quality(_calibrated(stages))
+
+
+@benchmark("quality.msmoe")
+def msmoe(workbench: Workbench) -> dict[str, Figure]:
+    """Half of the experts, averaged by use."""
+    stages = """\
+  - uses: similarity.router
+  - uses: group.by_use
+  - uses: align
+  - {uses: msmoe, needs: {experts: align}}
+"""
+    return workbench.quality(_calibrated(stages))
+
+
+@benchmark("quality.reap")
+def reap(workbench: Workbench) -> dict[str, Figure]:
+    """Half of the experts, the others dropped by REAP's saliency."""
+    return workbench.quality(_calibrated("  - uses: prune.reap\n"))
+
+
+@hookimpl
+def moefold_benchmarks() -> list[Benchmark]:
+    return [int4, puzzlemoe, compensated, mergemoe, msmoe, reap]

@@ -29,6 +29,7 @@ from moefold.hooks import hookimpl
 from moefold.layer import ExpertNames, Layer
 from moefold.magnitudes import LeveledPair, LevelLoop, Levels, LevelTable
 from moefold.measuring import Benchmark, Workbench, benchmark
+from moefold.merge_plan import MergePlan, PairDamage
 from moefold.merged_pairs import MergedPairs
 from moefold.pruned import Pruning
 from moefold.quantized import Scheme
@@ -61,11 +62,13 @@ __all__ = [
     "LevelTable",
     "LeveledPair",
     "Levels",
+    "MergePlan",
     "MergedPair",
     "MergedPairs",
     "Metrics",
     "MoefoldError",
     "Packed",
+    "PairDamage",
     "PairMerge",
     "Paired",
     "Previous",

@@ -159,6 +159,8 @@ class Groups(Artifact):
 
     members: list[list[int]]
     alone: list[int]
+    format: str | None = None
+    """The format that pairs are to be merged for, where a plan says so."""
 
     def all(self) -> list[list[int]]:
         """Every group, those of one expert among them, by its lowest expert; the first named of each comes first."""

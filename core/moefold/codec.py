@@ -73,6 +73,14 @@ class Codec(BaseModel):
         """Pairs that were merged for this format; None to have `fit` and `encode` called instead."""
         return None
 
+    def packed(self, merge: Paired) -> Packed:
+        """Every pair of a layer in this format: what the stage `pack.<name>` makes."""
+        return pack(self, merge)
+
+    def unpacked(self, packed: Packed, layer: Layer, device: torch.device) -> Unpacked:
+        """A layer's experts as they read once packed: what the stage `unpack.<name>` makes."""
+        return unpack(self, packed, layer, device)
+
     @classmethod
     def packer(cls, device: torch.device) -> str:  # noqa: ARG003  (for codecs whose answer depends on it)
         """Who packs what lies on this device, for `moefold doctor`."""

@@ -11,13 +11,14 @@ from moefold import fused
 from moefold.artifact import Json
 from moefold.artifacts import Activity, Baseline, Experts, Groups, Metrics, Paired, Routed, Similarity, Text
 from moefold.checkpoint import Checkpoint
+from moefold.merge_plan import MergePlan, PairDamage
 from moefold.pipeline import MODEL, Pipeline, Step
 from moefold.plan import Plan
 from moefold.replacements import Replacement, Unpacked
 from moefold.saved import Saved
 
 _CALIBRATION = (Text, Routed, Activity)
-_METHOD = (Similarity, Groups, Paired, Experts, Replacement)
+_METHOD = (Similarity, PairDamage, MergePlan, Groups, Paired, Experts, Replacement)
 
 
 def model(plan: Plan) -> dict[str, Json]:

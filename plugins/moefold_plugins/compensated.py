@@ -59,9 +59,7 @@ Order = Annotated[
     Literal["natural", "activation"],
     Field(description="columns as they are, or those first in which errors cost most (exponent only)"),
 ]
-Format = Annotated[
-    Literal["exponent", "pair8", "pair6", "pair5", "pair4"], Field(description="whose magnitudes to round to")
-]
+Format = Literal["exponent", "pair8", "pair6", "pair5", "pair4"]
 
 
 class Rules(NamedTuple):
@@ -84,7 +82,9 @@ def compensated(
     levels: LevelTable | None,
     context: Context,
     *,
-    format: Format = "exponent",
+    format: Annotated[
+        Format | None, Field(description="whose magnitudes to round to (default: the plan's, or exponent)")
+    ] = None,
     weigh: Weigh = "usage",
     blend: Blend = 256.0,
     damping: Damping = 0.01,
@@ -95,16 +95,24 @@ def compensated(
     """Merge each pair element by element, making up for each column's error in the others, by what experts see."""
     if any(len(pair) != 2 for pair in pairs.members):
         raise InputError("puzzlemoe.compensated merges pairs; use a pair.* stage before it")
-    if order != "natural" and format != layout.EXPONENT:
-        raise InputError(f"puzzlemoe.compensated: {format} has scales for columns in their order; write order: natural")
+    target = _format(layer, pairs, format)
+    if order != "natural" and target != layout.EXPONENT:
+        raise InputError(f"puzzlemoe.compensated: {target} has scales for columns in their order; write order: natural")
     check_groups(pairs.all(), experts.count)
     experts = experts.to(context.device)
-    merge = Merge(experts, pairs, Rules(weigh, damping, block, order, sweeps, format), levels)
+    merge = Merge(experts, pairs, Rules(weigh, damping, block, order, sweeps, target), levels)
     if pairs.members:
         calibration = Calibration(layer, routed, experts, blend)
         for chunk in chunks(pairs.members, experts):
             merge.add(chunk, calibration.moments([expert for pair in chunk for expert in pair]))
     return merge.done()
+
+
+def _format(layer: Layer, pairs: Groups, asked: Format | None) -> str:
+    """What the option names, or the plan; raises InputError where they differ."""
+    if asked and pairs.format and asked != pairs.format:
+        raise InputError(f"layer {layer.number}: the plan says {pairs.format}, and the option format {asked}; drop it")
+    return asked or pairs.format or layout.EXPONENT
 
 
 def chunks(pairs: list[list[int]], experts: Experts) -> Iterator[list[list[int]]]:

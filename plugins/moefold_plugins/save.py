@@ -19,6 +19,7 @@ from moefold import (
     Json,
     Layer,
     Layers,
+    MergePlan,
     Packed,
     Provenance,
     Quantized,
@@ -39,11 +40,13 @@ from moefold_plugins.directory import refuse, replacing
 from moefold_plugins.files import layer_files
 from moefold_plugins.layer_files import Export, LayerFiles
 from moefold_plugins.model_card import write_card
+from moefold_plugins.plan_files import NAME as PLAN
+from moefold_plugins.plan_files import check_plan, plan_text
 from moefold_plugins.shards import Shards, check_size, flush, parse_size, write_text
 
 CARD = "README.md"
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "LICENSE*", "NOTICE*")
-_REWRITTEN = ("config.json", "*.index.json", "*.safetensors", "adapter_*", CARD, Saved.RECORD)
+_REWRITTEN = ("config.json", "*.index.json", "*.safetensors", "adapter_*", CARD, PLAN, Saved.RECORD)
 
 
 @stage("save")
@@ -52,6 +55,7 @@ def save(
     experts: Layers[Replacement],
     activity: Layers[Activity] | None,
     provenance: Provenance,
+    plan: MergePlan | None = None,
     *,
     to: Annotated[Path, Field(description="the directory to write; one that moefold wrote before is replaced")],
     shard_size: Annotated[
@@ -74,15 +78,17 @@ def save(
         )
     with replacing(target) as directory:
         with Shards(directory, parse_size(shard_size)) as shards:
-            written = _write_tensors(checkpoint, experts, shards, export)
+            written = _write_tensors(checkpoint, experts, shards, export, plan)
         figures = _figures(checkpoint, written, shards.total, activity)
         other = next(iter(written.quantized.values()), None)  # all are the same
         text = config_text(checkpoint, written.config or {}, written.entries, other)
         write_text(directory / "config.json", text)
         _copy_others(checkpoint.path, directory)
+        if plan is not None:
+            write_text(directory / PLAN, plan_text(plan))
         write_text(directory / CARD, write_card(target.name, provenance, figures, __version__))
         write_text(directory / Saved.RECORD, json.dumps({"moefold": __version__, "saved": figures}, indent=2) + "\n")
-        return Saved.of(directory, str(target), figures, leave_out=(CARD, Saved.RECORD))
+        return Saved.of(directory, str(target), figures, leave_out=(CARD, PLAN, Saved.RECORD))
 
 
 @dataclass
@@ -133,7 +139,9 @@ class _Written:
             self.thin[layer.number] = value.figures["thin"]
 
 
-def _write_tensors(checkpoint: Checkpoint, replaced: Layers[Replacement], shards: Shards, export: Export) -> _Written:
+def _write_tensors(
+    checkpoint: Checkpoint, replaced: Layers[Replacement], shards: Shards, export: Export, plan: MergePlan | None
+) -> _Written:
     """Each layer's experts, one layer in memory at a time, then what is copied as it is."""
     layers = {layer.number: layer for layer in checkpoint.layers()}
     if unknown := sorted(set(replaced) - set(layers)):
@@ -141,6 +149,8 @@ def _write_tensors(checkpoint: Checkpoint, replaced: Layers[Replacement], shards
     written, dropped = _Written(dict(checkpoint.entries)), set[str]()
     for number, layer in layers.items():
         value = replaced.get(number)
+        if plan is not None:
+            check_plan(number, value, plan)
         files = None if value is None else layer_files(layer, value, export)
         for name, tensor in () if files is None else files.tensors:
             shards.add(name, tensor)

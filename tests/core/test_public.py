@@ -25,7 +25,7 @@ PUBLIC = {
     "Checkpoint", "Codec", "Coded", "CodedLayer", "Context", "DualMask",
     "ExpertNames", "Experts", "Figure",
     "Groups", "Json", "Layer", "Layers", "LevelLoop", "LevelTable", "LeveledPair", "Levels",
-    "MergedPair", "MergedPairs", "Metrics", "MoefoldError", "Packed", "PairMerge", "Paired", "Previous", "Provenance",
+    "MergePlan", "MergedPair", "MergedPairs", "Metrics", "MoefoldError", "Packed", "PairDamage", "PairMerge", "Paired", "Previous", "Provenance",
     "Pruning", "Quantized", "Reduced", "Replacement", "Routed", "Saved", "Scheme", "Similarity", "Stage",
     "StreamedModel", "Text", "Unpacked", "Workbench", "__version__", "benchmark", "hookimpl", "stage",
 }  # fmt: skip

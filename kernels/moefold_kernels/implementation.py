@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from moefold_kernels import layout
 from moefold_kernels.activation import OTHER, between
 from moefold_kernels.backend import Need
 from moefold_kernels.errors import BackendError
-from moefold_kernels.module import PackedModule
+from moefold_kernels.module import PackedModule, part_names
 from moefold_kernels.routed import RoutedModule
 from moefold_kernels.triton.backend import Triton
 
@@ -59,6 +60,8 @@ def _refusal(module: PackedModule, hidden: Tensor) -> str:
         return "the experts of a pair stay together (expert parallelism)"
     if flags.has_bias and _biases(module)[0].shape[1] != module.gate_up_packed.shape[1]:  # type: ignore[union-attr]
         return "the words are split over devices (tensor parallelism) and the biases are not"
+    if module.packed_layer.format != layout.EXPONENT and module.inner != module.full_inner:
+        return "the words of a few-bit format are split over devices (tensor parallelism)"
     if by_default and hidden.requires_grad and torch.is_grad_enabled():
         return "the kernels have no gradient (run under torch.no_grad() to use them)"
     return str(_device_refusal(hidden.device, hidden.dtype, module.packed_layer.format, not by_default))
@@ -101,10 +104,12 @@ def _operands(module: PackedModule) -> tuple[Any, ...]:
     layer = module.packed_layer
     dense = (module.gate_up_dense, module.down_dense) if layer.dense else (None, None)
     top = layer.window
-    tops = [top.get("gate_proj", top["up_proj"]), top["up_proj"], top["down_proj"]]
+    tops = [top.get("gate_proj", top["up_proj"]), top["up_proj"], top["down_proj"]] if top else [127, 127, 127]
     words = (module.gate_up_packed, module.down_packed)
     tables = (module.places, module.placed)
-    return (*words, *dense, *_biases(module), *tables, tops, layer.gated, not module.is_concatenated)
+    parts = [getattr(module, name, None) for part in ("low", "scale") for name in part_names(part)]
+    few = (layer.format, *parts, getattr(module, "levels", None))
+    return (*words, *dense, *_biases(module), *tables, tops, layer.gated, not module.is_concatenated, *few)
 
 
 def _biases(module: Any) -> tuple[Tensor | None, Tensor | None]:

@@ -18,6 +18,7 @@ from moefold_kernels import layout, layout_pairs
 from moefold_kernels.activation import Known, recognise_module
 from moefold_kernels.checkpoint import PackedLayer
 from moefold_kernels.errors import FormatError
+from moefold_kernels.levels import layer_tables
 from moefold_kernels.places import tables
 from moefold_kernels.reference import PackedExperts
 from moefold_kernels.reference_pairs import LeveledExperts
@@ -42,6 +43,7 @@ class PackedModule(RoutedModule):
     dtype_like: Tensor  # [0]: a buffer that follows the dtype the model is moved to
     places: Tensor  # [expert] int32: where its weights are
     placed: Tensor  # [place] int32: the inverse
+    levels: Tensor  # [3, 40] int32: levels.py; only in few-bit formats
     known_activation: Known
     """What the stock module computes between its projections."""
     fallback: str | None
@@ -98,7 +100,8 @@ class PackedModule(RoutedModule):
         layer = self.packed_layer
         places, placed = tables(layer.pairs, layer.dense)
         route = {} if layer.route is None else {"route": route_table(layer.route)}
-        return {"places": places, "placed": placed, **route}
+        levels = {"levels": layer_tables(layer.format, layer.levels)} if layer.levels else {}
+        return {"places": places, "placed": placed, **levels, **route}
 
     def stock_gate_up(self) -> Tensor:
         """Gate and up projections of every expert, in the stock module's own layout."""

@@ -8,11 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from leveled import matrix, uneven
 from torch import Tensor
 
+from moefold_kernels import reference_pairs
 from moefold_kernels.activation import clamped, silu
+from moefold_kernels.levels import layer_tables
 from moefold_kernels.places import tables
 from moefold_kernels.reference import PackedExperts, encode
+from moefold_kernels.reference_pairs import LeveledExperts
 
 TOLERANCE = {"interpreted": 1e-2, "compiled": 5e-3, "logits": 3e-2}
 """Of ||found - expected|| / ||expected||: a layer where Triton is interpreted (there float32 becomes bf16 by cutting
@@ -97,6 +101,27 @@ def expected(layer: Layer, x: Tensor, index: Tensor, weights: Tensor, activate: 
 clamped_gate = functools.partial(clamped, limit=1.5, alpha=1.702)
 
 
+def leveled_layer(
+    format: str, experts: int, hidden: int, inner: int, alone: int = 0, *, gated: bool = True, biased: bool = False,
+    seed: int = 0, device: torch.device | str = "cpu",
+) -> Layer:  # fmt: skip
+    """The same in a few-bit format, with other levels for each matrix."""
+    like = random_layer(experts, hidden, inner, alone, gated=gated, biased=biased, seed=seed)
+    packed, parts, levels, columns = like.packed, {}, {}, {}
+    for number, (name, words) in enumerate(packed.words.items()):
+        pairs, rows, columns[name] = words.shape
+        factor = 2.0 ** (number - 4)  # pair8's pieces stay straight
+        levels[name] = torch.tensor([level * factor for level in uneven(format)]).bfloat16().tolist()
+        drawn = [matrix(format, rows, columns[name], seed=8 * number + pair) for pair in range(pairs)]
+        made = [reference_pairs.encode(format, *one) for one in drawn]
+        parts[name] = {part: torch.stack([one[part] for one in made]).to(device) for part in made[0]}
+    planes = {part: {name: held[part] for name, held in parts.items()} for part in next(iter(parts.values()))}
+    rest = format, planes.get("low", {}), planes["scale"], levels, columns
+    moved = Layer(replace(packed, window={}), like.biases).to(torch.device(device))
+    made = LeveledExperts(planes["words"], moved.packed.dense, {}, packed.pairs, packed.alone, *rest)
+    return Layer(made, moved.biases)
+
+
 def operands(layer: Layer, *, interleaved: bool = False) -> Any:
     """The operations' operands."""
     from moefold_kernels.triton.operands import Operands
@@ -109,10 +134,15 @@ def operands(layer: Layer, *, interleaved: bool = False) -> Any:
     wide, down = layer.biases or (None, None)
     if wide is not None and interleaved:
         wide = torch.stack(wide.chunk(2, dim=1), dim=2).flatten(1)
-    top = packed.window
+    few = ()
+    if isinstance(packed, LeveledExperts):
+        low = (fused(packed.low), packed.low["down_proj"]) if packed.low else (None, None)
+        scale = fused(packed.scale), packed.scale["down_proj"]
+        few = packed.format, *low, *scale, layer_tables(packed.format, packed.levels).to(device)
+    top = packed.window or {"up_proj": 127, "down_proj": 127}
     tops = [top.get("gate_proj", top["up_proj"]), top["up_proj"], top["down_proj"]]
     return Operands(
-        fused(packed.words), packed.words["down_proj"], *dense, wide, down, *places, tops, gated, interleaved
+        fused(packed.words), packed.words["down_proj"], *dense, wide, down, *places, tops, gated, interleaved, *few
     )
 
 

@@ -14,6 +14,16 @@ def levels_of(format: str) -> tuple[float, ...]:
     return tuple((i + 1) / 16 for i in range(1 << layout_pairs.magnitude_bits(format)))
 
 
+def uneven(format: str) -> list[float]:
+    """Levels as they are learnt: denser where they are small; those of pair8 on pieces that double their steps."""
+    count = 1 << layout_pairs.magnitude_bits(format)
+    if count == 32:
+        steps = [2.0 ** (piece // 2 - 5) for piece in range(8)]
+        begins = [0.0625 + sum(4 * step for step in steps[:piece]) for piece in range(8)]
+        return [begin + i * step for begin, step in zip(begins, steps, strict=True) for i in range(4)]
+    return [0.2 * 1.9**i for i in range(count)]
+
+
 def matrix(format: str, rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
     """Random numbers of levels, scales, signs and keep bits."""
     generator = torch.Generator().manual_seed(seed)

@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moefold_kernels import activation, layout, reference
+from moefold_kernels import activation, layout, layout_pairs, reference
 from moefold_kernels.backend import Need
+from moefold_kernels.levels import layer_tables
 from moefold_kernels.places import tables
 from moefold_kernels.reference import PackedExperts
+from moefold_kernels.reference_pairs import LeveledExperts
 
 if TYPE_CHECKING:
-    from moefold_kernels.triton.weights import Projections, Weights
+    from moefold_kernels.triton.weights import Leveled, Projections, Weights
 
 OLDEST = (8, 0)
 """The compute capability from which on there are bf16 products."""
+FORMATS = (layout.EXPONENT, *layout_pairs.MAGNITUDE_BITS)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -33,13 +36,15 @@ class Triton:
     name: str = "triton"
 
     def can(self, need: Need) -> tuple[bool, str]:
-        if need.format != layout.EXPONENT:
-            return False, f"knows format {layout.EXPONENT} only, not {need.format}"
+        if need.format not in FORMATS:
+            return False, f"knows formats {', '.join(FORMATS)}, not {need.format}"
         if need.device.type == "meta":
             return False, "meta tensors hold no values"
         if need.dtype not in FLOATS:
             return False, f"tokens are {need.dtype}, not one of {', '.join(map(str, FLOATS))}"
         able, said = self._device(need.device)
+        if able and need.format != layout.EXPONENT:
+            said += _few_bit(need)
         if able and need.dtype != torch.bfloat16:
             said += f"; casts {need.dtype} to bfloat16 and back"
         return able, said
@@ -94,14 +99,40 @@ def _interprets() -> tuple[bool, str]:
     return True, "Triton's interpreter, for tests"
 
 
+def _few_bit(need: Need) -> str:
+    """What becomes of the few-bit formats, which are fast on Hopper only."""
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return ""
+    from moefold_kernels.triton.portability import plain_because
+
+    why = plain_because(need.device)
+    return f"; {need.format} by plain kernels, as those for it {why.removeprefix('they ')}" if why else ""
+
+
 def _weights(packed: PackedExperts) -> Weights:
     from moefold_kernels.triton.weights import Weights
 
     places, placed = tables(packed.pairs, packed.alone)
     alone = {name: weights.to(torch.bfloat16) for name, weights in packed.dense.items()} if packed.alone else {}
     device = packed.words["down_proj"].device
-    words, weights = _projections(packed.words, packed), _projections(alone, packed)
-    return Weights(words, weights, places.to(device), placed.to(device))
+    few = isinstance(packed, LeveledExperts)
+    words = leveled(packed) if few else _projections(packed.words, packed)
+    return Weights(words, _projections(alone, packed), places.to(device), placed.to(device))
+
+
+def leveled(packed: LeveledExperts) -> Leveled:
+    """The pairs of a layer in a few-bit format; gate and up are copied behind one another."""
+    from moefold_kernels.triton.weights import Leveled, Planes, contiguous
+
+    def fused(part: Mapping[str, Tensor]) -> Tensor:
+        gated = "gate_proj" in part
+        return torch.cat([part["gate_proj"], part["up_proj"]], dim=1) if gated else part["up_proj"]
+
+    low = packed.low or None
+    wide = Planes(fused(packed.words), fused(low) if low else None, fused(packed.scale))
+    narrow = Planes(packed.words["down_proj"], low["down_proj"] if low else None, packed.scale["down_proj"])
+    levels = layer_tables(packed.format, packed.levels).to(narrow.words.device)
+    return Leveled(packed.format, contiguous(wide), contiguous(narrow), levels, "gate_proj" in packed.words)
 
 
 def _projections(matrices: Mapping[str, Tensor], packed: PackedExperts) -> Projections | None:
@@ -109,6 +140,6 @@ def _projections(matrices: Mapping[str, Tensor], packed: PackedExperts) -> Proje
 
     if not matrices or not len(matrices["down_proj"]):
         return None
-    top = packed.window
+    top = packed.window or dict.fromkeys(("up_proj", "down_proj"), 127)  # experts alone have none
     tops = (top.get("gate_proj", top["up_proj"]), top["up_proj"], top["down_proj"])
     return Projections(matrices.get("gate_proj"), matrices["up_proj"], matrices["down_proj"], tops)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from moefold_kernels import layout
 from moefold_kernels.errors import FormatError
 from moefold_kernels.triton.plans import Plan, Tile, fits
 
@@ -34,6 +35,8 @@ class Shape(NamedTuple):
     top_k: int
     dense: bool
     tokens: int
+    format: str = layout.EXPONENT
+    """Of pairs."""
 
     @property
     def load(self) -> float:
@@ -51,7 +54,7 @@ class Shape(NamedTuple):
         load = math.log2(max(other.load, 1 / 64) / max(self.load, 1 / 64))
         sizes = sum(abs(math.log2(a / b)) for a, b in zip(self[:4], other[:4], strict=True))
         return (
-            float(self.dense != other.dense),
+            float(self.dense != other.dense) + (self.format != other.format) / 2,
             max(load, -2 * load) + sizes / (sizes + 4),
             abs(self.tokens - other.tokens),
         )
@@ -64,12 +67,21 @@ def choose(shape: Shape, device: torch.device) -> Plan:
 
 def rule(shape: Shape) -> Plan:
     """What holds on a device that nobody measured: small tiles that fit the shared memory of Ampere and Ada (99 KB)."""
+    if shape.format != layout.EXPONENT:
+        return _few_bit_rule(shape)
     if shape.load <= 12:
         mode = "pair" if shape.load > 0.5 else "slot"
         return Plan(Tile(mode, 16, 0, 32, 64, 4, 3), Tile(mode, 16, 0, 64, 64, 4, 3))
     if shape.load <= 48:
         return Plan(Tile("pair", 32, 0, 32, 64, 4, 3), Tile("pair", 32, 0, 64, 64, 4, 3))
     return Plan(Tile("slot", 128, 0, 64, 32, 8, 3, group=8), Tile("slot", 128, 0, 128, 32, 8, 3, group=8))
+
+
+def _few_bit_rule(shape: Shape) -> Plan:
+    """The same for the few-bit formats; on Hopper these are tiles of leveled.py."""
+    mode = "overlapped_pair" if 0.5 < shape.load <= 48 else "overlapped"
+    tokens = 16 if shape.load <= 12 else 32 if shape.load <= 26 else 64 if shape.load <= 48 else 128
+    return Plan(Tile(mode, tokens, 0, 32, 64, 4, 4), Tile(mode, tokens, 0, 64, 64, 4, 4))
 
 
 def table_name(device: str) -> str:
@@ -148,7 +160,7 @@ def _read(path: Path) -> dict[Shape, tuple[Plan, dict[str, Any]]]:
 def _entry(item: Mapping[str, Any]) -> tuple[Shape, tuple[Plan, dict[str, Any]]]:
     plan = dict(item["plan"])
     plan["first"], plan["second"] = Tile(**plan["first"]), Tile(**plan["second"])
-    shape = Shape(*(item[name] for name in Shape._fields))
+    shape = Shape(*(item[name] for name in Shape._fields[:-1]), item.get("format", layout.EXPONENT))
     if any(not isinstance(size, int) or size < 1 for size in (*shape[:4], shape.tokens)):
         raise FormatError(f"sizes must be whole numbers, at least 1: {shape}")
     facts = {name: value for name, value in item.items() if name not in (*Shape._fields, "plan")}
@@ -162,7 +174,12 @@ def _key(entry: tuple[Shape, Any]) -> Shape:
 @functools.cache
 def _choose(shape: Shape, device: str, memory: int) -> Plan:
     measured = _measured(device)
-    able = [known for known in measured if fits(measured[known], memory)]
+    few = shape.format != layout.EXPONENT
+    able = [
+        known
+        for known in measured
+        if (known.format != layout.EXPONENT) == few and fits(measured[known], memory)  # tiles are of another kind
+    ]
     if not able:
         return rule(shape)
     return measured[min(able, key=shape.distance)]

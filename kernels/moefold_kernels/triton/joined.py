@@ -135,8 +135,8 @@ def project(
         if EXTRA:
             b1, b_live1 = _columns(source, order, begin1 + TOKENS, end1, k, top_k, row, second, EXTRA)
         sums, sums1, extra, extra1 = both_slots(
-            w, a, a1, live, live1, b, b1, b_live, b_live1, length,
-            height, COLUMNS, TOKENS, EXTRA, True, ASM, UPCAST,
+            w, (words,), a, a1, live, live1, b, b1, b_live, b_live1, length,
+            height, COLUMNS, TOKENS, EXTRA, -1, True, ASM, UPCAST,
         )  # fmt: skip
         other = tl.load(experts + place + 1)
         _write(
@@ -152,7 +152,7 @@ def project(
             )  # fmt: skip
     else:
         sums, extra = one_slot(
-            w, a, live, b, b_live, slot, length, height, COLUMNS, TOKENS, EXTRA, MODE, True, ASM, UPCAST
+            w, (words,), a, live, b, b_live, slot, length, height, COLUMNS, TOKENS, EXTRA, MODE, -1, True, ASM, UPCAST
         )
     expert = tl.load(experts + place)
     _write(

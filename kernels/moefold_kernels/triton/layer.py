@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moefold_kernels import layout
+from moefold_kernels import layout, layout_pairs
 from moefold_kernels.triton import joined, project
 from moefold_kernels.triton.configs import Shape, choose
+from moefold_kernels.triton.leveled_decode import FACTOR
 from moefold_kernels.triton.plans import Plan, Tile
 from moefold_kernels.triton.portability import Target, blocks, launch, power_of_two
 from moefold_kernels.triton.routing import Tables, Tiles, route
-from moefold_kernels.triton.weights import Projections, Weights
+from moefold_kernels.triton.weights import Leveled, Planes, Projections, Weights
 
 ACTIVATIONS = {"silu": project.SILU.value, "clamped": project.CLAMPED.value}
 """Activations that the first projection computes itself; any other runs between the projections."""
@@ -32,11 +33,16 @@ class Activation(NamedTuple):
 
 SILU = Activation()
 
+LEVELED = 2.0**-63
+"""The shift of few-bit formats: `rescale` multiplies by its inverse."""
+STEP = 128
+"""leveled.STEP, without importing Gluon."""
+
 
 def plan_for(weights: Weights, tokens: int, top_k: int) -> Plan:
     """The plan that a batch of so many tokens gets on the weights' device."""
-    inner, hidden = weights.any.up.shape[1:]
-    shape = Shape(hidden, inner, len(weights.places), top_k, weights.packed is None, max(tokens, 1))
+    sizes = weights.any.hidden, weights.any.inner, len(weights.places)
+    shape = Shape(*sizes, top_k, weights.packed is None, max(tokens, 1), weights.format)
     return choose(shape, weights.places.device)
 
 
@@ -69,10 +75,11 @@ def forward(
 
 
 def joins(weights: Weights, activation: Activation, tile: Tile) -> bool:
-    """Whether joined.py takes this: one kind of experts, a gate and its activation, and whole tiles of columns."""
+    """Whether joined.py takes this: one kind of experts, a gate and its activation, whole tiles of columns, 16 bits."""
     alike = weights.packed is None or weights.alone is None
-    fused = weights.any.gate is not None and activation.name in ACTIVATIONS
-    return alike and fused and all(size % tile.columns == 0 for size in weights.any.up.shape[1:])
+    fused = weights.any.gated and activation.name in ACTIVATIONS
+    whole = all(size % tile.columns == 0 for size in (weights.any.inner, weights.any.hidden))
+    return alike and fused and whole and not isinstance(weights.packed, Leveled)
 
 
 def apart(plan: Plan) -> Plan:
@@ -90,10 +97,11 @@ def both(
     weights: Weights, x: Tensor, top_k_weights: Tensor, tables: Tables, tile: Tile, activation: Activation = SILU
 ) -> Tensor:
     """Both projections in one launch: what `combine` sums, [1, token * top_k, hidden]."""
-    inner, hidden = weights.any.up.shape[1:]
+    inner, hidden = weights.any.inner, weights.any.hidden
     between, parts = (x.new_empty(1, len(tables.order), size, dtype=torch.bfloat16) for size in (inner, hidden))
     target, biases = Target.of(x), weights.biases
     for kind, mode, first, table in _kinds(weights, tables.first, tile):
+        assert isinstance(kind, Projections)
         assert kind.gate is not None
         bias, below = (None, None) if biases is None else (biases.gate, biases.down)
         programs = _programs(table, mode) * (blocks(inner, tile.rows) + blocks(hidden, 2 * tile.rows))
@@ -119,30 +127,42 @@ def gate_up(
     weights: Weights, x: Tensor, top_k: int, tables: Tables, plan: Plan, activation: Activation = SILU
 ) -> Tensor:
     """The hidden activations [entry in order, inner] of `x` [token, hidden]."""
-    inner, hidden = weights.any.up.shape[1:]
-    gated = weights.any.gate is not None
+    inner, hidden, gated = weights.any.inner, weights.any.hidden, weights.any.gated
     fused = ACTIVATIONS.get(activation.name) if gated else None
     out = x.new_empty(len(tables.order), inner if fused or not gated else 2 * inner)
     target, tile, biases = Target.of(x), plan.first, weights.biases
     bias = None if biases is None else (biases.gate if biases.gate is not None else biases.up)
     for kind, mode, first, table in _kinds(weights, tables.first, tile):
-        base = kind.gate if kind.gate is not None else kind.up
         shared = {
             "hidden": hidden, "inner": inner, "top_k": top_k, "capacity": table.shape[1], "x_row": x.stride(0),
-            "w_unit": base.stride(0), "w_row": base.stride(1), "w_up": _apart(kind.gate, kind.up),
-            "gate_shift": _shift(kind.tops[0]), "up_shift": _shift(kind.tops[1]),
             "bias_expert": _stride(bias, 0), "bias_row": _stride(bias, 1),
             "bias_up": 0 if biases is None else _apart(biases.gate, biases.up),
             "limit": activation.limit, "alpha": activation.alpha,
         } | _cut(tile, target)  # fmt: skip
-        operands = (x, base, out, tables.order, tables.offsets, table, weights.experts, bias)
+        lists = (out, tables.order, tables.offsets, table, weights.experts, bias)
         grid = (_programs(table, mode) * blocks(inner, tile.rows),)
-        if fused and mode != project.DENSE.value and _overlaps(tile, target, base, x):
-            launch(_overlapped(tile).project_in, grid, *operands, **shared, STAGES=tile.stages, ACTIVATION=fused)
+        if isinstance(kind, Leveled):
+            planes, low, more = _planes(kind, kind.wide)
+            if fused and _decodes_fast(tile, target, kind, x, 2):
+                launch(
+                    _leveled().project_in, grid, x, *_paired(planes), *lists, **_narrow(shared, tile), **more,
+                    shift=LEVELED / FACTOR,
+                    w_up=inner, ACTIVATION=fused, STAGES=tile.stages,
+                )  # fmt: skip
+                continue
+            base, shifts = kind.wide.words, dict.fromkeys(("gate_shift", "up_shift"), LEVELED)
+            operands, apart = (x, *planes, *lists), 0
+        else:
+            base, low = kind.gate if kind.gate is not None else kind.up, -1
+            shifts = {"gate_shift": _shift(kind.tops[0]), "up_shift": _shift(kind.tops[1])}
+            operands, apart = (x, base, None, None, None, *lists), _apart(kind.gate, kind.up)
+        shared |= {"w_unit": base.stride(0), "w_row": base.stride(1), "w_up": apart} | shifts
+        if low < 0 and fused and mode != project.DENSE.value and _overlaps(tile, target, base, x):
+            launch(_overlapped(tile).project_in, grid, x, base, *lists, **shared, STAGES=tile.stages, ACTIVATION=fused)
             continue
         launch(
-            project.project_in, grid, *operands, **shared, first=first, units=len(base), MODE=mode, GATED=gated,
-            ACTIVATION=fused or project.NONE.value, EVEN=hidden % tile.columns == 0, ASM=target.assembly,
+            project.project_in, grid, *operands, **shared, first=first, units=len(base), MODE=mode, LOW=low,
+            GATED=gated, ACTIVATION=fused or project.NONE.value, EVEN=hidden % tile.columns == 0, ASM=target.assembly,
             UPCAST=target.upcast, CHAIN=target.chain, LINES=_lines(tile, hidden),
             GUESS=target.chain and _guess(len(tables.order), len(weights.places), tile), num_stages=tile.stages,
         )  # fmt: skip
@@ -162,9 +182,10 @@ def down(
     dtype: torch.dtype,
 ) -> Tensor:
     """The output [token, hidden] of the hidden activations `x` [entry in order, inner]."""
-    hidden, inner = weights.any.down.shape[1:]
+    hidden, inner = weights.any.hidden, weights.any.inner
     tile, target = plan.second, Target.of(x)
-    part = blocks(blocks(inner, tile.splits), tile.columns) * tile.columns
+    step = max(tile.columns, STEP) if isinstance(weights.packed, Leveled) else tile.columns
+    part = blocks(blocks(inner, tile.splits), step) * step
     splits = blocks(inner, part)
     parts = x.new_empty(splits, len(tables.order), hidden, dtype=torch.float32 if splits > 1 else torch.bfloat16)
     gates, top_k_index = top_k_weights.contiguous(), top_k_index.contiguous()
@@ -172,17 +193,29 @@ def down(
     for kind, mode, first, table in _kinds(weights, tables.second, tile):
         shared = {
             "inner": inner, "hidden": hidden, "capacity": table.shape[1],
-            "w_unit": kind.down.stride(0), "w_row": kind.down.stride(1), "shift": _shift(kind.tops[2]),
             "bias_expert": _stride(bias, 0), "bias_row": _stride(bias, 1),
         } | _cut(tile, target)  # fmt: skip
-        operands = (x, kind.down, parts, tables.order, tables.offsets, table, weights.experts, gates, bias)
+        lists = (parts, tables.order, tables.offsets, table, weights.experts, gates, bias)
         programs = _programs(table, mode) * blocks(hidden, tile.rows)
-        if splits == 1 and mode != project.DENSE.value and _overlaps(tile, target, kind.down, x):
-            launch(_overlapped(tile).project_out, (programs,), *operands, **shared, STAGES=tile.stages)
+        if isinstance(kind, Leveled):
+            planes, low, more = _planes(kind, kind.narrow)
+            if _decodes_fast(tile, target, kind, x, 1):
+                launch(
+                    _leveled().project_out, (programs, splits), x, *_paired(planes), *lists,
+                    **_narrow(shared, tile), **more, part=part, out_split=parts.stride(0), shift=LEVELED / FACTOR,
+                    STAGES=tile.stages,
+                )  # fmt: skip
+                continue
+            base, operands, shift = kind.narrow.words, (x, *planes, *lists), LEVELED
+        else:
+            base, operands, low, shift = kind.down, (x, kind.down, None, None, None, *lists), -1, _shift(kind.tops[2])
+        shared |= {"w_unit": base.stride(0), "w_row": base.stride(1), "shift": shift}
+        if low < 0 and splits == 1 and mode != project.DENSE.value and _overlaps(tile, target, base, x):
+            launch(_overlapped(tile).project_out, (programs,), x, base, *lists, **shared, STAGES=tile.stages)
             continue
         launch(
             project.project_out, (programs, splits), *operands, **shared, first=first, part=part,
-            out_split=parts.stride(0), MODE=mode, EVEN=inner % (part if splits > 1 else tile.columns) == 0,
+            out_split=parts.stride(0), MODE=mode, LOW=low, EVEN=inner % (part if splits > 1 else tile.columns) == 0,
             ASM=target.assembly, UPCAST=target.upcast, CHAIN=target.chain, LINES=_lines(tile, part),
             num_stages=tile.stages,
         )  # fmt: skip
@@ -207,7 +240,7 @@ def combine(parts: Tensor, top_k_index: Tensor, experts: int, dtype: torch.dtype
     return out
 
 
-def _kinds(weights: Weights, tiles: Tiles, tile: Tile) -> Iterator[tuple[Projections, int, int, Tensor]]:
+def _kinds(weights: Weights, tiles: Tiles, tile: Tile) -> Iterator[tuple[Projections | Leveled, int, int, Tensor]]:
     """What to launch: (matrices, mode, the first place, tiles), for the pairs and for the experts left alone."""
     if weights.packed is not None and tiles.packed.numel():
         yield weights.packed, (project.PAIR if tile.paired else project.SLOT).value, 0, tiles.packed
@@ -243,6 +276,39 @@ def _overlaps(tile: Tile, target: Target, words: Tensor, x: Tensor) -> bool:
     aligned &= words.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0
     whole = words.shape[2] % (2 * tile.columns) == 0
     return tile.overlapped and target.overlap and aligned and whole
+
+
+def _planes(kind: Leveled, matrix: Planes) -> tuple[tuple[Tensor, ...], int, dict[str, Any]]:
+    """Planes and levels as kernels take them, the bits of the plane `low`, and what only leveled.py takes."""
+    low = matrix.words if matrix.low is None else matrix.low  # any pointer, where nothing is read
+    levels = kind.levels
+    return (matrix.words, low, matrix.scale, levels), layout_pairs.low_bits(kind.format), {"FORMAT": kind.format}
+
+
+def _decodes_fast(tile: Tile, target: Target, kind: Leveled, x: Tensor, matrices: int) -> bool:
+    """Whether leveled.py takes this: whole steps of columns, and 16-byte copies (`matrices` side by side in a tile)."""
+    whole = not any(size % STEP for size in (kind.hidden, kind.inner)) and not tile.extra and tile.warps % 4 == 0
+    aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    parts = [part for matrix in (kind.wide, kind.narrow) for part in matrix if part is not None]
+    aligned &= all(part.is_contiguous() and part.data_ptr() % 16 == 0 for part in parts)
+    return tile.overlapped and target.overlap and aligned and whole and tile.rows >= 16 * tile.warps // matrices
+
+
+def _paired(planes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The planes with two scales in an integer."""
+    words, low, scale, levels = planes
+    return words, low, scale.view(torch.int32), levels
+
+
+def _narrow(shared: dict[str, Any], tile: Tile) -> dict[str, Any]:
+    """What leveled.py takes of these."""
+    return {name: value for name, value in shared.items() if name not in ("COLUMNS", "EXTRA")} | {"PAIRED": tile.paired}
+
+
+def _leveled() -> Any:
+    from moefold_kernels.triton import leveled
+
+    return leveled
 
 
 def _overlapped(tile: Tile) -> Any:

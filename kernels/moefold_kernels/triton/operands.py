@@ -8,8 +8,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from moefold_kernels import layout, layout_pairs
 from moefold_kernels.errors import FormatError
-from moefold_kernels.triton.weights import Biases, Projections, Weights
+from moefold_kernels.levels import INTEGERS
+from moefold_kernels.triton.weights import Biases, Leveled, Planes, Projections, Weights, contiguous
 
 INDICES = (torch.int32, torch.int64)
 
@@ -30,6 +32,13 @@ class Operands(NamedTuple):
     gated: bool
     interleaved: bool
     """Whether `gate_up_bias` alternates gate and up, as gpt-oss has it, rather than all of gate before up."""
+    format: str = layout.EXPONENT
+    """Of the pairs. In the few-bit formats (layout_pairs.py) `..._packed` are the nibble planes, int32, with"""
+    gate_up_low: Tensor | None = None  # [pair, 2 * inner, words] int32; not in pair4
+    down_low: Tensor | None = None
+    gate_up_scale: Tensor | None = None  # [pair, 2 * inner, groups] int16
+    down_scale: Tensor | None = None
+    levels: Tensor | None = None  # [3, 40] int32: leveled_decode.row_tables of gate, up and down
 
 
 def sample(operands: Operands) -> tuple[Tensor, Tensor]:
@@ -52,8 +61,7 @@ def check(
     rows: Tensor | None = None,
 ) -> None:
     """Raise FormatError unless everything fits; looks at shapes and types only."""
-    _, down = sample(operands)
-    outer, inner = down.shape[1:]
+    outer, inner = sizes(operands)
     wide = (2 if operands.gated else 1) * inner
     n_experts = len(operands.places)
     if top_k_index.dim() != 2 or top_k_index.dtype not in INDICES:
@@ -63,8 +71,7 @@ def check(
         ("hidden", hidden, (tokens, outer)),
         ("rows", rows, (tokens * top_k, inner)),
         ("top_k_weights", top_k_weights, (tokens, top_k)),
-        ("gate_up_packed", operands.gate_up_packed, (_length(operands.gate_up_packed), wide, outer)),
-        ("down_packed", operands.down_packed, (_length(operands.gate_up_packed), outer, inner)),
+        *_packed(operands, wide, outer, inner),
         ("gate_up_dense", operands.gate_up_dense, (_length(operands.gate_up_dense), wide, outer)),
         ("down_dense", operands.down_dense, (_length(operands.gate_up_dense), outer, inner)),
         ("gate_up_bias", operands.gate_up_bias, (n_experts, wide)),
@@ -74,14 +81,40 @@ def check(
     for name, tensor, shape in wanted:
         if tensor is not None and tuple(tensor.shape) != shape:
             raise FormatError(f"{name} is {_is(tensor)}, and the other operands want {list(shape)}")
-    words, tables = (operands.gate_up_packed, operands.down_packed), (operands.places, operands.placed)
-    for kind, tensors in ((torch.int16, words), (torch.int32, tables)):
+    few, words = operands.format != layout.EXPONENT, (operands.gate_up_packed, operands.down_packed)
+    tables = operands.places, operands.placed, operands.gate_up_low, operands.down_low, operands.levels
+    halves = (operands.gate_up_scale, operands.down_scale, *(() if few else words))
+    for kind, tensors in ((torch.int16, halves), (torch.int32, (*tables, *(words if few else ())))):
         if bad := [tensor for tensor in tensors if tensor is not None and tensor.dtype != kind]:
-            raise FormatError(f"words are int16 and tables of places int32; one of them is {_is(bad[0])}")
+            raise FormatError(
+                f"words are int16 and tables of places int32 (in few-bit formats words are int32, scales int16); one "
+                f"of them is {_is(bad[0])}"
+            )
     if (operands.gate_up_bias is None) != (operands.down_bias is None):
         raise FormatError("biases are those of both projections, or none")
     if 2 * _length(operands.gate_up_packed) + _length(operands.gate_up_dense) != n_experts:
         raise FormatError(f"places has {n_experts} experts, which the pairs and the experts alone do not make up")
+
+
+def sizes(operands: Operands) -> tuple[int, int]:
+    """(hidden, inner)."""
+    gate_up, down = sample(operands)
+    return down.shape[1], gate_up.shape[1] // (2 if operands.gated else 1)
+
+
+def _packed(operands: Operands, wide: int, outer: int, inner: int) -> list[tuple[str, Tensor | None, tuple[int, ...]]]:
+    """What is packed, with the shapes it must have; FormatError where a plane is missing."""
+    pairs, matrices = _length(operands.gate_up_packed), (("gate_up", wide, outer), ("down", outer, inner))
+    if operands.format == layout.EXPONENT:
+        return [(f"{name}_packed", getattr(operands, f"{name}_packed"), (pairs, *size)) for name, *size in matrices]
+    wanted: list[tuple[str, Tensor | None, tuple[int, ...]]] = [("levels", operands.levels, (3, INTEGERS))]
+    for name, rows, columns in matrices:
+        for part, width in layout_pairs.planes(operands.format, columns).items():
+            called = f"{name}_{'packed' if part == 'words' else part}"
+            wanted.append((called, getattr(operands, called), (pairs, rows, width)))
+    if missing := [name for name, tensor, _ in wanted if tensor is None and pairs]:
+        raise FormatError(f"{operands.format} needs {missing[0]}")
+    return wanted
 
 
 def _length(tensor: Tensor | None) -> int:
@@ -94,9 +127,18 @@ def _is(tensor: Tensor) -> str:
 
 def weights(operands: Operands) -> Weights:
     """The layer as the kernels take it: views, but for experts alone that are not bfloat16."""
-    packed = _projections(operands.gate_up_packed, operands.down_packed, operands)
+    few = operands.format != layout.EXPONENT
+    packed = (_leveled if few else _projections)(operands.gate_up_packed, operands.down_packed, operands)
     alone = _projections(_bfloat16(operands.gate_up_dense), _bfloat16(operands.down_dense), operands)
     return Weights(packed, alone, operands.places, operands.placed, _biases(operands))
+
+
+def _leveled(gate_up: Tensor | None, down: Tensor | None, operands: Operands) -> Leveled | None:
+    wide, narrow, levels = operands.gate_up_scale, operands.down_scale, operands.levels
+    if gate_up is None or down is None or not len(down) or wide is None or narrow is None or levels is None:
+        return None
+    planes = Planes(gate_up, operands.gate_up_low, wide), Planes(down, operands.down_low, narrow)
+    return Leveled(operands.format, *map(contiguous, planes), levels, operands.gated)
 
 
 def _projections(gate_up: Tensor | None, down: Tensor | None, operands: Operands) -> Projections | None:

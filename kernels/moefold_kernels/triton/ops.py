@@ -19,7 +19,7 @@ from torch import Tensor, library
 from moefold_kernels.errors import BackendError, FormatError
 from moefold_kernels.triton import layer
 from moefold_kernels.triton.layer import Activation
-from moefold_kernels.triton.operands import Operands, check, sample, weights
+from moefold_kernels.triton.operands import Operands, check, sample, sizes, weights
 
 
 @library.custom_op("moefold::experts", mutates_args=())
@@ -38,6 +38,12 @@ def experts(
     tops: Sequence[int],
     gated: bool,
     interleaved: bool,
+    format: str,
+    gate_up_low: Tensor | None,
+    down_low: Tensor | None,
+    gate_up_scale: Tensor | None,
+    down_scale: Tensor | None,
+    levels: Tensor | None,
     activation: str,
     limit: float,
     alpha: float,
@@ -72,6 +78,12 @@ def gate_up(
     tops: Sequence[int],
     gated: bool,
     interleaved: bool,
+    format: str,
+    gate_up_low: Tensor | None,
+    down_low: Tensor | None,
+    gate_up_scale: Tensor | None,
+    down_scale: Tensor | None,
+    levels: Tensor | None,
 ) -> Tensor:
     """What the first projection gives, bias included: [token * top_k, 2 * inner] bfloat16 (or inner), gate before up.
 
@@ -103,6 +115,12 @@ def down(
     tops: Sequence[int],
     gated: bool,
     interleaved: bool,
+    format: str,
+    gate_up_low: Tensor | None,
+    down_low: Tensor | None,
+    gate_up_scale: Tensor | None,
+    down_scale: Tensor | None,
+    levels: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """The output [token, hidden] in `dtype` of activated rows [token * top_k, inner] in the order of `gate_up`.
@@ -137,7 +155,7 @@ def _(hidden: Tensor, top_k_index: Tensor, *rest: Any) -> Tensor:
 def _(rows: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest: Any) -> Tensor:
     operands, dtype = Operands(*rest[:-1]), rest[-1]
     check(operands, None, top_k_index, top_k_weights, rows)
-    return rows.new_empty(top_k_index.shape[0], sample(operands)[1].shape[1], dtype=dtype)
+    return rows.new_empty(top_k_index.shape[0], sizes(operands)[0], dtype=dtype)
 
 
 def _refuse_gradients(context: Any, *gradients: Any) -> NoReturn:  # noqa: ARG001  (autograd's interface)

@@ -294,7 +294,8 @@ def write_outer(
         own: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 1], [32, 1], [gl.num_warps(), 1], [1, 0]))
         at = first_row + gl.arange(0, ROWS, own)
         start = bias + expert * bias_expert
-        addend = gl.load(start + at * bias_row, mask=at < hidden, other=0.0).to(gl.float32)
+        present = (at < hidden) & (gl.program_id(1) == 0)  # of several splits the first adds it
+        addend = gl.load(start + at * bias_row, mask=present, other=0.0).to(gl.float32)
         sums += gl.convert_layout(addend, gl.SliceLayout(1, sums.type.layout))[:, None]
     position = begin + gl.arange(0, TOKENS, gl.SliceLayout(0, sums.type.layout))
     entry = gl.load(order + position, mask=position < end, other=0)
@@ -304,7 +305,7 @@ def write_outer(
     position = begin + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
     entry = gl.load(order + position, mask=position < end, other=0)
     at = out + entry[None, :].to(gl.int64) * hidden + row[:, None]
-    value = gl.convert_layout(sums.to(gl.bfloat16), layout)
+    value = gl.convert_layout(sums.to(out.dtype.element_ty), layout)
     gl.store(at, value, mask=(row < hidden)[:, None] & (position < end)[None, :])
 
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from moefold_kernels.triton.decode import decode_both, decode_slot, rescale
+from moefold_kernels.triton.decode_levels import TABLE, levels_both, levels_slot
 from moefold_kernels.triton.portability import after_the_one_before
 
 PAIR, SLOT, DENSE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -106,20 +107,26 @@ def _load(pointers, k, live, EVEN: tl.constexpr, length):
 
 @triton.jit
 def one_slot(
-    w, x, live, more, more_live, slot, length,
+    w, planes, x, live, more, more_live, slot, length,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, EXTRA: tl.constexpr,
-    MODE: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
+    MODE: tl.constexpr, LOW: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One slot's weights [ROWS, length] times x [length, TOKENS] and more [length, EXTRA], by their first pointers."""
+    """One slot's weights [ROWS, length] times x [length, TOKENS] and more [length, EXTRA], by their first pointers.
+
+    LOW: bits of the plane `low` in the few-bit formats (decode_levels.py says what `planes` and `w` are then), else -1.
+    """
     tl.assume(length > 0)  # else ptxas sees the sums defined twice (loop skipped) and waits for every single product
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
     extra = tl.zeros((ROWS, max(EXTRA, 16)), tl.float32)
     k = tl.arange(0, COLUMNS)
     for start in tl.range(0, length, COLUMNS):
-        tile = _words(w, k, EVEN, length - start)
         a = _load(x, k, live, EVEN, length - start)
-        if MODE != DENSE:
-            tile = decode_slot(tile, slot, ASM)
+        if MODE != DENSE and LOW >= 0:
+            tile = levels_slot(w, planes, start + k, k < length - start, slot, LOW)
+        else:
+            tile = _words(w, k, EVEN, length - start)
+            if MODE != DENSE:
+                tile = decode_slot(tile, slot, ASM)
         if EXTRA:
             b = _load(more, k, more_live, EVEN, length - start)
             extra = _multiply(tile, b, extra, UPCAST)
@@ -128,7 +135,8 @@ def one_slot(
             if EXTRA:
                 extra = _finished(extra, ASM)
             sums = _finished(sums, ASM)
-        w += COLUMNS
+        if LOW < 0 or MODE == DENSE:
+            w += COLUMNS
         x += COLUMNS
         if EXTRA:
             more += COLUMNS
@@ -137,9 +145,9 @@ def one_slot(
 
 @triton.jit
 def both_slots(
-    w, x0, x1, live0, live1, more0, more1, more_live0, more_live1, length,
+    w, planes, x0, x1, live0, live1, more0, more1, more_live0, more_live1, length,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, EXTRA: tl.constexpr,
-    EVEN: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
+    LOW: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The same for both slots of a pair, each with tokens of its own, from one reading of the words."""
     tl.assume(length > 0)
@@ -149,10 +157,12 @@ def both_slots(
     extra1 = tl.zeros((ROWS, max(EXTRA, 16)), tl.float32)
     k = tl.arange(0, COLUMNS)
     for start in tl.range(0, length, COLUMNS):
-        tile = _words(w, k, EVEN, length - start)
         a0 = _load(x0, k, live0, EVEN, length - start)
         a1 = _load(x1, k, live1, EVEN, length - start)
-        first, second = decode_both(tile, ASM)
+        if LOW >= 0:
+            first, second = levels_both(w, planes, start + k, k < length - start, LOW)
+        else:
+            first, second = decode_both(_words(w, k, EVEN, length - start), ASM)
         if EXTRA:
             b0 = _load(more0, k, more_live0, EVEN, length - start)
             b1 = _load(more1, k, more_live1, EVEN, length - start)
@@ -163,7 +173,8 @@ def both_slots(
         if EXTRA:
             extra0, extra1 = _finished(extra0, ASM), _finished(extra1, ASM)
         sums0, sums1 = _finished(sums0, ASM), _finished(sums1, ASM)
-        w += COLUMNS
+        if LOW < 0:
+            w += COLUMNS
         x0 += COLUMNS
         x1 += COLUMNS
         if EXTRA:
@@ -221,18 +232,19 @@ def write_inner(
     do_not_specialize=["top_k", "first", "units", "capacity", "bias_expert", "bias_row", "bias_up", "limit", "alpha"]
 )
 def project_in(
-    x, words, out, order, offsets, tiles, experts, bias,
+    x, words, low, scale, levels, out, order, offsets, tiles, experts, bias,
     hidden, inner, top_k, first, units, capacity, x_row, w_unit, w_row, w_up,
     gate_shift, up_shift, bias_expert, bias_row, bias_up, limit, alpha,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr,
-    EXTRA: tl.constexpr, MODE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    EXTRA: tl.constexpr, MODE: tl.constexpr, LOW: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr, CHAIN: tl.constexpr,
     LINES: tl.constexpr, GUESS: tl.constexpr,
 ):  # fmt: skip
     """Gate and up projections with their activation: out [entry in order, inner].
 
     `words` [unit, row, hidden] holds a gate row's and its up row's columns `w_up` elements apart. Both go through one
-    product as 2 * ROWS rows: eight of the one, eight of the other, so that a thread has the sums of both.
+    product as 2 * ROWS rows: eight of the one, eight of the other, so that a thread has the sums of both. In the few-bit
+    formats (LOW) `words`, `low` and `scale` are planes [unit, 2 * inner, ...] and `levels` is of gate, then up.
     """
     height: tl.constexpr = 2 * ROWS if GATED else ROWS
     stacked = tl.arange(0, height)
@@ -242,7 +254,9 @@ def project_in(
     w = words + row.to(tl.int64)[:, None] * w_row
     if GATED:
         w += tl.where(stacked % 16 >= 8, w_up, 0)[:, None]
-    if GUESS:  # nearly every unit has entries, and one tile: then this is the unit, while routing still goes on
+    if GUESS and (
+        LOW < 0 or MODE == DENSE
+    ):  # nearly every unit has entries, and one tile: then this is the unit, while routing still goes on
         prefetch(w + tl.minimum(tile, units - 1).to(tl.int64) * w_unit, LINES)
     after_the_one_before(CHAIN)
     unit, number = tl.load(tiles + tile), tl.load(tiles + capacity + tile)
@@ -253,7 +267,13 @@ def project_in(
     if MODE == SLOT and begin >= end:
         return
     k = tl.arange(0, COLUMNS)
-    w += unit.to(tl.int64) * w_unit + k[None, :]
+    if LOW < 0 or MODE == DENSE:
+        w += unit.to(tl.int64) * w_unit + k[None, :]
+        planes = (words,)
+    else:
+        above = tl.where(stacked % 16 >= 8, 1, 0) if GATED else stacked * 0 + 1
+        w = unit.to(tl.int64) * (2 if GATED else 1) * inner + row + (above * inner if GATED else 0)
+        planes = (words, low, scale, levels + above * TABLE, hidden, 0)
     a, live = _tokens(x, order, begin, end, k, top_k, x_row, TOKENS)
     b, b_live = a, live
     if EXTRA:
@@ -265,8 +285,8 @@ def project_in(
         if EXTRA:
             b1, b_live1 = _tokens(x, order, begin1 + TOKENS, end1, k, top_k, x_row, EXTRA)
         sums, sums1, extra, extra1 = both_slots(
-            w, a, a1, live, live1, b, b1, b_live, b_live1, hidden,
-            height, COLUMNS, TOKENS, EXTRA, EVEN, ASM, UPCAST,
+            w, planes, a, a1, live, live1, b, b1, b_live, b_live1, hidden,
+            height, COLUMNS, TOKENS, EXTRA, LOW, EVEN, ASM, UPCAST,
         )  # fmt: skip
         other = tl.load(experts + place + 1)
         write_inner(
@@ -280,7 +300,7 @@ def project_in(
             )  # fmt: skip
     else:
         sums, extra = one_slot(
-            w, a, live, b, b_live, slot, hidden, height, COLUMNS, TOKENS, EXTRA, MODE, EVEN, ASM, UPCAST
+            w, planes, a, live, b, b_live, slot, hidden, height, COLUMNS, TOKENS, EXTRA, MODE, LOW, EVEN, ASM, UPCAST
         )
     expert = tl.load(experts + place)
     write_inner(
@@ -316,11 +336,11 @@ def write_outer(
 
 @triton.jit(do_not_specialize=["first", "capacity", "bias_expert", "bias_row"])
 def project_out(
-    x, words, out, order, offsets, tiles, experts, weights, bias,
+    x, words, low, scale, levels, out, order, offsets, tiles, experts, weights, bias,
     inner, hidden, first, capacity, part, out_split, w_unit, w_row, shift, bias_expert, bias_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr,
-    EXTRA: tl.constexpr, MODE: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
-    CHAIN: tl.constexpr, LINES: tl.constexpr,
+    EXTRA: tl.constexpr, MODE: tl.constexpr, LOW: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+    UPCAST: tl.constexpr, CHAIN: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """Down projection times the gate weight: out [split, entry, hidden], a split being `part` columns of `inner`.
 
@@ -338,9 +358,16 @@ def project_out(
     skipped = tl.program_id(1) * part
     length = tl.minimum(inner - skipped, part)
     k = skipped + tl.arange(0, COLUMNS)
-    w = words + unit.to(tl.int64) * w_unit + row.to(tl.int64)[:, None] * w_row + k[None, :]
+    if LOW < 0 or MODE == DENSE:
+        w = words + unit.to(tl.int64) * w_unit + row.to(tl.int64)[:, None] * w_row + k[None, :]
+        planes = (words,)
+    else:
+        w = unit.to(tl.int64) * hidden + row
+        planes = (words, low, scale, levels + 2 * TABLE + row * 0, inner, skipped)
     out += tl.program_id(1).to(tl.int64) * out_split
-    if CHAIN:  # the tables are of two kernels before, the words of none: have the first of them come meanwhile
+    if CHAIN and (
+        LOW < 0 or MODE == DENSE
+    ):  # the tables are of two kernels before, the words of none: have the first of them come meanwhile
         prefetch(words + unit.to(tl.int64) * w_unit + row.to(tl.int64)[:, None] * w_row + skipped, LINES)
     after_the_one_before(CHAIN)
     a, live = _positions(x, begin, end, k, inner, TOKENS)
@@ -354,8 +381,8 @@ def project_out(
         if EXTRA:
             b1, b_live1 = _positions(x, begin1 + TOKENS, end1, k, inner, EXTRA)
         sums, sums1, extra, extra1 = both_slots(
-            w, a, a1, live, live1, b, b1, b_live, b_live1, length,
-            ROWS, COLUMNS, TOKENS, EXTRA, EVEN, ASM, UPCAST,
+            w, planes, a, a1, live, live1, b, b1, b_live, b_live1, length,
+            ROWS, COLUMNS, TOKENS, EXTRA, LOW, EVEN, ASM, UPCAST,
         )  # fmt: skip
         other = tl.load(experts + place + 1)
         write_outer(
@@ -369,7 +396,7 @@ def project_out(
             )  # fmt: skip
     else:
         sums, extra = one_slot(
-            w, a, live, b, b_live, slot, length, ROWS, COLUMNS, TOKENS, EXTRA, MODE, EVEN, ASM, UPCAST
+            w, planes, a, live, b, b_live, slot, length, ROWS, COLUMNS, TOKENS, EXTRA, MODE, LOW, EVEN, ASM, UPCAST
         )
     expert = tl.load(experts + place)
     write_outer(

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from moefold_kernels import layout
+
 
 class Projections(NamedTuple):
     """The matrices of one kind of units: words [pair, ...] int16, or weights [expert, ...] bfloat16."""
@@ -16,6 +18,49 @@ class Projections(NamedTuple):
     down: Tensor  # [unit, hidden, inner]
     tops: tuple[int, int, int] = (127, 127, 127)
     """The windows' tops of gate, up and down, where there are words."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a gate."""
+        return self.gate is not None
+
+    @property
+    def inner(self) -> int:
+        """Rows of up."""
+        return self.up.shape[1]
+
+    @property
+    def hidden(self) -> int:
+        """Rows of down."""
+        return self.down.shape[1]
+
+
+class Planes(NamedTuple):
+    """One fused matrix of every pair in a few-bit format, as layout_pairs.py has it; contiguous."""
+
+    words: Tensor  # [pair, rows, words] int32
+    low: Tensor | None  # [pair, rows, words] int32; pair4 has none
+    scale: Tensor  # [pair, rows, groups] int16
+
+
+class Leveled(NamedTuple):
+    """The matrices of pairs in a few-bit format."""
+
+    format: str
+    wide: Planes  # gate rows before up rows
+    narrow: Planes  # down
+    levels: Tensor  # [3, 40] int32: of gate, up and down, as leveled_decode.row_tables has them
+    gated: bool
+
+    @property
+    def inner(self) -> int:
+        """Rows of up."""
+        return self.wide.words.shape[1] // (1 + self.gated)
+
+    @property
+    def hidden(self) -> int:
+        """Rows of down."""
+        return self.narrow.words.shape[1]
 
 
 class Biases(NamedTuple):
@@ -30,7 +75,7 @@ class Biases(NamedTuple):
 class Weights:
     """One layer's experts as the kernels take them."""
 
-    packed: Projections | None
+    packed: Projections | Leveled | None
     alone: Projections | None
     places: Tensor  # [expert] int32: 2 * pair + slot, or after all pairs the number among those alone
     experts: Tensor  # [place] int32: the inverse
@@ -39,7 +84,7 @@ class Weights:
     @property
     def pairs(self) -> int:
         """How many pairs there are."""
-        return 0 if self.packed is None else len(self.packed.up)
+        return 0 if self.packed is None else len(units(self.packed))
 
     @property
     def singles(self) -> int:
@@ -47,8 +92,23 @@ class Weights:
         return 0 if self.alone is None else len(self.alone.up)
 
     @property
-    def any(self) -> Projections:
+    def format(self) -> str:
+        """Of the pairs; of experts alone, "exponent"."""
+        return self.packed.format if isinstance(self.packed, Leveled) else layout.EXPONENT
+
+    @property
+    def any(self) -> Projections | Leveled:
         """Either kind, for what both have."""
         found = self.packed or self.alone
         assert found is not None
         return found
+
+
+def units(matrices: Projections | Leveled) -> Tensor:
+    """A tensor of as many units."""
+    return matrices.narrow.words if isinstance(matrices, Leveled) else matrices.down
+
+
+def contiguous(planes: Planes) -> Planes:
+    """The planes as the kernels address them; copies only what is not contiguous."""
+    return Planes(*(None if part is None else part.contiguous() for part in planes))  # type: ignore[arg-type]

@@ -1,0 +1,57 @@
+"""The few-bit pair formats to bf16 operands in plain Triton: for the interpreter, and for GPUs other than Hopper.
+
+`row` [ROWS] int64 are numbers of rows over all units; `planes` is (words, low, scale, pointers [ROWS] to a matrix's
+integers of leveled_decode.row_tables, columns, column to begin at), with contiguous planes as layout_pairs.py has them.
+Every element is addressed by itself, so any number of columns goes; leveled.py is the fast way.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+TABLE = tl.constexpr(40)
+"""Integers of a matrix: eight for the assembly, then the levels' bf16 bits."""
+
+
+@triton.jit
+def _fields(row, planes, column, inside, LOW: tl.constexpr):
+    """States, and the bits of levels times scales, bf16: int32 [ROWS, columns]; what is not inside is finite."""
+    words, low, scale, levels, columns, begin = planes
+    column += begin
+    groups = (columns + 63) // 64
+    inside, column, row = inside[None, :], column[None, :], row[:, None]
+    nibble = tl.load(words + row * (8 * groups) + column // 8, mask=inside, other=0) >> 4 * (column % 8) & 15
+    number = nibble >> 3 << LOW
+    if LOW > 0:
+        across: tl.constexpr = 32 // LOW  # columns a word
+        word = tl.load(low + row * (2 * LOW * groups) + column // across, mask=inside, other=0)
+        number |= word >> 4 * (column % 8) + LOW * (column % across // 8) & (1 << LOW) - 1
+    level = (tl.load(levels[:, None] + 8 + number) << 16).to(tl.float32, bitcast=True)
+    bits = tl.load(scale + row * groups + column // 64, mask=inside, other=0).to(tl.int32)
+    product = (level * (bits << 16).to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    return nibble & 7, product + 0x7FFF + (product >> 16 & 1) >> 16  # to nearest even: the interpreter cuts bits off
+
+
+@triton.jit
+def _signed(state, magnitude, slot):
+    """What a slot reads, of states and magnitudes."""
+    shared = state < 4
+    negative = tl.where(shared, state >> slot, state) & 1
+    kept = shared | ((state >> 1 & 1) == slot)
+    bits = tl.where(kept, magnitude | negative << 15, 0)
+    return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def levels_slot(row, planes, column, inside, slot, LOW: tl.constexpr):
+    """One slot's operands."""
+    state, magnitude = _fields(row, planes, column, inside, LOW)
+    return _signed(state, magnitude, slot)
+
+
+@triton.jit
+def levels_both(row, planes, column, inside, LOW: tl.constexpr):
+    """Both slots' operands."""
+    state, magnitude = _fields(row, planes, column, inside, LOW)
+    return _signed(state, magnitude, 0), _signed(state, magnitude, 1)

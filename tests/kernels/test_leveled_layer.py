@@ -1,0 +1,117 @@
+"""The whole layer in the few-bit formats against the definition in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layers import assert_near, batch, clamped_gate, expected, leveled_layer, operands
+from leveled import FORMATS
+
+from moefold_kernels import FormatError, reference
+from moefold_kernels.activation import silu
+from moefold_kernels.bench.correctness import poisoned
+
+pytest.importorskip("triton", reason="needs triton")
+from moefold_kernels.triton import layer as kernels
+from moefold_kernels.triton import ops  # noqa: F401  (registers the operations)
+from moefold_kernels.triton.backend import Triton
+from moefold_kernels.triton.operands import weights as weights_of
+from moefold_kernels.triton.plans import Plan, Tile
+
+SMALL = {"rows": 32, "columns": 32, "warps": 4, "stages": 2}
+PLAIN = {
+    "pair": Plan(Tile("pair", 16, 0, **SMALL), Tile("pair", 16, 0, **SMALL)),
+    "slot": Plan(Tile("slot", 16, 16, **SMALL, group=2), Tile("slot", 16, 0, **SMALL)),
+    "splits": Plan(Tile("pair", 16, 0, **SMALL), Tile("slot", 32, 0, 32, 16, 4, 2, group=2, splits=3)),
+}
+
+
+def fast(mode: str, tokens: int, warps: int = 4, stages: int = 4, splits: int = 1, group: int = 1) -> Plan:
+    """A plan for leveled.py."""
+    sizes = (8 * warps, 64, warps, stages), (16 * warps, 64, warps, stages)
+    first, second = (Tile(mode, tokens, 0, *size, group=group) for size in sizes)
+    return Plan(first, second if splits == 1 else Tile(mode, tokens, 0, *sizes[1], splits=splits))
+
+
+FAST = {
+    "pair 16": fast("overlapped_pair", 16),
+    "pair 64, splits": fast("overlapped_pair", 64, stages=3, splits=3),
+    "pair 32, 8 warps": fast("overlapped_pair", 32, warps=8, group=2),
+    "slot 16, splits": fast("overlapped", 16, stages=5, splits=2),
+    "slot 128": fast("overlapped", 128, group=4),
+}
+
+
+def run(layer, x, index, weights, device, plan, activation=kernels.SILU, interleaved=False):
+    """The layer on the device, fresh memory poisoned."""
+    made = weights_of(operands(layer, interleaved=interleaved))
+    with poisoned():
+        return kernels.forward(made, *(t.to(device) for t in (x, index, weights)), activation, torch.float32, plan)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("plan", PLAIN)
+@pytest.mark.parametrize(("experts", "hidden", "inner", "alone", "top_k"), [(7, 72, 40, 1, 3), (4, 64, 128, 0, 2)])
+def test_shapes(experts, hidden, inner, alone, top_k, plan, format, device):
+    layer = leveled_layer(format, experts, hidden, inner, alone, device=device)
+    arguments = batch(9, hidden, top_k, experts)
+    assert_near(run(layer, *arguments, device, PLAIN[plan]), expected(layer, *arguments))
+
+
+@pytest.mark.parametrize("format", ["pair4", "pair8"])
+@pytest.mark.parametrize(("tokens", "skew"), [(0, 0.0), (1, 0.0), (40, 9.0)])
+def test_batches_by_the_plan_that_is_looked_up(tokens, skew, format, device):
+    layer = leveled_layer(format, 7, 128, 256, 1, biased=True, device=device)
+    arguments = batch(tokens, 128, 2, 7, skew=skew, seed=tokens)
+    found = run(layer, *arguments, device, None, kernels.Activation("clamped", 1.5, 1.702), interleaved=True)
+    assert_near(found, expected(layer, *arguments, clamped_gate))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_activations_that_are_not_fused(gated, device):
+    layer = leveled_layer("pair6", 7, 72, 40, 1, gated=gated, biased=True, device=device)
+    arguments = batch(7, 72, 3, 7)
+    gate = (lambda gate, up: torch.nn.functional.gelu(gate) * up) if gated else (lambda up: up.relu() ** 2)
+    function = lambda rows: gate(*rows.float().chunk(2 if gated else 1, dim=-1))  # noqa: E731
+    found = run(layer, *arguments, device, PLAIN["pair"], kernels.Activation("other", function=function))
+    assert_near(found, expected(layer, *arguments, gate), fused=False)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_operation_and_backend(format, device):
+    layer = leveled_layer(format, 6, 64, 128, device=device)
+    arguments = [t.to(device) for t in batch(5, 64, 2, 6)]
+    right = reference.experts(layer.packed, *arguments, silu)
+    found = torch.ops.moefold.experts(*arguments, *operands(layer), "silu", 0.0, 0.0, torch.float32)
+    assert_near(found, right)
+    assert torch.equal(Triton().experts(layer.packed, *arguments, silu), found)
+
+
+def test_operands_that_do_not_fit():
+    layer = leveled_layer("pair6", 4, 64, 64)
+    good, arguments = operands(layer), batch(3, 64, 2, 4)
+    for change, said in (
+        ({"down_low": None}, "pair6 needs down_low"),
+        ({"levels": good.levels[:, 1:].contiguous()}, r"levels is \[3, 39\]"),
+        ({"gate_up_scale": good.gate_up_scale.float()}, "scales int16"),
+        ({"down_packed": good.down_packed[:, :, 1:]}, "down_packed is"),
+    ):
+        with pytest.raises(FormatError, match=said):
+            torch.ops.moefold.experts(*arguments, *good._replace(**change), "silu", 0.0, 0.0, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("plan", FAST)
+@pytest.mark.parametrize(("tokens", "biased"), [(1, False), (3, True), (150, False), (150, True)])
+def test_hoppers_kernels(tokens, biased, plan, format, device, monkeypatch):
+    """None of the plain kernels runs; sizes are no multiples of the blocks of rows."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("for compute capability 9.0")
+    monkeypatch.delattr(kernels.project, "project_in")
+    monkeypatch.delattr(kernels.project, "project_out")
+    layer = leveled_layer(format, 6, 640, 384, biased=biased, device=device)
+    arguments = batch(tokens, 640, 2, 6, skew=9.0 * (tokens > 3 and biased))
+    activation = kernels.Activation("clamped", 1.5, 1.702) if biased else kernels.SILU
+    found = run(layer, *arguments, device, FAST[plan], activation)
+    assert_near(found, expected(layer, *arguments, clamped_gate if biased else silu))

@@ -67,7 +67,7 @@ def _stage(told: str) -> list[str]:
     makes, _, given = rest.partition("\n")
     inputs = re.findall(r"^  (\w+): (.+)$", reads, flags=re.MULTILINE)
     lines = [f"### {head.partition(' ')[0]}", *about]
-    lines += ["- reads " + (", ".join(f"`{name}` ({kind})" for name, kind in inputs) or "no other stage")]
+    lines += ["", "- reads " + (", ".join(f"`{name}` ({kind})" for name, kind in inputs) or "no other stage")]
     lines += [f"- makes {makes}", ""]
     options = re.findall(r"^  (\w+) \((.+?)\)(?:: (.*))?$", given, flags=re.MULTILINE)
     if options:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from moefold_ream import plugin
+from moefold_ream.benchmarks import quality_ream
 from moefold_ream.stages import Saliency, combine, pair_ream, saliency_reap, similarity_ream
 
-from moefold import Experts, Groups, Routed, Similarity
+from moefold import Experts, Groups, Routed, Similarity, Workbench
 from moefold.testing import check_stage
 
 PIPELINE = """
@@ -67,6 +68,12 @@ def test_it_runs_from_yaml(moefold_run, moefold_model, tmp_path):
     assert (
         json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quant_method"] == "moefold"
     )
+
+
+def test_the_benchmark_measures_bytes_and_loss(tmp_path):
+    found = quality_ream.figures(Workbench(tmp_path, plugins=[plugin]))
+    assert found["quality.ream / expert bytes"].value == 0.5
+    assert 0 < found["quality.ream / loss increase on stdlib evaluate"].value < 1
 
 
 def test_the_readmes_pipeline_is_there():

@@ -216,7 +216,7 @@ def _rounding(weights: Tensor, table: LevelTable | None) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, bits in layout_pairs.MAGNITUDE_BITS.items():
         if len(units):
-            levels = table.levels(bits) if table else Levels.learn(units, bits)
+            levels = table.levels(bits) if table else Levels.learn(units.repeat((16 << bits) // len(units) + 1, 1), bits)
             grid = levels.on(units.device)
             read = grid.round(units, grid.scale(units)[:, None])[1]
             found[name] = float((read - units).square().mean() / units.square().mean())

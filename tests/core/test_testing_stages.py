@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from moefold import (
     Json,
     Layer,
     Layers,
+    MergePlan,
     PairMerge,
     Previous,
     Similarity,
@@ -50,7 +52,10 @@ def given(name: str, folder: Path) -> dict[str, Any]:
         "text.prose": text,
         "text.stdlib": text,
         "text.mix": {"samples": 2},
+        "plan.budget": {"budget": 1.0},  # what two experts of one layer can meet whatever their size
     }
+    if name == "plan.read":
+        return {"options": lambda world: {"path": written_plan(world, folder)}}
     kind, _, format = name.partition(".")
     if kind in ("pack", "unpack") and format in layout_pairs.MAGNITUDE_BITS:
         codec: Any = REGISTRY.codecs[format]
@@ -60,6 +65,12 @@ def given(name: str, folder: Path) -> dict[str, Any]:
             return {"options": {"levels": levels}}
         return {"inputs": lambda world: {"packed": pack(codec(levels=levels), world.make(PairMerge))}}
     return {"options": options.get(name)}
+
+
+def written_plan(world: World, folder: Path) -> Path:
+    place = folder / "plan.json"
+    place.write_text(json.dumps({"layers": world.make(MergePlan).layers}))
+    return place
 
 
 @pytest.mark.parametrize("name", REGISTRY.stages)

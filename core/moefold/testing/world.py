@@ -30,6 +30,7 @@ from moefold.codec import pack
 from moefold.errors import InputError
 from moefold.hooks import Registry
 from moefold.magnitudes import Levels, LevelTable
+from moefold.merge_plan import MergePlan, PairDamage
 from moefold.merged_pairs import MergedPairs
 from moefold.quantized import Scheme
 from moefold.replacements import Packed, Quantized, Reduced
@@ -105,7 +106,8 @@ class World:
             Experts: self.layer.experts, Text: self._text, Routed: self._routed, Activity: self._activity,
             Similarity: self._similarity, Groups: self._groups, PairMerge: self._merge, MergedPairs: self._merged,
             Packed: self._packed, Reduced: self._reduced, Quantized: self._quantized, Baseline: self._baseline,
-            Saved: self._saved, LevelTable: self._levels, Metrics: lambda: Metrics("made up", [{"row": 1}]),
+            Saved: self._saved, LevelTable: self._levels, PairDamage: self._damage, MergePlan: self._plan,
+            Metrics: lambda: Metrics("made up", [{"row": 1}]),
         }  # fmt: skip
 
     @property
@@ -198,6 +200,25 @@ class World:
     def _levels(self) -> LevelTable:
         magnitudes = self._random(1 << 12).abs()
         return LevelTable({str(b): list(Levels.learn(magnitudes, b).values) for b in MAGNITUDE_BITS.values()}, {})
+
+    def _damage(self) -> PairDamage:
+        damage = self._random(self._count, self._count, seed=6).abs()
+        damage = (damage + damage.T).fill_diagonal_(0)
+        weights = sum(matrix[0].numel() for matrix in self.layer.experts().matrices().values())
+        formats = {name: damage * (1 + place) for place, name in enumerate((layout.EXPONENT, *MAGNITUDE_BITS))}
+        few = {name: (bits + 3) * weights // 8 for name, bits in MAGNITUDE_BITS.items()}
+        tokens, peak = torch.arange(1, self._count + 1), damage.amax(dim=1)
+        return PairDamage(formats, tokens, peak, 10.0, weights, 2 * weights, {layout.EXPONENT: 2 * weights} | few)
+
+    def _plan(self) -> MergePlan:
+        """The pairs of `Groups` in every layer, in the format of `Packed`."""
+        layers, sizes = {}, {}
+        for number, world in self.every_layer().items():
+            groups = world._groups()
+            chosen = {"format": layout.EXPONENT, "pairs": groups.members, "alone": groups.alone}
+            layers[str(number)] = {**chosen, "damage": [1.0] * len(groups.members)}
+            sizes[str(number)] = [world._count, world._damage().weights]
+        return MergePlan(layers, sizes)
 
     def _saved(self) -> Saved:
         """The model itself, as if a stage had written it with nothing changed."""

@@ -21,6 +21,7 @@ TITLES = {
     "Calibration": ("forward", "observe"),
     "Similarity, pairs and groups": ("similarity.", "pair.", "group.", "align"),
     "Pairs in shared words": ("puzzlemoe", "levels", "pack.", "unpack."),
+    "Plans over all layers": ("damage.", "plan."),
     "Fewer experts": ("average", "msmoe", "mergemoe", "prune."),
     "Fewer bits": ("quantize", "dequantize", "gptq"),
     "Saving and measuring": ("save", "evaluate."),

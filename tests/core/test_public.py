@@ -25,14 +25,15 @@ PUBLIC = {
     "Checkpoint", "Codec", "Coded", "CodedLayer", "Context", "DualMask",
     "ExpertNames", "Experts", "Figure",
     "Groups", "Json", "Layer", "Layers", "LevelLoop", "LevelTable", "LeveledPair", "Levels",
-    "MergePlan", "MergedPair", "MergedPairs", "Metrics", "MoefoldError", "Packed", "PairDamage", "PairMerge", "Paired", "Previous", "Provenance",
+    "MergePlan", "MergedPair", "MergedPairs", "Metrics", "MoefoldError", "Packed", "PairDamage", "PairMerge",
+    "Paired", "Previous", "Provenance",
     "Pruning", "Quantized", "Reduced", "Replacement", "Routed", "Saved", "Scheme", "Similarity", "Stage",
     "StreamedModel", "Text", "Unpacked", "Workbench", "__version__", "benchmark", "hookimpl", "stage",
 }  # fmt: skip
 
 TESTING = {
-    "CheckError", "Shape", "Unchecked", "World", "check_backend", "check_codec", "check_stage", "run_pipeline",
-    "small_model",
+    "CheckError", "Shape", "Unchecked", "World", "check_backend", "check_codec", "check_family", "check_stage",
+    "run_pipeline", "small_model",
 }  # fmt: skip
 FIXTURES = {"moefold_model", "moefold_run", "moefold_world"}
 

@@ -1,4 +1,4 @@
-"""What a plugin's own tests can ask: does this stage, codec or backend keep to what moefold relies on?
+"""What a plugin's own tests can ask: does this stage, codec, backend or model keep to what moefold relies on?
 
     from moefold.testing import check_stage
 
@@ -12,6 +12,7 @@ Each check raises CheckError with a message that names the defect. Fixtures: `py
 from moefold.testing.backends import Shape, check_backend
 from moefold.testing.codecs import check_codec
 from moefold.testing.failures import CheckError, Unchecked
+from moefold.testing.families import check_family
 from moefold.testing.model import small_model
 from moefold.testing.pipelines import run_pipeline
 from moefold.testing.stages import check_stage
@@ -24,6 +25,7 @@ __all__ = [
     "World",
     "check_backend",
     "check_codec",
+    "check_family",
     "check_stage",
     "run_pipeline",
     "small_model",

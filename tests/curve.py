@@ -1,7 +1,7 @@
 """Loss against bits on the shipped model: every pair format, budgets, quantisation and the published merge.
 
-`python tests/curve.py run DIR` runs them over one store and keeps figures in docs/images/loss-against-bits.json (what is
-there already is not run again); `python tests/curve.py draw` makes the table of docs/methods.md and the picture of it.
+`python tests/curve.py run DIR` runs them over one store and keeps figures in docs/images/loss-against-bits.json (what
+is there already is not run again); `python tests/curve.py draw` prints the table of docs/methods.md and draws it.
 """
 
 from __future__ import annotations

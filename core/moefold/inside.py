@@ -60,6 +60,12 @@ class Inside:
         return {str(row["layer"]): row for row in rows}
 
     @cached_property
+    def planned(self) -> Mapping[str, Json]:
+        """What a plan said of each layer, and what came of it."""
+        told: Mapping[str, Json] = self.report.get("sensitivity", {}).get(self.step, {"layers": {}})["layers"]
+        return told
+
+    @cached_property
     def layers(self) -> list[str]:
         """All that something is told of, in order."""
         saved = self.report["saved"][self.step]["all"].get("experts", {})

@@ -20,7 +20,7 @@ def layers(made: Page, inside: Inside) -> None:
     """Errors, routing, masks, seconds and peaks by layer."""
     if not inside.layers:
         return
-    parts = _errors(made, inside) + _masks(made, inside) + _seconds(made, inside)
+    parts = _errors(made, inside) + _planned(made, inside) + _masks(made, inside) + _seconds(made, inside)
     made.add("layers", "Per layer", "".join([*parts, _layer_table(inside)]))
 
 
@@ -41,6 +41,21 @@ def _errors(made: Page, inside: Inside) -> list[str]:
         figure = pictures.lines({"routing kept": kept}, "choices kept", **_PERCENT)
         parts.append(made.figure("routing-plot", figure, told))
     return parts
+
+
+def _planned(made: Page, inside: Inside) -> list[str]:
+    """Predicted and measured errors side by side, where a plan decided what merges."""
+    known = {int(n): one for n, one in inside.planned.items() if None not in (one["predicted"], one["measured"])}
+    if not known:
+        return []
+    series = {name: [(n, one[name]) for n, one in known.items()] for name in ("predicted", "measured")}
+    agreement = inside.report["sensitivity"][inside.step]["rank_correlation"]
+    told = (
+        "Error of each layer's output as the plan predicted it, before errors are made up for, and as evaluate.layers "
+        "measured it." + ("" if agreement is None else f" Rank correlation over layers: {agreement:+.2f}.")
+    )
+    figure = pictures.lines(series, "relative error", rangemode="tozero", **_PERCENT)
+    return [made.figure("sensitivity-plot", figure, told)]
 
 
 def _shares(facts: Mapping[str, Json]) -> dict[str, float] | None:
@@ -85,7 +100,7 @@ def _layer_table(inside: Inside) -> str:
 
 def _layer(inside: Inside, layer: str) -> dict[str, Json]:
     saved = inside.report["saved"][inside.step]["all"].get("experts", {}).get(layer)
-    row = inside.measured.get(layer, {})
+    row, planned = inside.measured.get(layer, {}), inside.planned.get(layer, {})
     facts = inside.packed.get(layer, {})
     counts, shares = facts.get("counts") or {}, _shares(facts)
     seen = inside.activity.get(layer)
@@ -95,6 +110,9 @@ def _layer(inside: Inside, layer: str) -> dict[str, Json]:
     return {
         "layer": layer,
         "experts": f"{saved[0]} → {saved[1]}" if saved and saved[0] != saved[1] else saved and saved[0],
+        "format": planned.get("format"),
+        "pairs": planned.get("pairs"),
+        "predicted error": _percent(planned.get("predicted"), 2),
         "output error": _percent(row.get("output_error"), 2),
         "of what it adds": _percent(row.get("update_error"), 2),
         "cumulative": _percent(row.get("cumulative_error"), 2),

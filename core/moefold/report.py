@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from moefold import shades
 from moefold.artifact import Artifact, Json
 from moefold.artifacts import Activity, Baseline, Groups, Metrics, Similarity, Text
+from moefold.merge_plan import MergePlan
 from moefold.methods import methods, model
 from moefold.pipeline import Pipeline
 from moefold.plan import Plan
 from moefold.replacements import Packed, Reduced
 from moefold.run import Event
 from moefold.saved import Saved
+from moefold.sensitivity import sensitivity
 from moefold.store import Store
 from moefold.verdict import verdicts
 
@@ -79,11 +81,13 @@ def build(
         "stages": {step: _took(step, facts, times) for step in pipeline.steps if step in times.totals},
         "stage_versions": {step.stage.name: step.stage.version for step in pipeline.steps.values()},
         "groups": _made(pipeline, facts, Groups),
+        "plans": _made(pipeline, facts, MergePlan),
         "similarity": {} if store is None else _similarity(plan, store),
         "tasks": {step: _tasks(notes) for step, notes in facts.items()},
         "events": list(events),
     }
     report["verdicts"] = verdicts(report)
+    report["sensitivity"] = sensitivity(report)
     report["warnings"] = list(_warnings(report))
     return report
 

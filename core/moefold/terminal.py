@@ -45,6 +45,8 @@ def show(report: Mapping[str, Json], console: Console, page: Path | None = None)
             console.print(_metrics(facts), highlight=False)
             if spans := _spans(facts["rows"]):
                 console.print(spans, highlight=False, markup=False, soft_wrap=True)
+    for step, told in report.get("sensitivity", {}).items():
+        console.print(_plan_table(step, told), highlight=False)
     console.print(_stage_table(report["stages"]))
     for facts in saved:
         console.print(_how_to_load(facts), highlight=False)
@@ -136,6 +138,22 @@ def _layer_table(title: str, rows: list[Mapping[str, Json]], most: int = 5) -> T
         kept = row["routing_overlap"]
         routing = "-" if kept is None else f"{kept:.1%}"
         table.add_row(str(row["layer"]), f"{row['output_error']:.2%}", f"{row['cumulative_error']:.2%}", routing)
+    return table
+
+
+def _plan_table(step: str, told: Mapping[str, Json], most: int = 8) -> Table:
+    """What was planned for the layers of the largest errors, measured or else predicted; the report has them all."""
+    layers, agreement = told["layers"], told["rank_correlation"]
+    worst = sorted(layers, key=lambda n: -(layers[n]["measured"] or layers[n]["predicted"] or 0))[:most]
+    shown = "" if len(layers) <= most else f", the {most} of most error of {len(layers)} (all: report.html)"
+    found = "" if agreement is None else f"; rank correlation of errors {agreement:+.2f}"
+    table = _table(
+        f"Merged by plan, {step}{shown}{found}", "layer", "format", "pairs", "alone", "predicted", "measured"
+    )
+    for number in worst:
+        one = layers[number]
+        errors = ["-" if one[name] is None else f"{one[name]:.2%}" for name in ("predicted", "measured")]
+        table.add_row(number, one["format"] or "-", str(one["pairs"]), str(one["alone"]), *errors)
     return table
 
 

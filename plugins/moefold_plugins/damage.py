@@ -213,10 +213,11 @@ def _rounding(weights: Tensor, table: LevelTable | None) -> dict[str, float]:
     """Of few-bit formats, the mean squared error of rounding merged magnitudes, in units of their mean square."""
     units = sample(weights, 1 << 16) if len(weights) > 1 else torch.empty(0)
     units = units[: len(units) // GROUP * GROUP].view(-1, GROUP)
+    enough = units if len(units) > 64 else units.repeat(64, 1)  # tiny models: of too few magnitudes none can be learnt
     found: dict[str, float] = {}
     for name, bits in layout_pairs.MAGNITUDE_BITS.items():
         if len(units):
-            levels = table.levels(bits) if table else Levels.learn(units.repeat((16 << bits) // len(units) + 1, 1), bits)
+            levels = table.levels(bits) if table else Levels.learn(enough, bits)
             grid = levels.on(units.device)
             read = grid.round(units, grid.scale(units)[:, None])[1]
             found[name] = float((read - units).square().mean() / units.square().mean())

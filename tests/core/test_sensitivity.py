@@ -1,0 +1,85 @@
+"""Predicted beside measured errors of layers: what a plan's report says."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from reports import synthetic
+from rich.console import Console
+from scipy.stats import spearmanr
+
+from moefold import run_page
+from moefold.sensitivity import sensitivity
+from moefold.terminal import show
+
+
+def report(damage: list[list[float | None]], errors: list[float | None]) -> dict[str, Any]:
+    layers = {
+        str(n): {"format": "pair6", "pairs": [[0, 1]] * len(costs), "alone": [4], "damage": costs}
+        for n, costs in enumerate(damage)
+    }
+    rows = [{"layer": n, "output_error": error} for n, error in enumerate(errors) if error is not None]
+    return {
+        "methods": {
+            "save": {"own": ["plan", "save"], "metrics": ["layers"]},
+            "other": {"own": ["other"], "metrics": []},
+        },
+        "plans": {"plan": {"all": {"layers": layers}}},
+        "metrics": {"layers": {"all": {"rows": rows}}},
+    }
+
+
+def test_each_layer_has_both_and_checkpoints_without_a_plan_none():
+    found = sensitivity(report([[0.09, 0.07], [0.01], []], [0.3, 0.2, 0.0]))
+    assert set(found) == {"save"}
+    layer = found["save"]["layers"]["0"]
+    assert layer == {"format": "pair6", "pairs": 2, "alone": 1, "predicted": pytest.approx(0.4), "measured": 0.3}
+    assert found["save"]["rank_correlation"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("errors", [[0.3, 0.2, 0.1, 0.4], [0.1, 0.1, 0.2, 0.1], [0.4, 0.3, 0.2, 0.1]])
+def test_the_rank_correlation_is_spearmans(errors):
+    damage = [0.1, 0.2, 0.2, 0.9]
+    found = sensitivity(report([[d] for d in damage], errors))["save"]["rank_correlation"]
+    assert found == pytest.approx(spearmanr(damage, errors)[0])
+
+
+@pytest.mark.parametrize(
+    ("damage", "errors"),
+    [([[0.1], [0.2]], [0.1, 0.2]), ([[0.1]] * 3, [0.1, 0.2, 0.3]), ([[None], [0.1], [0.2]], [0.1, 0.2, 0.3]),
+     ([[0.1], [0.2], [0.3]], [0.1, 0.2, None])],
+)  # fmt: skip
+def test_too_little_to_compare_gives_none(damage, errors):
+    assert sensitivity(report(damage, errors))["save"]["rank_correlation"] is None
+
+
+def test_the_page_and_the_terminal_tell_it():
+    made = synthetic()
+    numbers = list(made["saved"]["save"]["all"]["experts"])
+    layers = {
+        n: {"format": "exponent", "pairs": 2, "alone": 4, "predicted": 0.1234, "measured": 0.0567} for n in numbers
+    }
+    made["sensitivity"] = {"save": {"layers": layers, "rank_correlation": 0.5}}
+    text = run_page.page(made).render()
+    assert "Rank correlation over layers: +0.50" in text
+    assert "12.34%" in text
+    del made["sensitivity"]
+    assert "Rank correlation" not in run_page.page(made).render()
+
+
+def test_the_terminal_shows_the_layers_of_most_error():
+    console = Console(width=150, record=True, file=io.StringIO())
+    told = {
+        "layers": {
+            str(n): {"format": None if n else "pair4", "pairs": n, "alone": 1, "predicted": None, "measured": n / 100}
+            for n in range(12)
+        },
+        "rank_correlation": None,
+    }
+    show({"warnings": [], "saved": {}, "metrics": {}, "stages": {}, "sensitivity": {"save": told}}, console)
+    text = console.export_text()
+    assert "the 8 of most error of 12" in text
+    assert "11.00%" in text
+    assert " 3.00%" not in text

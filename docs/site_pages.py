@@ -2,11 +2,13 @@
 
 - `<!-- file: PATH -->` stands for a file of the repository, such as CHANGELOG.md.
 - `<!-- stages -->` stands for every installed stage with its inputs and options, as `moefold describe` tells them.
+- `<!-- rest of MODULE -->` stands for the public names of a module that the page does not have yet.
 - A link that leaves docs/ becomes the path that it names: the site carries no other files of the repository.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from pathlib import Path
@@ -36,7 +38,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     markdown = re.sub(r"<!-- file: (\S+) -->", lambda at: _file(at[1], folder), markdown)
     if "<!-- stages -->" in markdown:
         markdown = markdown.replace("<!-- stages -->", stages())
+    markdown = re.sub(r"<!-- rest of (\S+) -->", lambda at: rest(at[1], markdown), markdown)
     return re.sub(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+[^)\s]+)\)", lambda at: _inside(at, folder), markdown)
+
+
+def rest(module: str, page: str) -> str:
+    """Entries of the API reference for the names of `__all__` that the page leaves out."""
+    names = [name for name in importlib.import_module(module).__all__ if not name.startswith("__")]
+    return "\n".join(f"::: {module}.{name}" for name in names if not re.search(rf"^::: \S+\.{name}$", page, flags=re.M))
 
 
 def _file(path: str, folder: Path) -> str:

@@ -18,6 +18,7 @@ from moefold.comparison import compare
 CUT = {"calibration": (16, 256), "unseen": (4, 256), "prose": (4, 256)}
 RATIO = {
     "average": 0.5,
+    "budget": 0.75,
     "compensated": 0.5,
     "hcsmoe": 0.5,
     "mergemoe": 0.5,

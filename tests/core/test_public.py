@@ -52,13 +52,16 @@ KERNELS = {
     "experts", "fuse", "read_config", "read_layer", "write_config",
 }  # fmt: skip
 STAGES = {
-    "align": "method", "average": "", "dequantize": "", "evaluate.baseline": "batch", "evaluate.layers": "text samples",
+    "align": "method", "average": "", "damage.pairs": "rows blend",
+    "dequantize": "", "evaluate.baseline": "batch", "evaluate.layers": "text samples",
     "evaluate.perplexity": "batch", "forward": "batch", "group.by_use": "experts fraction per_layer skip",
     "group.hierarchical": "experts fraction per_layer skip", "group.kmeans": "experts fraction per_layer skip seed",
     "group.random": "experts fraction per_layer skip seed", "levels": "layers",
     "mergemoe": "target tokens ridge anchor", "model": "", "msmoe": "",
     "observe": "minimum", "pack.exponent": "window", "pack.pair4": "levels",
     "pack.pair5": "levels", "pack.pair6": "levels", "pack.pair8": "levels", "pair.by_usage": "fraction skip",
+    "pack.planned": "", "pair.planned": "", "plan.budget": "budget formats protect skip", "plan.read": "path",
+    "unpack.planned": "",
     "pair.random": "seed fraction skip", "pair.similar": "fraction skip", "prune.by_use": "experts fraction",
     "prune.random": "experts fraction seed", "prune.reap": "experts fraction", "puzzlemoe": "threshold",
     "quantize": "scheme group", "save": "to shard_size export", "similarity.gated_outputs": "metric",

@@ -64,7 +64,7 @@ def page(records: Sequence[Record]) -> Page:
 def _summary(own: Sequence[Record]) -> str:
     last = own[-1]
     versions = ", ".join(f"{name} {version}" for name, version in last.versions.items())
-    return paragraph(f"{len(own)} runs, the last {label(last)} with {versions}.")
+    return paragraph(f"{len(own)} run{'s' if len(own) > 1 else ''}, the last {label(last)} with {versions}.")
 
 
 def _measures(own: Sequence[Record]) -> dict[str, dict[str, list[tuple[Record, Figure]]]]:

@@ -76,7 +76,7 @@ def over_runs(series: Mapping[str, Sequence[tuple[str, float]]], title: str) -> 
         {
             "type": "scatter", "mode": "lines+markers", "name": name, "x": [x for x, _ in points],
             "y": [y for _, y in points], "line": {"color": PALETTE[i % len(PALETTE)]}, "marker": {"size": 7},
-            "hovertemplate": f"{name}, %{{x}}: %{{y:.4g}}<extra></extra>",
+            "hovertemplate": "%{fullData.name}, %{x}: %{y:.4g}<extra></extra>",
         }
         for i, (name, points) in enumerate(series.items())
     ]  # fmt: skip

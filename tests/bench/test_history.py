@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 STORED = ROOT / "tests" / "bench" / "history.jsonl"
 DOCUMENT = ROOT / "docs" / "regressions.md"
 MACHINE = "invented CPU"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def bench(*arguments: object, code: int = 0) -> str:
@@ -300,6 +303,19 @@ def test_the_page_shows_every_machine_and_figure(past, tmp_path):
     assert made.figures["history-0-0"]["data"][0]["x"] == ["2001-02-03, abc", "2001-02-05, abc", "2001-03-01, abc"]
     assert text.count('class="badge bad">worse') == 1
     assert "default-src 'none'" in text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_browser_draws_every_curve_without_an_error(past, tmp_path):
+    """Headless, with the network's names unresolvable; `data-drawn` is set when the last figure is there."""
+    bench("history", past, "--html", tmp_path / "history.html")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=390,844"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000", "--dump-dom"]
+    options += ["--host-resolver-rules=MAP * ~NOTFOUND", (tmp_path / "history.html").as_uri()]
+    done = subprocess.run([str(CHROMIUM), *options], capture_output=True, text=True, timeout=120, check=True)
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert 'data-drawn="all"' in done.stdout[:500]
+    assert done.stdout.count('class="point"') == 9  # two runs of one machine and one of another, three figures each
 
 
 def test_tables_stand_between_the_markers(past, tmp_path):

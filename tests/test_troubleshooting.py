@@ -101,7 +101,7 @@ stages:
         ("run quickstart --model x", "… is no directory, no hub id (OWNER/NAME), and no model that a plugin ships…"),
         ("run quickstart --model empty", "…: no config.json; give the directory that holds it beside the weights"),
         ("run quickstart --text none*.txt", "no file matches …; quote a pattern so that the shell leaves it alone"),
-        ("run quickstart --to taken", TAKEN),
+        ("run taken.yaml --device cpu", TAKEN),
     ],
 )  # fmt: skip
 def test_messages_come_as_the_page_quotes_them(
@@ -114,8 +114,8 @@ def test_messages_come_as_the_page_quotes_them(
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("mine")
     assert said in quoted()
-    small = ["--set", "calibration.samples=1", "--set", "calibration.length=8"] if command.endswith("taken") else []
-    done = CliRunner().invoke(app, [*command.split(), *small])
+    (tmp_path / "taken.yaml").write_text("model: demo\nstages: [uses: prune.random, {uses: save, with: {to: taken}}]\n")
+    done = CliRunner().invoke(app, command.split())
     assert done.exit_code in (1, 2), done.output
     assert "Traceback" not in done.output
     pattern = ".*".join(map(re.escape, re.split("…+", said)))

@@ -25,6 +25,9 @@ from torch import Tensor
 
 from moefold.errors import StageError
 
+STRIP = 32
+"""Columns that push on their errors one by one; the rest of a block follows strip by strip, later blocks at its end."""
+
 RAISES = 8
 """How often damping is raised tenfold before a moment matrix is given up."""
 
@@ -47,6 +50,10 @@ class Coder(Protocol):
 
     def code(self, number: int, column: Tensor) -> Tensor:
         """What the column reads when it is coded: both [batch, slot, rows]."""
+        ...
+
+    def strip(self, start: int, target: Tensor, whole: Tensor, follow: Tensor) -> Tensor | None:
+        """A strip of columns at once, as `Walk._strip` defines it; None: go on column by column."""
         ...
 
 
@@ -111,73 +118,93 @@ class Walk:
 
     def __init__(self, original: Tensor, coder: Coder, block: int, dtype: torch.dtype) -> None:
         """`original` is [batch, slot, columns, rows]; `dtype` holds exactly what the coder makes of a column."""
-        self.original, self.coder = original, coder
+        self.original, self.coder = original.contiguous(), coder
         self.step = block if coder.group is None else -(-block // coder.group) * coder.group
-        self.read = torch.empty_like(original, dtype=dtype)
+        self.read = torch.empty_like(self.original, dtype=dtype)
         """What has been coded."""
+        self.damage = torch.zeros(original.shape[:2], device=original.device)
+        """tr((W - Q) H (W - Q)^T) of what has been coded: [batch, slot]."""
 
-    def blocks(self) -> Iterator[tuple[int, int]]:
+    def first(self, factors: Factors) -> Tensor:
+        """Go over all columns in order; returns the damage."""
+        unit, cost = factors.unit, factors.cost
+        now = self.original.to(torch.float32, copy=True)
+        flat = now.flatten(0, 1)
+        self.damage = torch.zeros_like(self.damage)
+        self.coder.weigh(cost)
+        for start, stop in self._blocks():
+            off = torch.empty_like(now[:, :, start:stop])  # D
+            for a, z in self._strips(start, stop):
+                self._open(a, now, unit)
+                target, whole = now[:, :, a:z], self.original[:, :, a:z].float()
+                read = self._strip(a, target, whole, unit[:, :, a:z, a:z])
+                own = off[:, :, a - start : z - start] = whole - read
+                self.damage += ((target - read).square_().sum(dim=3) * cost[:, :, a:z]).sum(dim=2)
+                flat[:, z:stop].baddbmm_(unit[:, :, a:z, z:stop].flatten(0, 1).mT, own.flatten(0, 1))
+            flat[:, stop:].baddbmm_(unit[:, :, start:stop, stop:].flatten(0, 1).mT, off.flatten(0, 1))
+        return self.damage
+
+    def again(self, moments: Tensor) -> Tensor:
+        """Go over all columns once more, with `moments` [batch, slot, columns, columns]; returns the damage."""
+        weight = moments.diagonal(dim1=-2, dim2=-1)  # [batch, slot, columns]
+        off = self.original.float() - self.read
+        self.coder.weigh(weight)
+        for start, stop in self._blocks():
+            pull = moments[:, :, start:stop] @ off  # [batch, slot, block, rows]: (D H)_k
+            flat = pull.flatten(0, 1)
+            for a, z in self._strips(start, stop):
+                self._open(a)
+                before, own = self.read[:, :, a:z].float(), weight[:, :, a:z]
+                target = torch.addcdiv(before, pull[:, :, a - start : z - start], own[..., None])
+                read = self._strip(a, target, before, moments[:, :, a:z, a:z] / own[:, :, None])
+                change = before - read
+                off[:, :, a:z] += change
+                won = (target - before).square_() - (target - read).square_()
+                self.damage = self.damage - (won.sum(dim=3) * own).sum(dim=2)
+                follow = moments[:, :, a:z, z:stop].flatten(0, 1).mT
+                flat[:, z - start :].baddbmm_(follow, change.flatten(0, 1))
+        return self.damage
+
+    def _blocks(self) -> Iterator[tuple[int, int]]:
         columns = self.original.shape[2]
         return ((start, min(start + self.step, columns)) for start in range(0, columns, self.step))
 
-    def first(self, factors: Factors) -> Tensor:
-        """Go over all columns in order; returns tr((W - Q) H (W - Q)^T): [batch, slot]."""
-        group, unit = self.coder.group, factors.unit
-        now = self.original.to(torch.float32, copy=True)
-        flat = now.flatten(0, 1)
-        damage = torch.zeros(now.shape[:2], device=now.device)
-        self.coder.weigh(factors.cost)
-        for start, stop in self.blocks():
-            part = now[:, :, start:stop]
-            off = self.original[:, :, start:stop].to(
-                torch.float32, copy=True
-            )  # W, and D of the columns that have been coded
-            missed = torch.empty_like(off)
-            for k in range(stop - start):
-                if group is not None and k % group == 0:
-                    self.coder.open(start + k, self._expected(now, unit, start + k, start + k + group))
-                read = self.coder.code(start + k, part[:, :, k])
-                self.read[:, :, start + k] = read
-                torch.sub(part[:, :, k], read, out=missed[:, :, k])
-                off[:, :, k] -= read
-                follow = unit[:, :, start + k, start + k + 1 : stop, None]
-                part[:, :, k + 1 :].addcmul_(follow, off[:, :, k : k + 1])
-            damage += (missed.square_().sum(dim=3) * factors.cost[:, :, start:stop]).sum(dim=2)
-            follow = unit[:, :, start:stop, stop:].flatten(0, 1).mT  # [batch * slot, later columns, block]
-            flat[:, stop:].baddbmm_(follow, off.flatten(0, 1))
-        return damage
+    def _strips(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """A block in pieces of at most STRIP columns, none of which is in two groups."""
+        group = self.coder.group or stop - start
+        for first in range(start, stop, group):
+            last = min(first + group, stop)
+            yield from ((a, min(a + STRIP, last)) for a in range(first, last, STRIP))
 
-    def _expected(self, now: Tensor, unit: Tensor, start: int, stop: int) -> Tensor:
-        """What columns `start` to `stop` would best be, were they not rounded, given those before them.
+    def _open(self, column: int, now: Tensor | None = None, unit: Tensor | None = None) -> None:
+        """Announce a group where one begins: what it would best be, were it not rounded, given the columns before it.
 
-        D of theirs makes `D R` zero there; what `now` has gathered is R's part of earlier columns.
+        D of the group's columns makes `D R` zero there; what `now` has gathered is R's part of earlier columns.
         """
-        own = self.original[:, :, start:stop].float()
-        gathered = now[:, :, start:stop] - own
-        inside = unit[:, :, start:stop, start:stop].mT
-        off: Tensor = torch.linalg.solve_triangular(inside, gathered, upper=False, unitriangular=True)
-        return own + off
+        group = self.coder.group
+        if group is None or column % group:
+            return
+        if now is None or unit is None:
+            self.coder.open(column, None)
+            return
+        some = slice(column, column + group)
+        own = self.original[:, :, some].float()
+        off = torch.linalg.solve_triangular(
+            unit[:, :, some, some].mT, now[:, :, some] - own, upper=False, unitriangular=True
+        )
+        self.coder.open(column, own + off)
 
-    def again(self, moments: Tensor) -> Tensor:
-        """Go over all columns once more, with `moments` [batch, slot, columns, columns]; returns what `first` does."""
-        group, weight = self.coder.group, moments.diagonal(dim1=-2, dim2=-1)  # [batch, slot, columns]
-        off = self.original.float() - self.read
-        self.coder.weigh(weight)
-        for start, stop in self.blocks():
-            pull = moments[:, :, start:stop] @ off  # [batch, slot, block, rows]: (D H)_k
-            for k in range(stop - start):
-                number = start + k
-                if group is not None and number % group == 0:
-                    self.coder.open(number, None)
-                before = self.read[:, :, number].float()
-                read = self.coder.code(number, before.addcdiv(pull[:, :, k], weight[:, :, number, None]))
-                change = read - before
-                self.read[:, :, number] = read
-                off[:, :, number] -= change
-                follow = moments[:, :, number, number + 1 : stop, None]
-                pull[:, :, k + 1 :].addcmul_(follow, change[:, :, None], value=-1)
-        return self._damage(off, moments)
+    def _strip(self, start: int, target: Tensor, whole: Tensor, follow: Tensor) -> Tensor:
+        """What a strip of columns from number `start` on reads when it is coded; all are [batch, slot, strip, rows].
 
-    def _damage(self, off: Tensor, moments: Tensor) -> Tensor:
-        parts = [((moments[:, :, a:b] @ off) * off[:, :, a:b]).sum(dim=(2, 3)) for a, b in self.blocks()]
-        return torch.stack(parts).sum(dim=0)
+        Column k is coded from `target[k] + sum_{j<k} (whole - read)[j] follow[j, k]`, put in its place.
+        """
+        read = self.coder.strip(start, target, whole, follow)
+        if read is None:
+            read = torch.empty_like(whole)
+            for k in range(whole.shape[2]):
+                read[:, :, k] = self.coder.code(start + k, target[:, :, k])
+                off = whole[:, :, k : k + 1] - read[:, :, k : k + 1]
+                target[:, :, k + 1 :].addcmul_(follow[:, :, k, k + 1 :, None], off)
+        self.read[:, :, start : start + whole.shape[2]] = read
+        return read

@@ -47,6 +47,10 @@ class GroupCoder:
         steps = (column / self.scale + self.zero).round().clamp(0, (1 << self.bits) - 1)
         return ((steps - self.zero) * self.scale).to(self.dtype).float()
 
+    def strip(self, start: int, target: Tensor, whole: Tensor, follow: Tensor) -> Tensor | None:  # noqa: ARG002
+        """Column by column: it is a reference."""
+        return None
+
 
 @stage("gptq", keep="until read")
 def gptq(

@@ -19,6 +19,7 @@ from torch import Tensor
 from moefold import LevelLoop, Levels
 from moefold.errors import InputError
 from moefold_kernels import layout
+from moefold_kernels.columns import Rounding, can_code, code_strip
 from moefold_kernels.layout_pairs import GROUP
 
 HEADROOM = 2
@@ -46,6 +47,10 @@ class Grid(Protocol):
 
     def clipped(self, magnitude: Tensor) -> int:
         """How many of these rounded magnitudes may have been more than the format holds."""
+        ...
+
+    def rounding(self) -> Rounding:
+        """The same magnitudes for a kernel, with the scales of the group that was opened last."""
         ...
 
 
@@ -79,6 +84,9 @@ class Window:
     def clipped(self, magnitude: Tensor) -> int:
         return int((magnitude >= self.largest).sum())
 
+    def rounding(self) -> Rounding:
+        return Rounding(self.smallest, self.largest)
+
 
 class Leveled:
     """Levels times a scale for each row of a pair and group of columns."""
@@ -101,6 +109,9 @@ class Leveled:
     def clipped(self, magnitude: Tensor) -> int:  # noqa: ARG002  (scales span what there is)
         return 0
 
+    def rounding(self) -> Rounding:
+        return Rounding(levels=self.loop.grid.levels, bounds=self.loop.grid.bounds, scale=self.loop.scale[self.present])
+
     def scales(self) -> Tensor:
         """All that were set: [pair, rows, groups] bfloat16."""
         return self.loop.scales()
@@ -114,6 +125,7 @@ class PairCoder:
         self.grid, self.usage = grid, usage
         self.kept = torch.tensor(KEPT, device=usage.device)[None, :, :, None]  # [1, 3, 2, 1]
         self.cost = self.share = torch.empty(0)
+        self.at_once = can_code(usage.device)[0]
 
     def weigh(self, cost: Tensor) -> None:
         """Take what a squared error in a column costs each expert: [pair, 2, columns]."""
@@ -143,6 +155,14 @@ class PairCoder:
         chosen, reads = self._choose(size, values, self.cost[:, number])
         read = reads.gather(1, chosen[:, None, None].expand(-1, 1, 2, -1))[:, 0]
         return read.copysign_(column)
+
+    def strip(self, start: int, target: Tensor, whole: Tensor, follow: Tensor) -> Tensor | None:
+        """What both experts read of some columns: [pair, 2, columns, rows]; None where there is no kernel for it."""
+        if not self.at_once:
+            return None
+        some = slice(start, start + target.shape[2])
+        cost, share = (values[:, some, :, 0].mT.contiguous() for values in (self.cost, self.share))
+        return code_strip(target, whole, follow, cost, share, self.grid.rounding())
 
     def _choose(self, size: Tensor, values: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
         """The cheapest candidate [..., rows], and what both would read of each, [..., 3, 2, rows]."""

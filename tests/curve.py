@@ -36,20 +36,16 @@ def points() -> dict[str, dict[str, tuple[str, ...]]]:
     """Series -> name -> pipeline (a shipped one's name, or YAML), and what is set in it."""
     few = shipped.find("pair4").read_text()
     return {
+        "GPTQ": {f"int{bits}": (GPTQ, f"gptq.bits={bits}") for bits in (4, 3, 2)},
         "PuzzleMoE as published": {"random pairs": ("puzzlemoe", *SHORT)},
         "budget": {f"{share:g}": ("budget", f"budget.budget={share}") for share in BUDGETS},
         "compensated, one format": {"exponent": ("compensated",)}
         | {name: (few.replace("pair4", name),) for name in ("pair8", "pair6", "pair5", "pair4")},
-        "budget, any format": {f"{share:g}": ("budget", f"budget.budget={share}", EVERY) for share in BUDGETS},
-        "GPTQ": {f"int{bits}": (GPTQ, f"gptq.bits={bits}") for bits in (4, 3, 2)},
         "round to nearest": {
             "fp8": (QUANTIZED.replace("SCHEME", "fp8"),),
             "int4": (QUANTIZED.replace("SCHEME", "int4, group: 64"),),
         },
-        "PuzzleMoE as published, half of the experts": {
-            f"seed {seed}": ("puzzlemoe", *SHORT, "pair.random.fraction=0.5", f"pair.random.seed={seed}")
-            for seed in range(3)
-        },
+        "budget, any format": {f"{share:g}": ("budget", f"budget.budget={share}", EVERY) for share in BUDGETS},
     }
 
 
@@ -80,7 +76,7 @@ def draw() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "moefold"  # the same figures give the same file
     from matplotlib import pyplot
 
-    found = [p for p in json.loads(FIGURES.read_text())["points"] if "half of" not in p["series"]]
+    found = json.loads(FIGURES.read_text())["points"]
     for point in sorted(found, key=lambda p: -p["bits"]):
         losses = " | ".join(f"{value:+.4f}" for value in point["increase"].values())
         print(f"| {point['series']}: {point['name']} | {point['bits']:.2f} | {losses} |")
@@ -100,8 +96,9 @@ def draw() -> None:
 
 def _series(axis: Any, found: list[Point], text: str, number: int, label: str) -> None:
     chosen = sorted((p["bits"], p["increase"][text]) for p in found if p["increase"][text] > 0)
-    style = {"budget": "-", "budget, any format": "-"}.get(label, "--" if len(chosen) > 2 else "")
-    axis.plot(*zip(*chosen, strict=True), style, marker="osD^vPX"[number], markersize=5, linewidth=1.2, label=label)
+    style = {"budget": "-", "budget, any format": "-"}.get(label, "--" if len(chosen) > 2 else "none")
+    marks: dict[str, Any] = {"marker": "osD^vPX"[number], "markersize": 5, "linewidth": 1.2}
+    axis.plot(*zip(*chosen, strict=True), linestyle=style, label=label, **marks)
 
 
 if __name__ == "__main__":

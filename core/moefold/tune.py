@@ -29,6 +29,8 @@ EPILOG = """
 
         moefold tune Qwen/Qwen3-30B-A3B --tokens 1,16,64 --seconds 120
 
+        moefold tune --shape qwen3-30b-a3b --format pair4
+
         moefold tune --hidden 2048 --inner 768 --experts 128 --top-k 8
     """
 
@@ -44,6 +46,9 @@ def tune(
     top_k: Annotated[int | None, typer.Option(min=1, help="Experts per token.")] = None,
     tokens: Annotated[str, typer.Option(metavar="COUNTS", help="Tokens of a batch, comma between them.")] = "",
     dense: Annotated[bool, typer.Option("--dense", help="Experts that are not packed.")] = False,
+    format: Annotated[
+        str, typer.Option(metavar="NAME", help="The pairs' format: exponent, pair4, pair5, pair6 or pair8.")
+    ] = "exponent",
     seconds: Annotated[
         float | None, typer.Option(min=1, help="Stop compiling and timing after so long, and say what is left out.")
     ] = None,
@@ -60,14 +65,15 @@ def tune(
     with _errors():
         own = {"hidden": hidden, "inner": inner, "experts": experts, "top_k": top_k}
         shapes, counts = _shapes(model, shape, own), _counts(tokens)
+        _check_format(format, dense)
         device = _device()
         path = _path(to, device)
         began, wrote, rejected, missing = time.monotonic(), 0, 0, False
         for one in shapes:
             left = float("inf") if seconds is None else began + seconds - time.monotonic()
-            found, bandwidth = _run(one, counts, device, dense, workers, left, path)
+            found, bandwidth = _run(one, counts, device, dense, format, workers, left, path)
             if found:
-                out.print(_table(one, dense, found, bandwidth))
+                out.print(_table(one, "dense" if dense else format, found, bandwidth))
             wrote += len(found)
             for line in _left_out(one, counts, found):
                 missing = True
@@ -121,6 +127,17 @@ def _shapes(model: str | None, name: str | None, own: dict[str, int | None]) -> 
         raise InputError(f"{', '.join(given)} given without {', '.join(missing)}; a layer needs all four")
     sizes = {key: value for key, value in own.items() if value is not None}
     return [Shape("x".join(map(str, sizes.values())), **sizes)]
+
+
+def _check_format(format: str, dense: bool) -> None:
+    from moefold_kernels.checkpoint import FORMATS
+
+    if format not in FORMATS:
+        raise InputError(f"--format {format}: write one of {', '.join(FORMATS)}")
+    if dense and format != FORMATS[0]:
+        raise InputError(
+            f"--format {format} and --dense: experts that are not packed have no format; give one of the two"
+        )
 
 
 def _flag(key: str) -> str:
@@ -183,14 +200,21 @@ def _path(to: Path | None, device: torch.device) -> Path:
 
 
 def _run(
-    shape: Shape, counts: Sequence[int], device: torch.device, dense: bool, workers: int | None, left: float, path: Path
+    shape: Shape,
+    counts: Sequence[int],
+    device: torch.device,
+    dense: bool,
+    format: str,
+    workers: int | None,
+    left: float,
+    path: Path,
 ) -> tuple[list[Found], float]:
     """What was found, each written as soon as it is, and the read bandwidth."""
     from moefold_kernels.triton import configs
     from moefold_kernels.triton.tune import Tuner, about, entry
 
     found = []
-    tuner = Tuner(shape, device, dense, workers, left)
+    tuner = Tuner(shape, device, dense, format, workers, left)
     with _bar(tuner):
         for one in tuner.run(counts):
             found.append(one)
@@ -222,8 +246,9 @@ def _bar(tuner: Tuner) -> Iterator[None]:
         yield
 
 
-def _table(shape: Shape, dense: bool, found: Sequence[Found], bandwidth: float) -> Table:
-    title = f"{shape.name}, {'dense' if dense else 'packed'}: {shape.experts} experts, {shape.hidden} to {shape.inner}"
+def _table(shape: Shape, weights: str, found: Sequence[Found], bandwidth: float) -> Table:
+    kind = "packed" if weights == "exponent" else weights
+    title = f"{shape.name}, {kind}: {shape.experts} experts, {shape.hidden} to {shape.inner}"
     table = Table(title=escape(f"{title}, top {shape.top_k}"), title_justify="left")
     for column in ("tokens", "us", "before", "speed", "bandwidth"):
         table.add_column(column, justify="right")

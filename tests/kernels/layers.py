@@ -84,16 +84,18 @@ def batch(
 def expected(layer: Layer, x: Tensor, index: Tensor, weights: Tensor, activate: Callable[..., Tensor] = silu) -> Tensor:
     """The layer's output; `activate` is of gate and up, or of up alone where there is no gate."""
     packed, out = layer.packed, torch.zeros(x.shape, dtype=torch.float64)
-    matrices = {name: packed.unpacked(name).double() for name in packed.words}
+    matrices = {name: packed.unpacked(name).double().cpu() for name in packed.words}
     for expert in range(layer.experts):
         token, choice = torch.where(index.cpu() == expert)
         rows = x.cpu().bfloat16()[token].double()
         parts = [rows @ matrices[name][expert].T for name in matrices if name != "down_proj"]
         if layer.biases is not None:
-            parts = [p + b for p, b in zip(parts, layer.biases[0][expert].double().chunk(len(parts)), strict=True)]
+            parts = [
+                p + b for p, b in zip(parts, layer.biases[0][expert].double().cpu().chunk(len(parts)), strict=True)
+            ]
         result = activate(*parts) @ matrices["down_proj"][expert].T
         if layer.biases is not None:
-            result = result + layer.biases[1][expert].double()
+            result = result + layer.biases[1][expert].double().cpu()
         out.index_add_(0, token, result * weights.cpu().double()[token, choice][:, None])
     return out
 

@@ -211,7 +211,7 @@ def test_what_ships_can_be_run(path):
         for tile, length in ((found.first, shape.hidden), (found.second, shape.inner)):
             if tile.overlapped:
                 assert not shape.dense
-                assert tile.splits == 1
+                assert tile.splits == 1 or shape.format != "exponent"  # leveled.py has splits
                 assert tile.warps in (4, 8)
                 assert length % (2 * tile.columns) == 0, f"{shape}: {tile} would fall back"
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from layers import TOLERANCE, difference
 from leveled import FORMATS
 from packing import canonical, stock_experts
 from safetensors import safe_open
@@ -136,16 +137,27 @@ def test_a_missing_or_cut_tensor_is_named(made, tmp_path, part):
         load(path)
 
 
-def test_that_no_kernel_runs_them_is_said_once(made, caplog):
+@pytest.mark.parametrize("format", FORMATS)
+def test_kernels_run_them_by_name(made, format, device):
+    packed, twin = made("qwen3_moe", 2, format=format)
+    found = logits(load(packed, experts_implementation="moefold").to(device))
+    assert 0 < difference(found, logits(load(twin).to(device))) < TOLERANCE["logits"]
+
+
+def test_where_no_kernel_can_run_them_is_said_once(made, caplog, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     packed, _ = made("olmoe", format="pair4")
     implementation._say_once.cache_clear()
+    implementation._ask.cache_clear()
     with caplog.at_level(logging.WARNING):
         model = load(packed)
         logits(model), logits(model)
     (said,) = [record.getMessage() for record in caplog.records if "decoded weights" in record.getMessage()]
-    assert "pair4" in said
-    with pytest.raises(BackendError, match="pair4"):
+    assert "compiles for CUDA devices" in said
+    with pytest.raises(BackendError, match="compiles for CUDA devices"):
         logits(load(packed, experts_implementation="moefold"))
+    implementation._ask.cache_clear()
 
 
 TWO = """

@@ -35,7 +35,7 @@ def test_it_is_asked_first():
 def test_what_it_refuses(gpu):
     gpu((9, 0))
     for change, reason in (
-        ({"format": "4bit"}, "knows format exponent only, not 4bit"),
+        ({"format": "4bit"}, "knows formats exponent, pair4, pair5, pair6, pair8, not 4bit"),
         ({"device": torch.device("meta")}, "meta tensors hold no values"),
         ({"device": torch.device("cpu")}, "compiles for CUDA devices, not for cpu"),
         ({"dtype": torch.float64}, "tokens are torch.float64"),

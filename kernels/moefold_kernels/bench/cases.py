@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from moefold_kernels import layout, layout_pairs
 from moefold_kernels.bench import published
 from moefold_kernels.errors import BenchmarkError
 
@@ -34,6 +35,13 @@ class Shape:
     def unit_bytes(self) -> int:
         """What one dense expert, or the words of one pair, take: three matrices of 16-bit values."""
         return 3 * self.hidden * self.inner * 2
+
+    def pair_bytes(self, format: str) -> int:
+        """What a pair takes in a format, scales included."""
+        if format == layout.EXPONENT:
+            return self.unit_bytes
+        sizes = ((self.inner, self.hidden), (self.inner, self.hidden), (self.hidden, self.inner))
+        return sum(layout_pairs.size(format, rows, columns) for rows, columns in sizes)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from moefold_kernels import reference
+from moefold_kernels import layout, layout_pairs, reference
 from moefold_kernels.bench import kernel
 from moefold_kernels.bench.routing import Batch
 from moefold_kernels.reference import PackedExperts
@@ -29,6 +29,8 @@ class Contender:
     prepare: Callable[[PackedExperts], Forward]
     can: Callable[[torch.device], tuple[bool, str]]
     """Whether it runs there, and why not."""
+    format: str = layout.EXPONENT
+    """Of the pairs that it computes with, or that its weights are decoded from."""
 
 
 def _grouped_mm(experts: PackedExperts) -> Forward:
@@ -79,6 +81,7 @@ CONTENDERS = {
         Contender("dense", "experts", kernel.dense, kernel.can_run),
         Contender("grouped_mm", "experts", _grouped_mm, _can_transformers),
         Contender("reference", "pairs", _reference, _can_reference),
+        *(Contender(format, "pairs", kernel.packed, kernel.can_run, format) for format in layout_pairs.MAGNITUDE_BITS),
     )
 }
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from torch.nn.functional import silu
 from moefold_kernels.bench import kernel
 from moefold_kernels.bench.routing import Batch
 from moefold_kernels.errors import WrongResultError
-from moefold_kernels.reference import PackedExperts, decode
+from moefold_kernels.reference import PackedExperts
+from moefold_kernels.reference_pairs import LeveledExperts
 
 TOLERANCE = 1e-2
 """Largest ||out - ref|| / ||ref|| of a bf16 layer."""
@@ -55,13 +57,22 @@ def _float64(experts: PackedExperts, batch: Batch, rows: Tensor) -> Tensor:
     for expert in index.unique().tolist():
         pair, slot = place[expert]
         gate, up, down = (
-            decode(experts.words[name][pair], experts.window[name], slot).double()
-            for name in ("gate_proj", "up_proj", "down_proj")
+            one_pair(experts, pair).decoded(name, slot)[0].double() for name in ("gate_proj", "up_proj", "down_proj")
         )
         token, position = torch.where(index == expert)
         x = hidden[token]
         out[token] += ((silu(x @ gate.T) * (x @ up.T)) @ down.T) * scale[token, position, None]
     return out
+
+
+def one_pair(experts: PackedExperts, pair: int) -> PackedExperts:
+    """The same with one pair alone; views."""
+
+    def cut(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor[pair : pair + 1] for name, tensor in part.items()}
+
+    one = replace(experts, words=cut(experts.words), pairs=[experts.pairs[pair]])
+    return replace(one, low=cut(one.low), scale=cut(one.scale)) if isinstance(one, LeveledExperts) else one
 
 
 @contextmanager

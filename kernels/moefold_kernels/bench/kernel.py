@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moefold_kernels.bench.routing import Batch
 from moefold_kernels.reference import PackedExperts
+from moefold_kernels.reference_pairs import LeveledExperts
 
 if TYPE_CHECKING:
     from moefold_kernels.triton.weights import Weights
@@ -35,12 +36,15 @@ def can_run(device: torch.device) -> tuple[bool, str]:
 
 def packed(experts: PackedExperts) -> Callable[[Batch], Tensor]:
     """The layer over the words themselves."""
+    from moefold_kernels.triton.backend import leveled
     from moefold_kernels.triton.weights import Projections, Weights
 
     gate, up, down = (experts.words[name] for name in NAMES)
-    tops = experts.window["gate_proj"], experts.window["up_proj"], experts.window["down_proj"]
     order = torch.tensor(experts.pairs, device=gate.device, dtype=torch.int32).flatten()  # [2 * pair + slot] -> expert
     places = order.argsort().to(torch.int32)
+    if isinstance(experts, LeveledExperts):
+        return _layer(Weights(leveled(experts), None, places, order))
+    tops = experts.window["gate_proj"], experts.window["up_proj"], experts.window["down_proj"]
     return _layer(Weights(Projections(gate, up, down, tops), None, places, order))
 
 

@@ -26,6 +26,10 @@ ROUNDS = 30
 """Rounds of which the median counts."""
 
 
+FORMATS = 5
+"""Weights of so many formats are kept, and of so many contenders."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Checked, warm and ready to be timed: a round, and what to record beside its times."""
@@ -55,9 +59,9 @@ class Bench:
         self.device = device
         self.batches = batches
         self.ceilings = ceilings.measure(device)
-        self._experts = functools.lru_cache(maxsize=1)(self._make_experts)
-        self._work = functools.lru_cache(maxsize=1)(self._make_work)
-        self._forward = functools.lru_cache(maxsize=1)(self._make_forward)
+        self._experts = functools.lru_cache(maxsize=FORMATS)(self._make_experts)
+        self._work = functools.lru_cache(maxsize=FORMATS)(self._make_work)
+        self._forward = functools.lru_cache(maxsize=FORMATS)(self._make_forward)
 
     @torch.no_grad()
     def prepare(self, case: Case, contender: Contender) -> Prepared:
@@ -68,7 +72,7 @@ class Bench:
         able, reason = contender.can(self.device)
         if not able:
             raise BenchmarkError(f"{contender.name} cannot run on {self.device}: {reason}")
-        work = self._work(case)
+        work = self._work(case, contender.format)
         call = self._forward(case.shape, contender)
         name = f"{case.name}-{contender.name}"
         try:
@@ -94,8 +98,11 @@ class Bench:
 
     def _info(self, case: Case, contender: Contender, work: _Work, error: float) -> dict[str, Any]:
         experts = statistics.mean(map(routing.experts_hit, work.batches))
-        pairs = statistics.mean(routing.pairs_hit(b, self._experts(case.shape).pairs) for b in work.batches)
-        read = case.shape.unit_bytes * (pairs if contender.reads == "pairs" else experts)
+        pairs = statistics.mean(
+            routing.pairs_hit(b, self._experts(case.shape, contender.format).pairs) for b in work.batches
+        )
+        unit = case.shape.pair_bytes(contender.format) if contender.reads == "pairs" else case.shape.unit_bytes
+        read = unit * (pairs if contender.reads == "pairs" else experts)
         return {
             "case": case.name,
             "contender": contender.name,
@@ -117,15 +124,15 @@ class Bench:
     def _generator(self, *of: object) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(zlib.crc32(repr(of).encode()))
 
-    def _make_experts(self, shape: Shape) -> PackedExperts:
-        return random_experts(shape, self._generator(shape))
+    def _make_experts(self, shape: Shape, format: str) -> PackedExperts:
+        return random_experts(shape, self._generator(shape), format)
 
-    def _make_work(self, case: Case) -> _Work:
-        experts = self._experts(case.shape)
+    def _make_work(self, case: Case, format: str) -> _Work:
+        experts = self._experts(case.shape, format)
         sampling = self._generator(case, "sample")
         *batches, fresh = (routing.draw(case, self._generator(case, n)) for n in range(self.batches + 1))
         expected = [Expected(experts, batch, sampling) for batch in (*batches, fresh)]
         return _Work(batches, expected[:-1], fresh, expected[-1])
 
     def _make_forward(self, shape: Shape, contender: Contender) -> Forward:
-        return contender.prepare(self._experts(shape))
+        return contender.prepare(self._experts(shape, contender.format))

@@ -11,6 +11,7 @@ from moefold_kernels.bench.contenders import BASELINES
 from moefold_kernels.bench.published import Published
 from moefold_kernels.bench.results import Row, Run, read
 from moefold_kernels.errors import BenchmarkError
+from moefold_kernels.layout_pairs import MAGNITUDE_BITS
 
 BEGIN = "<!-- kernels: made by `moefold bench page` from stored runs; edits are lost -->"
 END = "<!-- end of kernels -->"
@@ -74,7 +75,8 @@ def _tables(run: Run) -> Iterable[str]:
         by_shape.setdefault(next(iter(rows.values())).shape, []).append(rows)
     for shape, cases in by_shape.items():
         with_vllm = shape in published.VLLM and run.device == published.DEVICE
-        lines = [_line(rows, with_vllm) for rows in cases]
+        formats = [name for name in MAGNITUDE_BITS if any(name in rows for rows in cases)]
+        lines = [_few_bit(rows, formats, with_vllm) if formats else _line(rows, with_vllm) for rows in cases]
         head = list(lines[0])
         yield "\n".join(
             [f"**{shape}**\n", _cells(head), _cells(["---"] * len(head)), *(_cells(line.values()) for line in lines)]
@@ -103,6 +105,24 @@ def _line(rows: dict[str, Row], with_vllm: bool) -> dict[str, str]:
     cells["read bandwidth"] = f"{subject.bandwidth_share:.0%}" if subject else NONE
     cells["floor reached, its bound"] = f"{subject.floor_share:.0%}, {subject.bound}" if subject else NONE
     cells["error"] = f"{subject.error:.1e}" if subject else NONE
+    return cells
+
+
+def _few_bit(rows: dict[str, Row], formats: Sequence[str], with_vllm: bool) -> dict[str, str]:
+    """A line of a run of the few-bit formats: each beside the 16-bit one, and the published time."""
+    some, subject = next(iter(rows.values())), rows.get(SUBJECT)
+    cells = {
+        "tokens": f"{some.tokens}" if some.routing == "balanced" else f"{some.tokens}, {some.routing}",
+        "experts hit": f"{some.experts_hit:.4g}",
+    }
+    cells |= {f"{name}, µs": _microseconds(rows.get(name)) for name in (SUBJECT, *formats)}
+    cells |= {f"{SUBJECT} / {name}": _times(subject, rows.get(name)) for name in formats}
+    found = _published(some) if with_vllm else None
+    for name in formats if with_vllm else ():
+        row = rows.get(name)
+        cells[f"vLLM / {name}"] = f"{found.microseconds / row.seconds / 1e6:.2f}×" if found and row else NONE
+    cells |= {f"floor reached, {name}": f"{rows[name].floor_share:.0%}" if name in rows else NONE for name in formats}
+    cells["largest error"] = f"{max(row.error for row in rows.values()):.1e}"
     return cells
 
 

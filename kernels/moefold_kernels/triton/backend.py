@@ -115,8 +115,7 @@ def _weights(packed: PackedExperts) -> Weights:
     places, placed = tables(packed.pairs, packed.alone)
     alone = {name: weights.to(torch.bfloat16) for name, weights in packed.dense.items()} if packed.alone else {}
     device = packed.words["down_proj"].device
-    few = isinstance(packed, LeveledExperts)
-    words = leveled(packed) if few else _projections(packed.words, packed)
+    words = leveled(packed) if isinstance(packed, LeveledExperts) else _projections(packed.words, packed)
     return Weights(words, _projections(alone, packed), places.to(device), placed.to(device))
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moefold_kernels import layout, layout_pairs
 from moefold_kernels.triton.configs import Shape
 from moefold_kernels.triton.plans import Plan, Tile, tile_fits
 from moefold_kernels.triton.portability import Target
@@ -63,6 +64,17 @@ OVERLAPPED_PAIR: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
     ((64, 64, 8, 4), (64, 64, 8, 5), (64, 64, 8, 6), (32, 64, 4, 4), (32, 64, 4, 5), (64, 32, 8, 6)),
     ((128, 64, 8, 4), (128, 64, 8, 5), (128, 64, 8, 6), (64, 64, 4, 4), (64, 64, 4, 5), (128, 32, 8, 6)),
 )
+
+LEVELED: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
+    ((32, 64, 4, 4), (32, 64, 4, 6), (32, 64, 4, 8), (64, 64, 8, 4), (64, 64, 8, 6)),
+    ((64, 64, 4, 4), (64, 64, 4, 6), (64, 64, 4, 8), (128, 64, 8, 4), (128, 64, 8, 6)),
+)
+"""For the few-bit formats on Hopper (leveled.py), where every step is of 128 columns."""
+LEVELED_MANY: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
+    ((32, 64, 4, 4), (64, 64, 8, 4), (64, 64, 4, 4), (128, 64, 8, 4), (64, 64, 8, 3), (128, 64, 8, 3)),
+    ((64, 64, 4, 4), (128, 64, 8, 4), (128, 64, 4, 4), (256, 64, 8, 4), (128, 64, 8, 3), (256, 64, 8, 3)),
+)
+"""The same where a program serves one slot."""
 
 LARGE = 128 * 1024
 """Shared memory of a block from which on NARROW is not tried."""
@@ -128,6 +140,16 @@ REGIMES = (
         (8, 16),
     ),
 )  # fmt: skip
+LEVELED_REGIMES = (
+    Regime(1, (Kind("overlapped_pair", 16), Kind("overlapped", 16, few=True))),
+    Regime(14, (Kind("overlapped_pair", 16), Kind("overlapped_pair", 32))),
+    Regime(26, (Kind("overlapped_pair", 32), Kind("overlapped_pair", 16))),
+    Regime(48, (Kind("overlapped_pair", 32), Kind("overlapped_pair", 64), Kind("overlapped", 64))),
+    Regime(110, (Kind("overlapped_pair", 64), Kind("overlapped", 64), Kind("overlapped", 128)), (1, 4)),
+    Regime(200, (Kind("overlapped", 64), Kind("overlapped", 128), Kind("overlapped", 256)), (2, 8)),
+    Regime(float("inf"), (Kind("overlapped", 128), Kind("overlapped", 256)), (4, 16)),
+)
+"""REGIMES of the few-bit formats."""
 FEW_TOKENS = 4
 """So few tokens are of the first regime, whatever their experts: few pairs have both slots in use."""
 
@@ -158,19 +180,21 @@ def candidates(shape: Shape, room: Room, before: Plan) -> tuple[list[Tile], list
 
 def _side(shape: Shape, room: Room, side: int, before: Tile) -> list[Tile]:
     length = (shape.hidden, shape.inner)[side]
-    tried = (tile for tile in _tiles(shape, room, side) if _able(tile, shape.dense, side == 0, room, length))
+    tried = (tile for tile in _tiles(shape, room, side) if _able(tile, shape, side == 0, room, length))
     return list(dict.fromkeys([before, *tried]))
 
 
 def _tiles(shape: Shape, room: Room, side: int) -> Iterator[Tile]:
+    leveled = shape.format != layout.EXPONENT and not shape.dense and room.overlap
+    regimes = LEVELED_REGIMES if leveled else REGIMES
     few = shape.tokens <= FEW_TOKENS
-    regime = REGIMES[0] if few else next(regime for regime in REGIMES if shape.load <= regime.load)
+    regime = regimes[0] if few else next(regime for regime in regimes if shape.load <= regime.load)
     for kind in dict.fromkeys(_possible(kind, shape.dense, room) for kind in regime.kinds):
-        for rows, columns, warps, stages in _cuts(kind, room)[side]:
+        for rows, columns, warps, stages in _cuts(kind, room, leveled)[side]:
             for group in regime.groups:
                 tile = Tile(kind.mode, kind.tokens, kind.extra, rows, columns, warps, stages, group)
                 yield tile
-                if side and regime is REGIMES[0] and _idle(tile, shape, room):
+                if side and (leveled or regime is REGIMES[0]) and _idle(tile, shape, room):
                     yield from (replace(tile, splits=splits) for splits in (2, 4) if shape.inner >= 512 * splits)
 
 
@@ -185,7 +209,9 @@ def _possible(kind: Kind, dense: bool, room: Room) -> Kind:
     )
 
 
-def _cuts(kind: Kind, room: Room) -> tuple[Iterable[Cut], Iterable[Cut]]:
+def _cuts(kind: Kind, room: Room, leveled: bool) -> tuple[Iterable[Cut], Iterable[Cut]]:
+    if leveled:
+        return LEVELED if kind.few or kind.mode.endswith("pair") else LEVELED_MANY
     if kind.mode.startswith("overlapped"):
         return OVERLAPPED_PAIR if kind.mode.endswith("pair") else OVERLAPPED
     if kind.few:
@@ -199,12 +225,15 @@ def _idle(tile: Tile, shape: Shape, room: Room) -> bool:
     return units * -(-shape.hidden // tile.rows) <= PROGRAMS * room.processors
 
 
-def _able(tile: Tile, dense: bool, gated: bool, room: Room, length: int) -> bool:
+def _able(tile: Tile, shape: Shape, gated: bool, room: Room, length: int) -> bool:
     """Whether sums fit the registers and tiles the shared memory, and overlapped kernels take the columns' number."""
     rows = tile.rows * (2 if gated else 1)
-    entries = tile.entries * (2 if tile.paired and not dense else 1)
+    entries = tile.entries * (2 if tile.paired and not shape.dense else 1)
     if rows * entries / (32 * tile.warps) > (REGISTERS_OVERLAPPED if tile.overlapped else REGISTERS):
         return False
+    if tile.overlapped and shape.format != layout.EXPONENT:
+        bits = layout_pairs.magnitude_bits(shape.format) + layout_pairs.STATE_BITS
+        return tile.stages * (rows * (16 * bits + 4) + 256 * entries) + SPARE <= room.memory
     if tile.overlapped and length % (2 * tile.columns):
         return False
     held = tile.stages if tile.overlapped or entries > 64 else tile.stages - 1  # as measured: narrow tokens take less

@@ -19,11 +19,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from moefold_kernels import layout, layout_pairs
 from moefold_kernels.bench.cases import Shape
 from moefold_kernels.errors import BenchmarkError
+from moefold_kernels.levels import INTEGERS
 from moefold_kernels.triton import layer
 from moefold_kernels.triton.plans import Plan
-from moefold_kernels.triton.weights import Projections, Weights
+from moefold_kernels.triton.weights import Leveled, Planes, Projections, Weights
 
 Part = Literal["first", "second", "whole"]
 MOST_WORKERS = 16
@@ -40,6 +42,8 @@ class Job(NamedTuple):
     plan: Plan
     part: Part
     device: str
+    format: str = layout.EXPONENT
+    """Of the pairs."""
 
 
 def build(job: Job) -> str:
@@ -96,11 +100,11 @@ class Compiler:
         return [job for job in jobs if said.get(job) == ""], {job: answer for job, answer in said.items() if answer}
 
 
-def workers(shape: Shape, tokens: int, device: torch.device) -> int:
+def workers(shape: Shape, tokens: int, device: torch.device, format: str = layout.EXPONENT) -> int:
     """How many processes the cores and the GPU's free memory allow; none where nothing is compiled."""
     if device.type != "cuda":
         return 0
-    unit = shape.unit_bytes
+    unit = shape.unit_bytes if format == layout.EXPONENT else shape.experts // 2 * shape.pair_bytes(format)
     work = 2 * tokens * shape.top_k * (shape.inner + 2 * shape.hidden)
     room = torch.cuda.mem_get_info(device)[0] // (CONTEXT + unit + work)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -130,7 +134,7 @@ def _deaf() -> None:
 
 def _run(job: Job) -> None:
     shape, plan = job.shape, job.plan
-    weights = _stand_in(shape, job.dense, job.device)
+    weights = _stand_in(shape, job.dense, job.format, job.device)
     index = torch.zeros(job.tokens, shape.top_k, dtype=torch.int64, device=job.device)
     tables = layer.route_for(weights, index, plan)
     for table in (*tables.first, *tables.second):
@@ -152,8 +156,11 @@ def _run(job: Job) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _stand_in(shape: Shape, dense: bool, device: str) -> Weights:
+def _stand_in(shape: Shape, dense: bool, format: str, device: str) -> Weights:
     """One unit in the place of all."""
+    places = torch.arange(shape.experts, dtype=torch.int32, device=device)
+    if format != layout.EXPONENT and not dense:
+        return Weights(empty(shape, format, torch.device(device)), None, places, places)
     units = shape.experts if dense else shape.experts // 2
     dtype = torch.bfloat16 if dense else torch.int16
 
@@ -161,6 +168,23 @@ def _stand_in(shape: Shape, dense: bool, device: str) -> Weights:
         return torch.zeros(1, rows, columns, dtype=dtype, device=device).expand(units, -1, -1)
 
     wide, down = repeated(2 * shape.inner, shape.hidden), repeated(shape.hidden, shape.inner)
-    places = torch.arange(shape.experts, dtype=torch.int32, device=device)
     matrices = Projections(wide[:, : shape.inner], wide[:, shape.inner :], down)
     return Weights(None if dense else matrices, matrices if dense else None, places, places)
+
+
+def empty(shape: Shape, format: str, device: torch.device) -> Leveled:
+    """A layer's pairs in a few-bit format, whole: kernels take contiguous planes only."""
+
+    pairs = shape.experts // 2
+
+    def planes(rows: int, columns: int) -> Planes:
+        widths = layout_pairs.planes(format, columns)
+        made = {name: (torch.int16 if name == "scale" else torch.int32, width) for name, width in widths.items()}
+        held = {
+            name: torch.zeros(pairs, rows, width, dtype=kind, device=device) for name, (kind, width) in made.items()
+        }
+        return Planes(held["words"], held.get("low"), held["scale"])
+
+    levels = torch.zeros(3, INTEGERS, dtype=torch.int32, device=device)
+    wide, narrow = planes(2 * shape.inner, shape.hidden), planes(shape.hidden, shape.inner)
+    return Leveled(format, wide, narrow, levels, gated=True)

@@ -209,14 +209,17 @@ def down(
             base, operands, shift = kind.narrow.words, (x, *planes, *lists), LEVELED
         else:
             base, operands, low, shift = kind.down, (x, kind.down, None, None, None, *lists), -1, _shift(kind.tops[2])
-        shared |= {"w_unit": base.stride(0), "w_row": base.stride(1), "shift": shift}
+        shared |= {"w_unit": base.stride(0), "w_row": base.stride(1)}
         if low < 0 and splits == 1 and mode != project.DENSE.value and _overlaps(tile, target, base, x):
-            launch(_overlapped(tile).project_out, (programs,), x, base, *lists, **shared, STAGES=tile.stages)
+            launch(
+                _overlapped(tile).project_out, (programs,), x, base, *lists, **shared, shift=shift, STAGES=tile.stages
+            )
             continue
         launch(
             project.project_out, (programs, splits), *operands, **shared, first=first, part=part,
-            out_split=parts.stride(0), MODE=mode, LOW=low, EVEN=inner % (part if splits > 1 else tile.columns) == 0,
-            ASM=target.assembly, UPCAST=target.upcast, CHAIN=target.chain, LINES=_lines(tile, part),
+            out_split=parts.stride(0), shift=shift, MODE=mode, LOW=low,
+            EVEN=inner % (part if splits > 1 else tile.columns) == 0, ASM=target.assembly,
+            UPCAST=target.upcast, CHAIN=target.chain, LINES=_lines(tile, part),
             num_stages=tile.stages,
         )  # fmt: skip
     return combine(parts, top_k_index, len(weights.places), dtype)

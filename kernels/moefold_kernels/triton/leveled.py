@@ -5,6 +5,10 @@ pair from one reading (PAIRED), or one. A step is 128 columns, two groups: one b
 two scales of a row in one copy of 4 bytes. What the planes hold becomes operands in registers (leveled_decode.py).
 """
 
+# ruff: noqa: RUF005 - the compiler knows tuples' `+`, and no `*given`
+# mypy: disable-error-code=assignment
+# (tuples that grow)
+
 from __future__ import annotations
 
 import triton.experimental.gluon as gluon
@@ -117,11 +121,11 @@ def _start_words(buffers, planes, stage, wanted, FORMAT: gl.constexpr):
 
 @gluon.jit
 def _start_tokens(buffers, x, live, stage, wanted, PAIRED: gl.constexpr):
-    async_copy.async_copy_global_to_shared(buffers[3].index(2 * stage), x[0], mask=live[0] & wanted)
-    async_copy.async_copy_global_to_shared(buffers[3].index(2 * stage + 1), x[0] + HALF, mask=live[0] & wanted)
+    async_copy.async_copy_global_to_shared(buffers[3].index(stage), x[0], mask=live[0] & wanted)
+    async_copy.async_copy_global_to_shared(buffers[4].index(stage), x[0] + HALF, mask=live[0] & wanted)
     if PAIRED:
-        async_copy.async_copy_global_to_shared(buffers[4].index(2 * stage), x[1], mask=live[1] & wanted)
-        async_copy.async_copy_global_to_shared(buffers[4].index(2 * stage + 1), x[1] + HALF, mask=live[1] & wanted)
+        async_copy.async_copy_global_to_shared(buffers[5].index(stage), x[1], mask=live[1] & wanted)
+        async_copy.async_copy_global_to_shared(buffers[6].index(stage), x[1] + HALF, mask=live[1] & wanted)
     async_copy.commit_group()
 
 
@@ -210,14 +214,17 @@ def _decoded(
 def _buffers(
     ROWS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr
 ):
+    # each plane and each half of the tokens for itself: Triton puts a barrier between two copies to one allocation
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     turned: gl.constexpr = gl.NVMMASharedLayout(2 * HALF, 16, 2)
     return (
         gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, STEP // 8], plain),
         gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, low_words(FORMAT, STEP)], plain),
         gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 1], plain),
-        gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, TOKENS, HALF], turned),
-        gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, TOKENS if PAIRED else 8, HALF], turned),
+        gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, HALF], turned),
+        gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, HALF], turned),
+        gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS if PAIRED else 8, HALF], turned),
+        gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS if PAIRED else 8, HALF], turned),
     )
 
 
@@ -269,10 +276,11 @@ def _products(
         stage = step % STAGES
         for half in gl.static_range(2):
             ours, theirs = _decoded(buffers, stage, gather, signs, tables, half, ROWS, FORMAT, PAIRED, left)
-            at = 2 * stage + half
-            sums0 = warpgroup_mma(ours, buffers[3].index(at).permute((1, 0)), sums0, is_async=True)
+            right = buffers[3 + half].index(stage).permute((1, 0))
+            sums0 = warpgroup_mma(ours, right, sums0, is_async=True)
             if PAIRED:
-                sums1 = warpgroup_mma(theirs, buffers[4].index(at).permute((1, 0)), sums1, is_async=True)
+                right = buffers[5 + half].index(stage).permute((1, 0))
+                sums1 = warpgroup_mma(theirs, right, sums1, is_async=True)
                 sums0, sums1 = warpgroup_mma_wait(2, deps=(sums0, sums1))
                 sums1 = warpgroup_mma_init(sums1)
             else:

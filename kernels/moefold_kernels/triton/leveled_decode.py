@@ -91,8 +91,8 @@ LOWS = {"pair4": 0, "pair5": 1, "pair6": 1, "pair8": 2}
 def assembly(format: str, slots: int) -> str:
     """PTX of four positions: for each slot two registers of two operands.
 
-    Operands: the results; two words; `prmt`'s selector of the thread's bytes; words of `low`; the scale twice in a register
-    (not for pair4); for one slot its two tables of signs; the row's levels.
+    Operands: the results; two words; `prmt`'s selector of the thread's bytes; words of `low`; the scale twice in a
+    register (not for pair4); for one slot its two tables of signs; the row's levels.
     """
     names = iter(f"${number}" for number in range(2 * slots, 99))
     words, gather = (next(names), next(names)), next(names)

@@ -137,8 +137,8 @@ def _leveled(gate_up: Tensor | None, down: Tensor | None, operands: Operands) ->
     wide, narrow, levels = operands.gate_up_scale, operands.down_scale, operands.levels
     if gate_up is None or down is None or not len(down) or wide is None or narrow is None or levels is None:
         return None
-    planes = Planes(gate_up, operands.gate_up_low, wide), Planes(down, operands.down_low, narrow)
-    return Leveled(operands.format, *map(contiguous, planes), levels, operands.gated)
+    above, below = Planes(gate_up, operands.gate_up_low, wide), Planes(down, operands.down_low, narrow)
+    return Leveled(operands.format, contiguous(above), contiguous(below), levels, operands.gated)
 
 
 def _projections(gate_up: Tensor | None, down: Tensor | None, operands: Operands) -> Projections | None:

@@ -243,7 +243,7 @@ def project_in(
     """Gate and up projections with their activation: out [entry in order, inner].
 
     `words` [unit, row, hidden] holds a gate row's and its up row's columns `w_up` elements apart. Both go through one
-    product as 2 * ROWS rows: eight of the one, eight of the other, so that a thread has the sums of both. In the few-bit
+    product as 2 * ROWS rows: eight of the one, eight of the other, so that a thread has the sums of both. In few-bit
     formats (LOW) `words`, `low` and `scale` are planes [unit, 2 * inner, ...] and `levels` is of gate, then up.
     """
     height: tl.constexpr = 2 * ROWS if GATED else ROWS
@@ -269,7 +269,7 @@ def project_in(
     k = tl.arange(0, COLUMNS)
     if LOW < 0 or MODE == DENSE:
         w += unit.to(tl.int64) * w_unit + k[None, :]
-        planes = (words,)
+        planes = (words, None, None, None, None, 0)
     else:
         above = tl.where(stacked % 16 >= 8, 1, 0) if GATED else stacked * 0 + 1
         w = unit.to(tl.int64) * (2 if GATED else 1) * inner + row + (above * inner if GATED else 0)
@@ -360,7 +360,7 @@ def project_out(
     k = skipped + tl.arange(0, COLUMNS)
     if LOW < 0 or MODE == DENSE:
         w = words + unit.to(tl.int64) * w_unit + row.to(tl.int64)[:, None] * w_row + k[None, :]
-        planes = (words,)
+        planes = (words, None, None, None, None, 0)
     else:
         w = unit.to(tl.int64) * hidden + row
         planes = (words, low, scale, levels + 2 * TABLE + row * 0, inner, skipped)

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from moefold_kernels import layout
 from moefold_kernels.bench import routing, timing
 from moefold_kernels.bench.cases import Case, Shape
 from moefold_kernels.bench.correctness import Expected, poisoned
@@ -93,7 +94,9 @@ class Search:
     def __init__(self, ground: Ground, tokens: int) -> None:
         shape = ground.shape
         self.ground, self.tokens = ground, tokens
-        self.shape = configs.Shape(shape.hidden, shape.inner, shape.experts, shape.top_k, ground.dense, tokens)
+        format = layout.EXPONENT if ground.dense else ground.weights.format
+        sizes = shape.hidden, shape.inner, shape.experts, shape.top_k
+        self.shape = configs.Shape(*sizes, ground.dense, tokens, format)
         self.before = configs.choose(self.shape, ground.device)
         self.case = Case(shape, tokens)
         self.batches = [routing.draw(self.case, self._generator(n)) for n in range(_batches(tokens))]
@@ -117,7 +120,8 @@ class Search:
         ranked = sorted(times, key=lambda plan: times[plan])
         errors = self._right(ranked)
         plan, seconds_ours, seconds_before = self._duel(next(iter(errors)), self.before in errors)
-        read = self.ground.shape.unit_bytes * self._units()
+        shape = self.ground.shape
+        read = self._units() * (shape.unit_bytes if self.ground.dense else shape.pair_bytes(self.shape.format))
         return Found(
             self.shape, plan, seconds_ours, self.before, seconds_before, errors[plan], read,
             self.tried, self.late, self.rejected,
@@ -139,7 +143,10 @@ class Search:
         """Seconds of each plan's part; those that cannot be run are named, and time ends only what is not whole."""
         ground, what = self.ground, f"{self.tokens} tokens, {_WHAT[part]}"
         deadline = float("inf") if part == "whole" else ground.deadline
-        jobs = [Job(ground.shape, ground.dense, self.tokens, plan, part, str(ground.device)) for plan in plans]
+        jobs = [
+            Job(ground.shape, ground.dense, self.tokens, plan, part, str(ground.device), self.shape.format)
+            for plan in plans
+        ]
         compiled, refused = ground.compiler.compile(
             jobs, deadline, lambda done, of: ground.progress(f"{what}: compiling", done, of)
         )

@@ -22,8 +22,9 @@ from moefold_kernels.bench.weights import random_experts
 from moefold_kernels.errors import BenchmarkError
 from moefold_kernels.places import tables
 from moefold_kernels.reference import PackedExperts
+from moefold_kernels.reference_pairs import LeveledExperts
 from moefold_kernels.triton import compilation, configs
-from moefold_kernels.triton.backend import Triton
+from moefold_kernels.triton.backend import Triton, leveled
 from moefold_kernels.triton.compilation import Compiler
 from moefold_kernels.triton.plans import Plan
 from moefold_kernels.triton.search import Found, Ground, Search, Timer
@@ -40,6 +41,8 @@ class Tuner:
     shape: Shape
     device: torch.device
     dense: bool = False
+    format: str = layout.EXPONENT
+    """Of pairs."""
     workers: int | None = None
     """Processes that compile; by default as many as cores and memory allow."""
     seconds: float = float("inf")
@@ -58,7 +61,7 @@ class Tuner:
         right.
         """
         deadline = time.monotonic() + self.seconds
-        able, why = Triton(interpret=True).can(Need(layout.EXPONENT, self.device))
+        able, why = Triton(interpret=True).can(Need(self.format, self.device))
         if not able:
             raise BenchmarkError(f"cannot tune on {self.device}: {why}")
         try:
@@ -73,8 +76,11 @@ class Tuner:
     def _all(self, counts: list[int], deadline: float) -> Iterator[Found]:
         self.progress("making weights, measuring bandwidth", 0, 1)
         self.read_bandwidth = ceilings.measure(self.device).read_bandwidth
-        experts, weights = _layer(self.shape, self.dense, torch.Generator(self.device).manual_seed(0))
-        number = compilation.workers(self.shape, max(counts), self.device) if self.workers is None else self.workers
+        generator = torch.Generator(self.device).manual_seed(0)
+        experts, weights = _layer(self.shape, self.dense, generator, self.format)
+        number = self.workers
+        if number is None:
+            number = compilation.workers(self.shape, max(counts), self.device, self.format)
         timer: Timer = self.timer or (lambda _plan, _part, call, inputs: timing.rounds(self.device, call, inputs))
         with Compiler(number) as compiler:
             ground = Ground(
@@ -104,9 +110,14 @@ def table_name(device: torch.device) -> str:
     return configs.table_name(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
 
 
-def _layer(shape: Shape, dense: bool, generator: torch.Generator) -> tuple[PackedExperts, Weights]:
+def _layer(
+    shape: Shape, dense: bool, generator: torch.Generator, format: str = layout.EXPONENT
+) -> tuple[PackedExperts, Weights]:
     """Random experts, and what the kernels take of them; gate and up lie in one tensor, as in a model."""
-    made = random_experts(shape, generator)
+    made = random_experts(shape, generator, layout.EXPONENT if dense else format)
+    if isinstance(made, LeveledExperts):
+        places, placed = (one.to(generator.device) for one in tables(made.pairs, ()))
+        return made, Weights(leveled(made), None, places, placed)
     words = dict(made.words)
     wide = torch.cat([words.pop("gate_proj"), words.pop("up_proj")], dim=1)
     gate, up = wide[:, : shape.inner], wide[:, shape.inner :]

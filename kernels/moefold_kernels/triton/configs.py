@@ -160,7 +160,8 @@ def _read(path: Path) -> dict[Shape, tuple[Plan, dict[str, Any]]]:
 def _entry(item: Mapping[str, Any]) -> tuple[Shape, tuple[Plan, dict[str, Any]]]:
     plan = dict(item["plan"])
     plan["first"], plan["second"] = Tile(**plan["first"]), Tile(**plan["second"])
-    shape = Shape(**{"format": layout.EXPONENT} | {name: item[name] for name in Shape._fields if name in item})
+    sizes: dict[str, Any] = {name: item[name] for name in Shape._fields if name in item or name != "format"}
+    shape = Shape(**sizes)
     if any(not isinstance(size, int) or size < 1 for size in (*shape[:4], shape.tokens)):
         raise FormatError(f"sizes must be whole numbers, at least 1: {shape}")
     facts = {name: value for name, value in item.items() if name not in (*Shape._fields, "plan")}

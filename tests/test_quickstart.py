@@ -45,14 +45,15 @@ def test_half_of_the_expert_bytes(report):
     assert saved["expert_bytes"]["after"] * 2 == saved["expert_bytes"]["before"]
     assert saved["replaced_layers"] == saved["layers"] >= 4
     assert saved["clipped"] == 0
-    # Independent Gaussian weights would give 48.5 / 25.8 / 25.8 %.
-    assert saved["masks"]["shared"] == pytest.approx(0.485, abs=0.03)
-    assert saved["masks"]["own"] == pytest.approx(saved["masks"]["other"], abs=0.03)
+    # Of the best of three, for independent Gaussian weights and equal costs: 50 / 25 / 25 %. Busy experts keep more.
+    assert sum(saved["masks"].values()) == pytest.approx(1)
+    assert saved["masks"]["shared"] == pytest.approx(0.45, abs=0.1)
+    assert min(saved["masks"]["own"], saved["masks"]["other"]) > 0.1
 
 
 def test_something_is_lost_and_not_much(report):
     for row in report["metrics"]["evaluate.perplexity"]["all"]["rows"]:
-        assert 0 < row["loss_increase"] < 0.6
+        assert 0 < row["loss_increase"] < 0.2
 
 
 def test_reported_loss_is_what_stock_transformers_gets(report, loaded, folder):
@@ -76,6 +77,6 @@ def test_it_writes_code(loaded, folder):
 def test_the_card_carries_the_figures(folder, report):
     card = (folder / "out" / "demo-packed" / "README.md").read_text()
     row = report["metrics"]["evaluate.perplexity"]["all"]["rows"][0]
-    assert "puzzlemoe" in card
-    assert '"threshold": 0.4' in card
+    assert "puzzlemoe.compensated" in card
+    assert '"sweeps": 2' in card
     assert f"{row['loss_after']:.4f}" in card

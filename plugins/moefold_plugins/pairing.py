@@ -8,8 +8,16 @@ from typing import Annotated, Any
 import networkx
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from moefold import Activity, Groups, Layer, Reduced, Similarity, Stage, hookimpl, stage
+from moefold import Activity, Context, Experts, Groups, Layer, Reduced, Routed, Similarity, Stage, hookimpl, stage
+from moefold_plugins.compensated import Blend, Damping, Weigh, chunks
+from moefold_plugins.compensation import factor
+from moefold_plugins.matching import matchings
+from moefold_plugins.moments import Calibration
+
+AT_ONCE = 1 << 26
+"""Elements of pairs whose errors are computed together."""
 
 Fraction = Annotated[
     float, Field(ge=0, le=1, description="share of the layer's experts that take part; the others stay as they are")
@@ -76,6 +84,71 @@ def pair_similar(
     return _pairs(pairs, count, fraction, layer.number in skip)
 
 
+@stage("pair.by_error")
+def pair_by_error(
+    layer: Layer,
+    routed: Routed,
+    experts: Experts,
+    context: Context,
+    *,
+    rows: Annotated[
+        int, Field(ge=1, description="of each matrix, evenly spaced, that stand for all: bounds the time")
+    ] = 256,
+    weigh: Weigh = "usage",
+    blend: Blend = 256.0,
+    damping: Damping = 0.01,
+    fraction: Fraction = 1.0,
+    skip: Skip = [],  # noqa: B006
+) -> Groups:
+    """The perfect matching whose compensated merges are predicted to cost least; the cheapest pairs first.
+
+    For puzzlemoe.compensated, with the same `weigh`, `blend` and `damping`. An error in column k of expert e costs
+    n_e / (H_e^-1)_kk: what is left of it when all other columns make up for it as well as they can (GPTQ, arXiv
+    2210.17323, equation 2). A pair's cost is the sum over elements of the least of sharing their mean and keeping one.
+    """
+    if layer.number in skip or experts.count < 2:
+        return _pairs([], experts.count, fraction, skipped=True)
+    experts = experts.to(context.device)
+    costs = _column_costs(Calibration(layer, routed, experts, blend), experts, damping, weigh)
+    total = torch.zeros(experts.count, experts.count, dtype=torch.float64)
+    for weights, cost in zip((experts.gate_up, experts.down), costs, strict=True):
+        some = weights[:, :: max(1, weights.shape[1] // rows)]
+        total += _errors(some, cost) * (weights.shape[1] / some.shape[1])
+    pairs = sorted(matchings(total, range(experts.count))[0], key=lambda pair: (float(total[pair]), pair))
+    return _pairs(pairs, experts.count, fraction, skipped=False)
+
+
+def _column_costs(calibration: Calibration, experts: Experts, damping: float, weigh: str) -> tuple[Tensor, Tensor]:
+    """What a squared error in a column of gate and up, and of down, costs once it is made up for: [expert, columns]."""
+    found: tuple[list[Tensor], list[Tensor]] = [], []
+    for chunk in chunks([[expert] for expert in range(experts.count)], experts):
+        moments = calibration.moments([expert for part in chunk for expert in part])
+        usage = [float(max(n, 1)) if weigh == "usage" else 1.0 for n in moments.tokens]
+        for costs, moment in zip(found, (moments.x, moments.h), strict=True):
+            factors = factor(moment, damping)
+            for unit, cost, share in zip(factors.unit, factors.cost, usage, strict=True):
+                eye = torch.eye(len(unit), device=unit.device)
+                inverse = torch.linalg.solve_triangular(unit, eye, upper=True, unitriangular=True)
+                costs.append(share / (inverse.square() / cost[:, None]).sum(dim=0))
+    return torch.stack(found[0]), torch.stack(found[1])
+
+
+def _errors(weights: Tensor, cost: Tensor) -> Tensor:
+    """The least cost of every two experts, from weights [expert, rows, columns]: [expert, expert] on the CPU."""
+    count, size = len(weights), weights.float().abs()
+    alone = size.square() * cost[:, None]
+    found = torch.zeros(count, count, dtype=torch.float64, device=weights.device)
+    step = max(1, AT_ONCE // size[0].numel())
+    for first in range(count):
+        for start in range(first + 1, count, step):
+            some = slice(start, start + step)
+            both = cost[first] * cost[some] / (cost[first] + cost[some])  # an error of the best mean
+            shared = (size[some] - size[first]).square_() * both[:, None]
+            least = torch.minimum(torch.minimum(shared, alone[some]), alone[first]).sum(dim=(1, 2))
+            found[first, some] = found[some, first] = least.double()
+    return found.cpu()
+
+
 @hookimpl
 def moefold_stages() -> list[Stage[Any, Any]]:
-    return [pair_random, pair_by_usage, pair_similar]
+    return [pair_random, pair_by_usage, pair_similar, pair_by_error]

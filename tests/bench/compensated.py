@@ -30,7 +30,6 @@ from moefold_plugins.compensation import Walk
 from moefold_plugins.moments import Calibration
 from moefold_plugins.pairing import pair_by_usage
 
-
 CLOSE = 2**-6
 """Two steps of bf16: sums in another order move what is rounded by a little, and about a fifth of all by one step."""
 
@@ -78,7 +77,7 @@ class Clock:
 
 
 def agree(layer: Layer, device: torch.device) -> dict[str, float]:
-    """Of one small layer merged on the device and on the CPU: share of equal weights, relative difference of damages."""
+    """Of one small layer merged on the device and on the CPU: equal weights, and the damages' difference."""
     contexts = [Context(d, torch.Generator()) for d in (torch.device("cpu"), device)]
     routed = forward(layer, Text("random", samples(32, 32).int()), None, None, contexts[0])
     found = {}

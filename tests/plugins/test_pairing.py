@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from moefold import Activity, Experts, Similarity
-from moefold_plugins.pairing import pair_by_usage, pair_random, pair_similar
+from models import tiny
+from moefold import Activity, Checkpoint, Context, Experts, Routed, Similarity
+from moefold_plugins import pairing
+from moefold_plugins.moments import Calibration
+from moefold_plugins.pairing import pair_by_error, pair_by_usage, pair_random, pair_similar
 from moefold_plugins.similarity import similarity_weights
 
 
@@ -78,3 +81,56 @@ def test_similarity_of_weights_is_the_cosine():
     expected = torch.nn.functional.cosine_similarity(flat[:, None], flat[None], dim=2)
     assert torch.allclose(found.double(), expected, atol=1e-5)
     assert found[1, 3] == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """A layer whose experts 1 and 6, 2 and 4 are nearly alike but for signs, with routed tokens."""
+    layer = Checkpoint.open(str(tiny("qwen3_moe", tmp_path_factory.mktemp("tiny") / "m"))).layers()[0]
+    own = layer.experts()
+    generator = torch.Generator().manual_seed(3)
+    gate_up, down = own.gate_up.clone(), own.down.clone()
+    for first, second in ((1, 6), (2, 4)):
+        for matrix in (gate_up, down):
+            sign = (torch.rand(matrix[0].shape, generator=generator) < 0.5).to(matrix.dtype) * 2 - 1
+            matrix[second] = 1.05 * matrix[first] * sign
+    tokens = torch.randn(400, gate_up.shape[2], generator=generator).bfloat16()
+    index = torch.rand(400, 8, generator=generator).argsort(dim=1)[:, :2]
+    return layer, Routed(tokens[None], tokens, index, torch.rand(400, 2, generator=generator)), Experts(gate_up, down)
+
+
+def test_least_error_pairs_alike_magnitudes(calibrated):
+    context = Context(torch.device("cpu"), torch.Generator())
+    groups = pair_by_error(*calibrated, context)
+    assert everyone_once(groups, 8)
+    assert {(1, 6), (2, 4)} < set(map(tuple, groups.members))
+    half = pair_by_error(*calibrated, context, fraction=0.5, rows=7)
+    assert half.members == [[1, 6], [2, 4]]
+    assert pair_by_error(*calibrated, context, skip=[calibrated[0].number]).alone == list(range(8))
+
+
+def test_the_column_costs_are_those_of_the_inverse(calibrated):
+    layer, routed, experts = calibrated
+    calibration = Calibration(layer, routed, experts, 256.0)
+    moments = calibration.moments(range(8))
+    costs = pairing._column_costs(calibration, experts, 0.01, "usage")
+    for cost, moment in zip(costs, (moments.x, moments.h), strict=True):
+        for expert in range(8):
+            damped = moment[expert].double()
+            damped = damped + 0.01 * damped.diagonal().mean() * torch.eye(len(damped))
+            expected = moments.tokens[expert] / torch.linalg.inv(damped).diagonal()
+            torch.testing.assert_close(cost[expert].double(), expected, rtol=1e-3, atol=0)
+
+
+def test_an_errors_table_is_the_least_of_three_choices(monkeypatch):
+    weights, cost = torch.randn(5, 3, 4), torch.rand(5, 4) + 0.1
+    monkeypatch.setattr(pairing, "AT_ONCE", 24)  # two experts at a time
+    found = pairing._errors(weights, cost)
+    for i in range(5):
+        for j in range(i):
+            a, b, c, d = weights[i].abs(), weights[j].abs(), cost[i], cost[j]
+            mean = (c * a + d * b) / (c + d)
+            shared = c * (a - mean) ** 2 + d * (b - mean) ** 2
+            least = torch.minimum(torch.minimum(shared, c * a**2), d * b**2).sum()
+            assert float(found[i, j]) == pytest.approx(float(least), rel=1e-4)
+            assert found[i, j] == found[j, i]

@@ -73,7 +73,7 @@ class Rules(NamedTuple):
     format: str = layout.EXPONENT
 
 
-@stage("puzzlemoe.compensated", keep="until read")
+@stage("puzzlemoe.compensated", version=2, keep="until read")
 def compensated(
     layer: Layer,
     routed: Routed,

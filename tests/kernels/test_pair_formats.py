@@ -13,6 +13,7 @@ from leveled import FORMATS, levels_of, matrix
 from moefold_kernels import FormatError, layout_pairs
 from moefold_kernels.backend import Need, builtin, choose
 from moefold_kernels.reference_pairs import decode, encode, fields, from_record, states, to_record
+from moefold_kernels.triton import portability
 from moefold_kernels.triton.backend import Triton
 
 ALL = [(True, True), (True, False), (False, True)]
@@ -152,12 +153,36 @@ def test_pieces_are_exact():
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_no_kernel_runs_them_yet_and_that_is_said(format):
+def test_kernels_run_them_and_who_gets_none_is_told_why(format, device, monkeypatch):
+    """Compiled for CUDA devices, interpreted for tests; a CPU takes the reference, and is told the reason."""
+    assert Triton(interpret=device.type == "cpu").can(Need(format, device))[0]
     need = Need(format, torch.device("cpu"))
-    assert choose(need, builtin()).name == "reference"
+    for interprets, reason in [
+        ("0", "compiles for CUDA devices, not for cpu"),
+        ("1", "TRITON_INTERPRET is set, and interpretation is for tests; unset it, or ask by name"),
+    ]:
+        monkeypatch.setenv("TRITON_INTERPRET", interprets)
+        assert Triton().can(need) == (False, reason)
+        assert choose(need, builtin()).name == "reference"
+
+
+@pytest.mark.parametrize(
+    ("capability", "remark"), [((9, 0), ""), ((8, 0), "by plain kernels, as those for it are for")]
+)
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_gpu_gets_kernels_and_an_older_one_is_told_which(format, capability, remark, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(portability, "_no_gluon", lambda: "")  # whatever Triton is installed
+    need = Need(format, torch.device("cuda"))
+    assert choose(need, builtin()).name == "triton"
     able, said = Triton().can(need)
-    assert not able
-    assert format in said
+    assert able
+    known, _, told = said.partition(f"; {format} ")
+    assert known == f"Triton kernels for compute capability {capability[0]}.{capability[1]}"
+    assert told.startswith(remark)
+    assert bool(told) == bool(remark)
 
 
 def test_selectors_take_no_more_than_the_docstring_says():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from moefold_kernels.bench import ROUNDS, Prepared
+from moefold_kernels.bench import CASES, CONTENDERS, ROUNDS, TINY, Bench, Prepared, kernel
 
 
 class Clock:
@@ -40,3 +40,19 @@ def test_layer(clock, benchmark):  # in this order: the clock's marker is read w
         assert len(data) == ROUNDS
         assert min(data) > 0
         assert sum(data) == pytest.approx(clock.seconds)
+
+
+@pytest.fixture(scope="module")
+def short(bench: Bench) -> Bench:
+    """One that prepares a round of one batch: Triton's interpreter takes half a second for it."""
+    return Bench(bench.device, batches=1)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.shape is TINY], ids=lambda case: case.name)
+@pytest.mark.parametrize("name", [name for name, one in CONTENDERS.items() if one.can is kernel.can_run])
+def test_kernels_are_right_also_where_their_time_means_nothing(name, case, short):
+    """In Triton's interpreter where there is no GPU; `prepare` compares with float64, and raises if they are off."""
+    able, reason = CONTENDERS[name].can(short.device)
+    if not able:
+        pytest.skip(reason)
+    assert short.prepare(case, CONTENDERS[name]).info["error"] > 0  # or it was compared with itself

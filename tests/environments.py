@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import site
 import subprocess
@@ -14,12 +15,13 @@ class Environment:
     """One of them; `run` is what its user types."""
 
     def __init__(self, folder: Path) -> None:
-        venv.create(folder, with_pip=True, symlinks=True)
+        own = importlib.util.find_spec("pip") is None  # else this one's will do: a copy takes seconds
+        venv.create(folder, with_pip=own, symlinks=True)
         self.folder = folder
         packages = folder / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
         seen = dict.fromkeys([sysconfig.get_path("purelib"), *site.getsitepackages()])
         (packages / "outer.pth").write_text("".join(f"import site; site.addsitedir({p!r})\n" for p in seen))
-        for name in ("moefold", "pytest"):
+        for name in ("moefold", "pytest", "pip"):
             script = folder / "bin" / name
             script.write_text(f'#!/bin/sh\nexec "{folder}/bin/python" -m {name} "$@"\n')
             script.chmod(0o755)

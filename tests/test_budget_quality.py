@@ -61,9 +61,8 @@ def halves(bench: Bench, seeds: range) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-def test_a_budget_loses_less_than_any_random_half_of_the_pairs(tmp_path):
-    bench = Bench(tmp_path)
-    chosen, random_ones = increase(bench, BUDGET), halves(bench, range(4))
+def test_a_budget_loses_less_than_any_random_half_of_the_pairs(quality_bench):
+    chosen, random_ones = increase(quality_bench, BUDGET), halves(quality_bench, range(4))
     for text, loss in chosen.items():
         assert 0 < loss < 0.75 * min(found[text] for found in random_ones), text
 

@@ -21,14 +21,13 @@ GPTQ = quality.PIPELINE[:OBSERVED] + "  - {uses: gptq, with: {bits: 3}}\n" + qua
 
 
 @pytest.fixture(scope="module")
-def increase(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Losses]:
-    """A pipeline's loss increase on each text, over one store."""
-    bench = Bench(tmp_path_factory.mktemp("compensated"))
+def increase(quality_bench: Bench) -> Callable[..., Losses]:
+    """A pipeline's loss increase on each text."""
 
     def measured(pipeline: str, pair: str, *settings: str) -> Losses:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(quality, "PIPELINE", pipeline)
-            return bench.increase(pair, *settings)
+            return quality_bench.increase(pair, *settings)
 
     return measured
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from statistics import mean
 
 import pytest
@@ -14,13 +13,11 @@ PUBLISHED = "published (random pairs, 0.4, seed 0)"
 
 
 @pytest.fixture(scope="module")
-def increase(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
-    """The loss increase of each variant on each text; calibration and the baseline are computed once."""
-    folder: Path = tmp_path_factory.mktemp("quality")
-    bench = Bench(folder)
+def increase(quality_bench: Bench) -> dict[str, dict[str, float]]:
+    """The loss increase of each variant on each text."""
     names = [PUBLISHED, "seed 1", "seed 2", "threshold 0", "threshold 0.2", "threshold 0.6", "busy with rare"]
-    found = {name: bench.increase(*VARIANTS[name]) for name in names}
-    return found | {"wanda": bench.wanda()}
+    found = {name: quality_bench.increase(*VARIANTS[name]) for name in names}
+    return found | {"wanda": quality_bench.wanda()}
 
 
 @pytest.fixture(params=["stdlib evaluate", "prose"])

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from moefold import Checkpoint, StreamedModel, shipped
 from moefold.cli import app
 from moefold.comparison import compare
+from strict_reports import strictly
 
 CUT = {"calibration": (16, 256), "unseen": (4, 256), "prose": (4, 256)}
 RATIO = {
@@ -55,6 +56,7 @@ def report(folder: Path, name: str, *more: str) -> dict:
 @pytest.mark.parametrize("name", sorted(RATIO))
 def test_it_saves_what_it_promises_and_reads_it_back(folder, name):
     found = report(folder, name)
+    assert strictly(found) == [], "report.json follows its schema, with no field left over"
     (saved,) = found["saved"]["save"].values()
     assert saved["expert_bytes"]["after"] / saved["expert_bytes"]["before"] == pytest.approx(RATIO[name], rel=0.01)
     rows = found["metrics"]["evaluate.perplexity"]["all"]["rows"]

@@ -39,6 +39,8 @@ SAMPLE = 1 << 20
 class FewBits(Codec):
     """A pair in few bits a position: a state of 3 and a level of b, with a bf16 scale for 64 columns of a row."""
 
+    version: ClassVar[int] = 2  # counts of each pair
+
     takes_levels: ClassVar[bool] = True
     levels: Annotated[
         list[float] | None,
@@ -107,7 +109,7 @@ class FewBits(Codec):
             for name, magnitude in merge.magnitude.items()
         }
         words: dict[str, Tensor] = {}
-        counts: dict[str, Json] = {}
+        pair_counts: dict[str, list[int]] = {}
         for name, each in settings.items():
             rows: list[Tensor] = []
             for index, pair in enumerate(merge.merged(name)):
@@ -115,9 +117,10 @@ class FewBits(Codec):
                 coded = self.lay(leveled, each)
                 rows.append(coded.words.cpu())
                 for key, value in (reference.masks(pair.keep) | coded.counts).items():
-                    counts[key] = counts.get(key, 0) + value
+                    pair_counts.setdefault(key, [0] * len(merge.pairs))[index] += value
             words[name] = torch.stack(rows)
-        return CodedLayer(words, settings, counts)
+        counts: dict[str, Json] = {key: sum(each) for key, each in pair_counts.items()}
+        return CodedLayer(words, settings, counts, pair_counts)
 
     def size(self, rows: int, columns: int) -> int:
         """Bytes of the planes, columns padded to a multiple of 64, and of the scales."""

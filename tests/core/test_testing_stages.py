@@ -222,12 +222,70 @@ def nan_facts(layer: Layer) -> Pairs:
     return Pairs([0], [float("nan")])
 
 
+@stage("broken")
+def ignores(layer: Layer, *, strength: Annotated[int, Field(description="how much")] = 1) -> Groups:
+    """Takes an option and does nothing with it."""
+    return groups(layer.expert_count)
+
+
+@stage("broken")
+def keeps(layer: Layer, *, skip: Annotated[list[int], Field(description="layers")] = []) -> Groups:  # noqa: B006
+    """Writes into a default that the next call has, too."""
+    skip.append(5)
+    return groups(layer.expert_count)
+
+
+@stage("broken")
+def doubles(layer: Layer) -> Groups:
+    """Has all that follows compute in float64."""
+    torch.set_default_dtype(torch.float64)
+    return groups(layer.expert_count)
+
+
+@stage("broken")
+def first_layer_only(layer: Layer) -> Groups:
+    """Mixes up a layer's number with something that is always 0."""
+    return [groups(layer.expert_count)][layer.number]
+
+
+@stage("broken")
+def twice(layer: Layer) -> Groups:
+    """An expert in two places."""
+    return Groups([[0, 1]], list(range(layer.expert_count)))
+
+
+@stage("broken")
+def forgets(layer: Layer) -> Groups:
+    """An expert in none."""
+    return Groups([[1, layer.expert_count]], [])
+
+
+@stage("broken")
+def not_a_number(layer: Layer) -> Similarity:
+    """Divides by the norm of an expert without tokens."""
+    return Similarity(torch.zeros(layer.expert_count, layer.expert_count) / 0, "nan")
+
+
+@stage("broken")
+def some_only(layer: Layer) -> Similarity:
+    """Of three experts, whatever there are."""
+    return Similarity(torch.zeros(3, 3), "some")
+
+
 def not_a_stage(layer: Layer) -> Groups:
     """A plain function."""
     return groups(layer.expert_count)
 
 
 BROKEN: list[tuple[Any, str]] = [
+    (ignores, "option strength is accepted and never read, so it changes nothing"),
+    (keeps, r"it changes an option in place \(skip has 0 values and then 1\)"),
+    (doubles, "it leaves torch's default dtype at torch.float64"),
+    (first_layer_only, r"\(model of 2 experts\), layer 1: it fails: IndexError"),
+    (twice, "expert 0 is in two groups, or alone and in one"),
+    (forgets, "its groups name 2 experts and not expert 0"),
+    (not_a_number, "its matrix holds NaN"),
+    (some_only, r"its matrix is \[3, 3\]; it is \[expert, expert\], of 2 experts here"),
     (undocumented, "it has no docstring"),
     (one_name, "input strength and option strength have one name"),
     (unexplained, "option strength has no description"),
@@ -277,7 +335,7 @@ def test_what_the_check_needs_is_asked_for() -> None:
         check_stage(own, options={"size": 1})
     with pytest.raises(InputError, match="own has no input pair; it has: pairs"):
         check_stage(own, options={"size": 1}, inputs={"pair": Pairs([0, 1])})
-    check_stage(own, options={"size": 1}, inputs=lambda world: {"pairs": Pairs([0, world.layer.expert_count])})
+    check_stage(own, options={"size": 2}, inputs=lambda world: {"pairs": Pairs([0, 1])})
 
 
 def test_layers_and_optional_inputs_are_given_and_left_out() -> None:

@@ -40,11 +40,15 @@ def normal(rows: int, columns: int, spread: float = 0.02, seed: int = 0, neither
 
 
 def edges() -> Iterator[MergedPair]:
-    """What rounding goes wrong at: halves between two bfloat16, which round to even; subnormal numbers alone."""
+    """What rounding goes wrong at: halves between two bfloat16, which round to even; subnormal numbers alone.
+
+    And numbers that are bfloat16 already, of which no format may say that they were lost when they were not.
+    """
+    exact = 1 + torch.arange(16) / 128
     halves = 1 + (2 * torch.arange(16) + 1) * 2.0**-8  # between 1 + k / 128 and 1 + (k + 1) / 128
     subnormal = (torch.arange(16) + 1) * SUBNORMAL
     around = SMALLEST * torch.tensor([0.5, 0.984375, 0.99609375, 1.0, 1.00390625, 1.5, 2.0, 4.0] * 2)
-    for values in (halves, subnormal, around, halves * SMALLEST):
+    for values in (exact, halves, subnormal, around, halves * SMALLEST):
         negative = torch.stack([torch.arange(16) % 2 == 0, torch.arange(16) % 3 == 0])
         yield pair_of(values.view(2, 8), negative.view(2, 2, 8))
 

@@ -84,7 +84,11 @@ def _one_of(stages: list[Stage[Any, Any]]) -> dict[str, Json]:
         "type": "object",
         "required": ["uses"],
         "properties": {
-            "uses": {"description": "the stage", "enum": [stage.name for stage in stages]},
+            "uses": {
+                "description": "which stage",
+                "enum": [stage.name for stage in stages],
+                "markdownEnumDescriptions": [stage.summary for stage in stages],  # editors show them beside the names
+            },
             "id": {"type": "string", "description": "what other stages call it (default: the stage's name)"},
         },
         "allOf": chosen,
@@ -109,7 +113,7 @@ def _stage(stage: Stage[Any, Any]) -> dict[str, Json]:
         "additionalProperties": False,
         "required": ["uses", "with"] if options.get("required") else ["uses"],
         "properties": {
-            "uses": {"const": stage.name},
+            "uses": {"const": stage.name, "description": stage.summary},
             "id": {"type": "string"},
             "with": options,
             "needs": {"type": "object", "additionalProperties": False, "properties": ports},

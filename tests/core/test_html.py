@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from typing import Any
 import plotly.graph_objects
 import pytest
 import torch
+from PIL import Image
 from reports import loss_row, synthetic
 from rich.console import Console
 from scipy import stats
@@ -330,6 +332,23 @@ def test_every_field_of_a_report_is_documented(tmp_path):
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_picture_of_a_report_is_drawn(tmp_path, monkeypatch):
+    """docs/draw_report.py: a desktop, light, and a phone, dark."""
+    place = Path(__file__).parents[2] / "docs" / "draw_report.py"
+    spec = importlib.util.spec_from_file_location("draw_report", place)
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    monkeypatch.setattr(draw, "PICTURE", tmp_path / "report.png")
+    (tmp_path / "report.html").write_text(page(synthetic()).render(), encoding="utf-8")
+    draw.main(tmp_path / "report.html")
+    with Image.open(tmp_path / "report.png") as found:
+        both = found.convert("L")
+    light, dark = both.getpixel((5, 400)), both.getpixel((both.width - 5, 400))
+    assert (both.width, light > 200, dark < 60) == (round(draw.SHRINK * (1180 + 24 + 390)), True, True)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

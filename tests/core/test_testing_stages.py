@@ -52,6 +52,7 @@ def given(name: str, folder: Path) -> dict[str, Any]:
         "text.prose": text,
         "text.stdlib": text,
         "text.mix": {"samples": 2},
+        "evaluate.speed": {"length": 4, "new": 1, "rounds": 1},
         "plan.budget": {"budget": 1.0},  # what two experts of one layer can meet whatever their size
     }
     if name == "plan.read":
@@ -316,6 +317,17 @@ def test_a_broken_stage_is_told_what_is_wrong(broken: Any, message: str) -> None
 
 def test_the_stage_they_are_made_of_is_not_broken() -> None:
     check_stage(good)
+
+
+def test_what_measures_the_machine_says_so_and_may_differ() -> None:
+    check_stage(replace(clock, repeatable=False, function=matrix_by_the_clock))
+    with pytest.raises(CheckError, match="the same inputs gave two results"):
+        check_stage(replace(clock, function=matrix_by_the_clock))
+
+
+def matrix_by_the_clock(layer: Layer) -> Similarity:
+    """Depends on when it runs."""
+    return Similarity(torch.zeros(layer.expert_count, layer.expert_count), f"{time.perf_counter_ns()}")
 
 
 def test_a_plain_function_is_no_stage() -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from moefold import Checkpoint, StreamedModel, shipped
 from moefold.cli import app
 from moefold.comparison import compare
+from strict_reports import strictly
 
 CUT = {"calibration": (16, 256), "unseen": (4, 256), "prose": (4, 256)}
 RATIO = {
@@ -46,6 +47,7 @@ def report(folder: Path, name: str, *more: str) -> dict:
     pairs = [(f"{i}.samples={n}", f"{i}.length={length}") for i, (n, length) in CUT.items() if f"id: {i}\n" in text]
     settings = [part for pair in pairs for setting in pair for part in ("--set", setting)]
     place = ["--work", str(folder / "work"), "--to", str(folder / name), "--device", "cpu"]
+    settings += ["--set", "evaluate.layers.samples=1"]
     keep = ["--keep", "forward"] if "uses: forward" in text else []
     done = CliRunner().invoke(app, ["run", name, *settings, *place, *keep, *more, "--json"])
     assert done.exit_code == 0, done.output
@@ -55,6 +57,7 @@ def report(folder: Path, name: str, *more: str) -> dict:
 @pytest.mark.parametrize("name", sorted(RATIO))
 def test_it_saves_what_it_promises_and_reads_it_back(folder, name):
     found = report(folder, name)
+    assert strictly(found) == [], "report.json follows its schema, with no field left over"
     (saved,) = found["saved"]["save"].values()
     assert saved["expert_bytes"]["after"] / saved["expert_bytes"]["before"] == pytest.approx(RATIO[name], rel=0.01)
     rows = found["metrics"]["evaluate.perplexity"]["all"]["rows"]
@@ -77,7 +80,7 @@ def test_the_second_method_costs_its_own_stages_only(folder):
     report(folder, "mergemoe")
     again = report(folder, "mergemoe", "--set", "mergemoe.target=published", "--to", str(folder / "other"))
     ran = {step: took["ran"] for step, took in again["stages"].items() if took["ran"]}
-    assert ran == {"mergemoe": 5, "save": 1, "evaluate.perplexity": 1}
+    assert ran == {"mergemoe": 5, "save": 1, "evaluate.perplexity": 1, "evaluate.layers": 1}
 
 
 def test_they_stand_side_by_side(folder):

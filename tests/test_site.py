@@ -14,7 +14,7 @@ import pytest
 
 import moefold
 import moefold_kernels
-from moefold import describe, shipped, testing
+from moefold import describe, hooks, shipped, testing
 from pages import DOCS, PAGES, ROOT, name
 
 
@@ -86,6 +86,8 @@ def test_the_reference_has_every_public_name(page: str, module: ModuleType, site
     public = [one for one in module.__all__ if not one.startswith("__")]
     path = {"stage": "moefold.stage.stage"}  # the module of this name has the page's entry otherwise
     assert not [one for one in public if path.get(one, f"{module.__name__}.{one}") not in ids]
+    if page == "moefold":
+        assert {f"moefold.hooks.{one}" for one in vars(hooks) if one.startswith("moefold_")} <= ids
     listed = re.findall(r"^::: (\S+)$", (DOCS / "reference" / f"{page}.md").read_text(encoding="utf-8"), flags=re.M)
     assert len(listed) == len(set(listed))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,16 @@ from moefold.errors import StoreError
 
 Json = Any
 """A value that JSON can hold."""
+
+
+def finite(value: Json) -> Json:
+    """The value with null for what JSON has no number for: NaN and infinity, for which readers refuse a document."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
 
 T = TypeVar("T")
 

@@ -161,6 +161,9 @@ class Groups(Artifact):
     alone: list[int]
     format: str | None = None
     """The format that pairs are to be merged for, where a plan says so."""
+    costs: Tensor | None = field(default=None, compare=False)
+    """[expert, expert]: what putting two together was predicted to cost, where the choice was made by that; for the
+    report."""
 
     def all(self) -> list[list[int]]:
         """Every group, those of one expert among them, by its lowest expert; the first named of each comes first."""

@@ -20,6 +20,7 @@ from moefold import compare as comparing
 from moefold import schema as schemas
 from moefold import tune as tuning
 from moefold.arguments import AsJson, Device, Keep, Model, PipelineName, Settings, Strict, Texts, To, Work
+from moefold.artifact import finite
 from moefold.errors import InputError, MoefoldError, PipelineError
 from moefold.session import Session
 
@@ -63,7 +64,7 @@ def errors() -> Iterator[None]:
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
+    typer.echo(json.dumps(finite(value), indent=2))
 
 
 @app.command(

@@ -38,6 +38,24 @@ class CodedLayer(NamedTuple):
     words: dict[str, Tensor]  # matrix -> [pair, rows, columns] int16, on the CPU
     settings: dict[str, Json]
     counts: dict[str, Json]
+    pair_counts: dict[str, list[int]] | None = None
+    """The same of each pair by itself, where they were counted one by one."""
+
+
+class PairCounts:
+    """Adds up what the positions of each pair hold, over the matrices of a layer."""
+
+    def __init__(self, pairs: int) -> None:
+        self.of_pairs: dict[str, list[int]] = {name: [0] * pairs for name in _COUNTS}
+
+    def add(self, pair: int, counts: Mapping[str, int]) -> None:
+        """Of one matrix of a pair."""
+        for name, count in counts.items():
+            self.of_pairs.setdefault(name, [0] * len(self.of_pairs["weights"]))[pair] += count
+
+    def layer(self) -> dict[str, Json]:
+        """Over all pairs."""
+        return {name: sum(counts) for name, counts in self.of_pairs.items()}
 
 
 class Codec(BaseModel):
@@ -107,6 +125,7 @@ def pack(codec: Codec, merge: Paired) -> Packed:
         experts=_alone(merge.experts, merge.alone),
         settings=coded.settings,
         counts=coded.counts,
+        pair_counts=coded.pair_counts or {},
         route=None if merge.experts.route is None else merge.experts.route.tolist(),
         biases={} if merge.experts.route is None else _biases(merge.experts),
     )
@@ -135,6 +154,7 @@ def _pack_merged(codec: Codec, merge: MergedPairs) -> Packed:
         experts=merge.experts,
         settings=coded.settings,
         counts=coded.counts,
+        pair_counts=coded.pair_counts or {},
         route=merge.route,
         biases=merge.biases,
     )
@@ -146,7 +166,7 @@ def _encode(
     """Pair by pair; `matrices` [any, rows, columns] are what settings are fitted to."""
     words: dict[str, Tensor] = {}
     settings: dict[str, Json] = {}
-    counts: dict[str, Json] = dict.fromkeys(_COUNTS, 0)
+    counts = PairCounts(pairs)
     for matrix, weights in matrices.items():
         settings[matrix] = codec.fit(matrix, weights)
         out = torch.empty(0, dtype=torch.int16)
@@ -157,10 +177,9 @@ def _encode(
             if not index:
                 out = torch.empty(pairs, *coded.words.shape, dtype=torch.int16)  # on the CPU: it is on its way out
             out[index] = coded.words.cpu()
-            for key, value in (reference.masks(pair.keep) | coded.counts).items():
-                counts[key] = counts.get(key, 0) + value
+            counts.add(index, reference.masks(pair.keep) | coded.counts)
         words[matrix] = out
-    return CodedLayer(words, settings, counts)
+    return CodedLayer(words, settings, counts.layer(), counts.of_pairs)
 
 
 def _biases(experts: Experts) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 
 from moefold import pictures
-from moefold.comparison import Comparison, Cost, Row
-from moefold.html import Page, paragraph, table
+from moefold.comparison import Comparison, Cost, Loss, Row
+from moefold.html import Page, badge, paragraph, raw, table
 from moefold.inside import Inside
 from moefold.report import size
 from moefold.runs import read
@@ -34,13 +34,15 @@ def _against_bytes(made: Page, found: Comparison, text: str, number: int) -> str
             "method": row.method,
             "bytes": row.expert_bytes,
             "loss": row.losses[text].loss,
+            "span": _half(row.losses[text]),
             "random": row.random,
         }
         for row in found.rows
     ]
     figure = pictures.against_bytes(points, found.uncompressed.losses[text].loss, text)
     told = (
-        f"Loss on {text} ({found.texts[text]:,} tokens) against the bytes of the routed experts; lower left is better."
+        f"Loss on {text} ({found.texts[text]:,} tokens) against the bytes of the routed experts; lower left is better. "
+        "Bars: the 95 % interval of the increase over the uncompressed model, where it is known."
     )
     return made.figure(f"bytes-plot-{number}", figure, told)
 
@@ -48,17 +50,29 @@ def _against_bytes(made: Page, found: Comparison, text: str, number: int) -> str
 def _table(found: Comparison) -> str:
     columns = ["run", "experts", "expert bytes", "ratio", "bits / weight"]
     for text in found.texts:
-        columns += [f"loss on {text}", "increase", "perplexity"]
+        columns += [f"loss on {text}", "increase", "perplexity", "recovery"]
+    gated = any(row.passed is not None for row in found.rows)
+    columns += ["gate"] if gated else []
     columns += ["own seconds", "own peak", "calibration seconds", "calibration peak", "method"]
-    rows = [_row(found, row) for row in (found.uncompressed, *found.rows)]
+    rows = [_row(found, row, gated) for row in (found.uncompressed, *found.rows)]
     told = (
-        "Rows of equal expert bytes (within 1 %) stand together, the least loss first. Loss in nats per token; seconds "
-        "and peak memory whenever they were spent."
+        "Rows of equal expert bytes (within 1 %) stand together, the least loss first. Loss in nats per token, "
+        "below the increase its 95 % interval over samples; recovery: perplexity before / after; seconds and peak "
+        "memory whenever they were spent."
     )
     return table(columns, rows, {len(columns) - 1: "longest"}) + paragraph(told)
 
 
-def _row(found: Comparison, row: Row) -> list[str]:
+def _half(loss: Loss) -> float | None:
+    """Half of the interval of the increase."""
+    known = loss.increase_low is not None and loss.increase_high is not None
+    return (loss.increase_high - loss.increase_low) / 2 if known else None  # type: ignore[operator]  # known
+
+
+_GATE = {True: ("pass", "good"), False: ("fail", "bad"), None: ("–", "none")}
+
+
+def _row(found: Comparison, row: Row, gated: bool) -> list[str]:
     cells = [
         f"{row.run} (random)" if row.random else row.run,
         row.per_layer,
@@ -68,8 +82,13 @@ def _row(found: Comparison, row: Row) -> list[str]:
     ]
     for text in found.texts:
         loss = row.losses[text]
+        span = None if loss.increase_low is None else f"{loss.increase_low:+.4f} … {loss.increase_high:+.4f}"
         increase = "–" if loss.increase is None else f"{loss.increase:+.4f}"
-        cells += [f"{loss.loss:.4f}", increase, f"{loss.perplexity:.3f}"]
+        recovery = "–" if loss.recovery is None else f"{loss.recovery:.1%}"
+        cells += [f"{loss.loss:.4f}", raw(increase + (f"<small>{span}</small>" if span else ""))]
+        cells += [f"{loss.perplexity:.3f}", recovery]
+    if gated:
+        cells.append(badge(*_GATE[row.passed]))
     return [*cells, *_cost(row.own), *_cost(row.calibration), row.method]
 
 

@@ -25,6 +25,11 @@ class Loss:
     loss: float
     increase: float | None
     perplexity: float
+    increase_low: float | None = None
+    """Ends of the 95 % interval of the increase over samples; None where it is not known."""
+    increase_high: float | None = None
+    recovery: float | None = None
+    """Perplexity before / after."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class Row:
     own: Cost | None = None
     """Of the method's own stages and saving."""
     calibration: Cost | None = None
+    passed: bool | None = None
+    """Whether it met the gate that its pipeline states; None: it states none."""
 
     @property
     def increase(self) -> float:
@@ -107,9 +114,9 @@ def _grouped(rows: list[Row]) -> list[Row]:
 
 def _row(run: Run) -> Row:
     size = run.saved["expert_bytes"]
-    losses = {
-        text: Loss(row["loss_after"], row["loss_increase"], row["perplexity_after"]) for text, row in run.losses.items()
-    }
+    verdict = run.report["verdicts"].get(run.step, {})
+    rows = {row["text"]: row for row in verdict.get("texts", ())}
+    losses = {text: _loss(row, rows.get(text, {})) for text, row in run.losses.items()}
     return Row(
         run.name,
         method(run.method),
@@ -121,7 +128,13 @@ def _row(run: Run) -> Row:
         losses=losses,
         own=_cost(run, "own"),
         calibration=_cost(run, "calibration"),
+        passed=verdict.get("passed"),
     )
+
+
+def _loss(row: Mapping[str, Json], judged: Mapping[str, Json]) -> Loss:
+    low, high = judged.get("loss_increase_interval") or (None, None)
+    return Loss(row["loss_after"], row["loss_increase"], row["perplexity_after"], low, high, judged.get("recovery"))
 
 
 def _uncompressed(run: Run) -> Row:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 hookspec = pluggy.HookspecMarker("moefold")
 hookimpl = pluggy.HookimplMarker("moefold")
+"""Stands above each function of a plugin's module that moefold is to call; the functions are named like the hooks."""
 
 GROUP = "moefold"
 """The entry point group in which a distribution names its plugin modules."""

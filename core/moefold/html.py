@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from moefold.artifact import Json
+from moefold.artifact import Json, finite
 from moefold.errors import InputError
 
 ASSETS = Path(__file__).parent / "assets"
@@ -71,7 +70,7 @@ class Page:
 
         links = "".join(f'<a href="#{i}">{escape(heading)}</a>' for i, heading, _ in self.sections)
         parts = [f'<section id="{i}"><h2>{escape(heading)}</h2>{html}</section>' for i, heading, html in self.sections]
-        data = json.dumps(_finite({"figures": self.figures, "experts": self.experts}), separators=(",", ":"))
+        data = json.dumps(finite({"figures": self.figures, "experts": self.experts}), separators=(",", ":"))
         return _PAGE.format(
             title=escape(self.title),
             css=(ASSETS / "page.css").read_text(encoding="utf-8"),
@@ -80,15 +79,6 @@ class Page:
             plotly=get_plotlyjs(),
             js=(ASSETS / "page.js").read_text(encoding="utf-8"),
         )
-
-
-def _finite(value: Json) -> Json:
-    """JSON has no NaN; a browser refuses the whole document for one."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def place(identity: str, caption: str, kind: str = "", height: int = 0) -> str:
@@ -159,5 +149,5 @@ def write_report(report: Mapping[str, Json], folder: Path) -> None:
     """Leave `report.json` and `report.html` in a work directory."""
     from moefold.run_page import page
 
-    write(folder / "report.json", json.dumps(report, indent=2))
+    write(folder / "report.json", json.dumps(finite(report), indent=2))
     write(folder / "report.html", page(report).render())

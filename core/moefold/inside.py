@@ -43,6 +43,11 @@ class Inside:
         return self._of("reduced")
 
     @cached_property
+    def quantized(self) -> Facts:
+        """Experts of fewer bits."""
+        return self._of("quantized")
+
+    @cached_property
     def similarity(self) -> Facts:
         """What the choice was made by."""
         return self._of("similarity")
@@ -69,7 +74,7 @@ class Inside:
     def layers(self) -> list[str]:
         """All that something is told of, in order."""
         saved = self.report["saved"][self.step]["all"].get("experts", {})
-        found = {*self.activity, *self.packed, *self.reduced, *self.measured, *saved}
+        found = {*self.activity, *self.packed, *self.reduced, *self.quantized, *self.measured, *saved}
         return sorted(found, key=int)
 
     def spent(self, layer: str) -> tuple[float, int, int]:
@@ -96,6 +101,14 @@ class Inside:
         longest = sorted(found, key=lambda step: -sum(found[step]))[: most - 1]
         others = [math.fsum(times) for times in zip(*(found[s] for s in found if s not in longest), strict=True)]
         return {step: found[step] for step in found if step in longest} | {"others": others}
+
+    def format(self, layer: str) -> str | None:
+        """How the layer's experts are stored; None: as they were."""
+        if layer in self.quantized:
+            scheme, group = self.quantized[layer]["scheme"], self.quantized[layer]["group"]
+            return f"{scheme}, groups of {group}" if group else str(scheme)
+        found = self.packed.get(layer, {})
+        return str(found["format"]) if found.get("pairs") and found.get("format") else None
 
     def threshold(self) -> float | None:
         """PuzzleMoE's, which decides what mask shares to expect."""
@@ -132,6 +145,7 @@ class Inside:
             "share": [None if t is None or not total else round(t * before / total, 4) for t in tokens],
             "saliency": [None if s is None else float(f"{s:.4g}") for s in saliency],
             "kept": [None if m is None or not kept else kept[m] for m in merged],
+            **self._masks(layer, merged),
             "group": [self._named(layer, merged, partner, expert) for expert in range(before)],
             "groups": self._groups(layer, partner),
             "flags": {expert: told for expert, told in flags.items() if told},
@@ -145,6 +159,35 @@ class Inside:
             return list(range(before))
         place = {expert: number for number, group in enumerate(facts["groups"]) for expert in group}
         return [place.get(expert) for expert in range(before)]
+
+    def _masks(self, layer: str, merged: list[int | None]) -> dict[str, Json]:
+        """For each of the model's own experts, of the expert that it became: what the positions of its pair hold.
+
+        `shared`: three shares, of what both read, it alone, and its partner alone; `clipped`, `flushed`: positions.
+        """
+        shares, clipped, flushed = dict[int, Json](), dict[int, int](), dict[int, int]()
+        facts = self.packed.get(layer, {})
+        for number, pair in enumerate(facts.get("pairs", ())):
+            for slot, expert in enumerate(pair):
+                shares[expert] = self._shares(layer, number, slot)
+                for name, counts in (("clipped", clipped), ("flushed", flushed)):
+                    if name in (facts.get("pair_counts") or {}):
+                        counts[expert] = facts["pair_counts"][name][number]
+        told = (("masks", shares), ("clipped", clipped), ("flushed", flushed))
+        return {name: [None if m is None else found.get(m) for m in merged] for name, found in told if found}
+
+    def _shares(self, layer: str, number: int, slot: int) -> list[float] | None:
+        """Of one slot of a pair; without counts of each pair they follow from what each of the two keeps."""
+        facts = self.packed[layer]
+        if counts := facts.get("pair_counts"):
+            weights = counts["weights"][number]
+            names = ("shared", "own", "other") if slot == 0 else ("shared", "other", "own")
+            return [round(counts[name][number] / weights, 4) for name in names]
+        kept = self.measured.get(layer, {}).get("kept")
+        if not kept or facts.get("counts", {}).get("zero"):
+            return None
+        own, other = kept[facts["pairs"][number][slot]], kept[facts["pairs"][number][1 - slot]]
+        return [round(own + other - 1, 4), round(1 - other, 4), round(1 - own, 4)]
 
     def _partners(self, layer: str) -> dict[int, int]:
         """Of each packed expert, the one that it shares words with."""

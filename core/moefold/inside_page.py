@@ -7,13 +7,17 @@ from html import escape
 
 from moefold import pictures
 from moefold.artifact import Json
-from moefold.html import Page, badge, paragraph, place, raw, table
+from moefold.html import Page, badge, html, paragraph, place, raw, table
 from moefold.inside import Inside
 from moefold.report import size
 from moefold.verdict import expected_shares
 
 _PERCENT = {"tickformat": ".1%"}
+_PUBLISHED = 0.4
+"""PuzzleMoE's threshold."""
 _MASKS = {"shared": "shared by both", "own": "first expert's", "other": "second expert's"}
+
+_SHARES = "Both, it alone, partner alone: whose weights the positions of an expert's pair hold."
 
 
 def layers(made: Page, inside: Inside) -> None:
@@ -69,18 +73,24 @@ def _masks(made: Page, inside: Inside) -> list[str]:
     if not found:
         return []
     threshold = inside.threshold()
-    marks: list[float] = []
-    told = "What the positions of merged matrices hold."
-    if threshold is not None:
-        want = expected_shares(threshold)
-        marks = [want["shared"], want["shared"] + want["own"]]
-        told += (
-            f" Dashed: independent Gaussian weights at threshold {threshold:g} give "
-            f"{want['shared']:.1%} / {want['own']:.1%} / {want['other']:.1%}."
-        )
+    want = expected_shares(_PUBLISHED if threshold is None else threshold)
+    marks = [want["shared"], want["shared"] + want["own"]]
+    told = f"What the positions of merged matrices hold; dashed: as expected. {_expected(threshold)}"
     parts = {title: [shares[name] for shares in found.values()] for name, title in _MASKS.items()}
     figure = pictures.stacked([int(n) for n in found], parts, "positions", marks, range=[0, 1], **_PERCENT)
     return [made.figure("masks-plot", figure, told)]
+
+
+def _expected(threshold: float | None) -> str:
+    """What mask shares to hold the found ones against."""
+    want = expected_shares(_PUBLISHED if threshold is None else threshold)
+    shares = f"{want['shared']:.1%} / {want['own']:.1%} / {want['other']:.1%}"
+    if threshold is not None:
+        return f"Independent Gaussian weights at threshold {threshold:g} give {shares}."
+    return (
+        f"PuzzleMoE's rule, at its threshold of {_PUBLISHED:g}, gives {shares} on independent Gaussian weights; this "
+        "method decides by the error that each choice costs, so its shares may differ."
+    )
 
 
 def _seconds(made: Page, inside: Inside) -> list[str]:
@@ -110,18 +120,16 @@ def _layer(inside: Inside, layer: str) -> dict[str, Json]:
     return {
         "layer": layer,
         "experts": f"{saved[0]} → {saved[1]}" if saved and saved[0] != saved[1] else saved and saved[0],
-        "format": planned.get("format"),
+        "format": inside.format(layer) or planned.get("format"),
         "pairs": planned.get("pairs"),
         "predicted error": _percent(planned.get("predicted"), 2),
         "output error": _percent(row.get("output_error"), 2),
-        "of what it adds": _percent(row.get("update_error"), 2),
+        "of what the layer adds": _percent(row.get("update_error"), 2),
         "cumulative": _percent(row.get("cumulative_error"), 2),
         "routing kept": _percent(row.get("routing_overlap")),
-        "shared / first / second": " / ".join(f"{100 * s:.1f}" for s in shares.values()) + " %" if shares else None,
-        "clipped": _flagged(counts.get("clipped") if counts else None, "bad"),
-        "flushed": _flagged(counts.get("flushed") if counts else None, ""),
-        "dead": _flagged(dead, "bad"),
-        "few tokens": _flagged(few, "warn"),
+        "% shared / first / second": " / ".join(f"{100 * s:.1f}" for s in shares.values()) if shares else None,
+        "clipped / flushed": _both(counts.get("clipped"), counts.get("flushed"), "bad", "") if counts else None,
+        "dead / few tokens": _both(dead, few, "bad", "warn"),
         "seconds": f"{seconds:.1f}" if seconds else None,
         "peak": size(peak) if peak else None,
         "device peak": size(device) if device else None,
@@ -132,8 +140,15 @@ def _percent(value: float | None, digits: int = 1) -> str | None:
     return None if value is None else f"{value:.{digits}%}"
 
 
+def _both(first: int | None, second: int | None, kind: str, other: str) -> Json:
+    """Two counts, with a colour where there is something to look at."""
+    if first is None and second is None:
+        return None
+    return raw(" / ".join(html(_flagged(count, colour)) for count, colour in ((first, kind), (second, other))))
+
+
 def _flagged(count: int | None, kind: str) -> Json:
-    return count if not count or not kind else badge(f"{count:,}", kind)
+    return count if count is None else badge(f"{count:,}", kind) if count and kind else f"{count:,}"
 
 
 def experts(made: Page, inside: Inside) -> None:
@@ -144,7 +159,8 @@ def experts(made: Page, inside: Inside) -> None:
     salient = any("saliency" in f.get("figures", {}) for f in inside.reduced.values())
     title = "saliency" if salient else "activation (RMS length)"
     known = {
-        name: any(v is not None for layer in found for v in layer[name]) for name in ("tokens", "saliency", "kept")
+        name: any(v is not None for layer in found for v in layer.get(name, ()))
+        for name in ("tokens", "saliency", "kept", "masks", "clipped", "flushed")
     }
     measures = [
         *([{"name": "share", "title": "tokens (1: equal share)", "format": ".2f"}] if known["tokens"] else []),
@@ -157,12 +173,18 @@ def experts(made: Page, inside: Inside) -> None:
         *([{"name": "saliency", "title": title.split(" (")[0], "format": "number"}] if known["saliency"] else []),
         *([{"name": "kept", "title": "weights kept", "format": "percent"}] if known["kept"] else []),
         {"name": "group", "title": "partner or group", "format": "text"},
+        *(
+            [{"name": "masks", "title": "% both / it alone / partner alone", "format": "shares"}]
+            if known["masks"]
+            else []
+        ),
+        *([{"name": n, "title": n, "format": "count"} for n in ("clipped", "flushed") if known[n]]),
     ]
     made.experts = {"layers": found, "measures": measures, "columns": columns}
-    made.add("experts", "Per expert", _expert_section(found, measures, columns))
+    made.add("experts", "Per expert", _expert_section(found, measures, columns, inside))
 
 
-def _expert_section(found: list[Json], measures: list[Json], columns: list[Json]) -> str:
+def _expert_section(found: list[Json], measures: list[Json], columns: list[Json], inside: Inside) -> str:
     parts = [_flags(found)]
     if measures:
         options = "".join(f'<option value="{m["name"]}">{escape(m["title"])}</option>' for m in measures)
@@ -173,6 +195,8 @@ def _expert_section(found: list[Json], measures: list[Json], columns: list[Json]
         f"<th{' class=left' if c['format'] == 'text' else ''}>{escape(c['title'])}</th>"
         for c in [{"title": "expert", "format": ""}, *columns, {"title": "flags", "format": "text"}]
     )
+    if any(column["name"] == "masks" for column in columns):
+        parts.append(paragraph(f"{_SHARES} {_expected(inside.threshold())}"))
     parts.append(
         f'<div class="controls"><label>Layer <select id="layer">{options}</select></label></div>'
         '<p class="soft" id="experts-note"></p>'
@@ -208,6 +232,9 @@ def similarity(made: Page, inside: Inside) -> None:
     if not inside.similarity:
         return
     made.experts["maps"] = dict(inside.similarity)
-    select = paragraph("How alike the experts of the layer chosen above are; framed: those that were put together.")
+    told = (
+        "Every two experts of the layer that is chosen above, by what the method chose by; framed: those that were put "
+        "together. Brighter speaks for putting two together."
+    )
     note = '<p class="soft" id="similarity-note"></p>'
-    made.add("similarity", "Similarity", select + place("similarity-plot", "Brighter is more alike.", "square") + note)
+    made.add("similarity", "Similarity", paragraph(told) + note + place("similarity-plot", "", "square"))

@@ -91,7 +91,7 @@ class Grid(NamedTuple):
         The two broadcast: [pair, rows] both for one column of many pairs. Where a scale is zero, so is the value.
         """
         own = scale.float()
-        level = torch.bucketize(magnitude.float() / torch.where(own > 0, own, torch.inf), self.bounds)
+        level = torch.bucketize((magnitude.float() / torch.where(own > 0, own, torch.inf)).contiguous(), self.bounds)
         return level.to(torch.uint8), self.values(level, own)
 
     def values(self, level: Tensor, scale: Tensor) -> Tensor:

@@ -25,7 +25,9 @@ def model(plan: Plan) -> dict[str, Json]:
     """Name and fingerprint of the source, and how many weights its routed experts have (None: nothing was saved)."""
     task = next((task for task in plan.tasks.values() if task.provenance), None)
     if task is None or task.provenance is None:
-        return {"name": plan.pipeline.model, "fingerprint": None, "expert_weights": None}
+        one = next(iter(plan.tasks.values()), None)
+        fingerprint = one.checkpoint.fingerprint() if one else None
+        return {"name": plan.pipeline.model, "fingerprint": fingerprint, "expert_weights": None}
     name, fingerprint = task.provenance.model, task.provenance.fingerprint
     return {"name": name, "fingerprint": fingerprint, "expert_weights": _expert_weights(task.checkpoint)}
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from moefold.artifact import Json
+from moefold.artifact import Json, finite
 from moefold.inside import Inside
 from moefold.pipeline import Pipeline
 from moefold.report import LARGE
@@ -37,7 +37,7 @@ def write_records(report: Mapping[str, Json]) -> None:
             place = Path(facts["path"])
             if place.is_dir():
                 told = {name: value for name, value in report.items() if name not in LARGE}
-                (place / Saved.RECORD).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+                (place / Saved.RECORD).write_text(json.dumps(finite(told), indent=2) + "\n", encoding="utf-8")
 
 
 def _told(verdict: Mapping[str, Json], measured: Collection[Mapping[str, Json]]) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from moefold.artifact import Json
 
-PALETTE = ("#4c8fd6", "#e08a1e", "#2a9d76", "#c2558f", "#8d7ad1", "#b0a020", "#5aa7b0", "#999999")
+PALETTE = ("#4c8fd6", "#e08a1e", "#2a9d76", "#c2558f", "#8d7ad1", "#b0a020", "#5aa7b0", "#d2691e")
+_BASELINE = "#999999"
+SYMBOLS = ("circle", "diamond", "square", "triangle-up")
 _MARGIN = {"l": 56, "r": 12, "t": 12, "b": 44}
 _LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
 
@@ -117,26 +119,26 @@ def stacked(
 
 
 def against_bytes(points: Sequence[Mapping[str, Json]], uncompressed: float, text: str) -> dict[str, Json]:
-    """Loss against expert bytes; `points` have name, bytes, loss, random, method."""
+    """Loss against expert bytes; `points` have name, bytes, loss, span (half of its interval), random, method.
+
+    Names stand in the legend: in the picture those of equal bytes would lie on each other.
+    """
     unit, name = (1e9, "GB") if any(p["bytes"] >= 1e8 for p in points) else (1e6, "MB")
     data: list[Json] = []
-    for title, random, colour, symbol in (
-        ("method", False, PALETTE[0], "circle"),
-        ("random baseline", True, PALETTE[7], "x"),
-    ):
-        chosen = [point for point in points if point["random"] is random]
-        if chosen:
-            data.append({
-                "type": "scatter", "mode": "markers+text", "name": title, "x": [p["bytes"] / unit for p in chosen],
-                "y": [p["loss"] for p in chosen], "text": [p["name"] for p in chosen], "textposition": "top center",
-                "customdata": [p["method"] for p in chosen], "cliponaxis": False,
-                "marker": {"size": 10, "color": colour, "symbol": symbol},
-                "hovertemplate": "%{text}: %{y:.4f}<br>%{customdata}<extra></extra>",
-            })  # fmt: skip
+    for number, point in enumerate(points):
+        colour = _BASELINE if point["random"] else PALETTE[number % len(PALETTE)]
+        symbol = "x" if point["random"] else SYMBOLS[number // len(PALETTE) % len(SYMBOLS)]
+        data.append({
+            "type": "scatter", "mode": "markers", "name": point["name"] + (" (random)" if point["random"] else ""),
+            "x": [point["bytes"] / unit], "y": [point["loss"]], "customdata": [point["method"]], "cliponaxis": False,
+            "error_y": {"type": "data", "array": [point["span"]], "visible": point["span"] is not None, "width": 6},
+            "marker": {"size": 11, "color": colour, "symbol": symbol},
+            "hovertemplate": f"{point['name']}: %{{y:.4f}}<br>%{{customdata}}<extra></extra>",
+        })  # fmt: skip
     front = best(points)
     data.append({
         "type": "scatter", "mode": "lines", "name": "best at its bytes", "x": [p["bytes"] / unit for p in front],
-        "y": [p["loss"] for p in front], "line": {"color": PALETTE[0], "width": 1, "dash": "dot"}, "hoverinfo": "skip",
+        "y": [p["loss"] for p in front], "line": {"color": _BASELINE, "width": 1, "dash": "dot"}, "hoverinfo": "skip",
     })  # fmt: skip
     line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": uncompressed, "y1": uncompressed,
             "line": {"dash": "dash", "width": 1, "color": PALETTE[2]}}  # fmt: skip
@@ -144,7 +146,7 @@ def against_bytes(points: Sequence[Mapping[str, Json]], uncompressed: float, tex
             "text": "uncompressed"}  # fmt: skip
     return _figure(
         data,
-        420,
+        400 + 20 * len(data),  # on a phone the legend takes a line a name
         shapes=[line],
         annotations=[note],
         xaxis={"title": {"text": f"expert bytes, {name}"}, "rangemode": "tozero"},

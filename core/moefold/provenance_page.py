@@ -27,8 +27,9 @@ def provenance(made: Page, report: Mapping[str, Json]) -> None:
         if "seed" in name
     ]
     parts.append("<h3>Seeds</h3>" + (table(("stage", "option", "seed"), seeds) or paragraph("No stage has one.")))
-    versions = [(name, version) for name, version in report["versions"].items()]
-    parts.append("<h3>Versions</h3>" + table(("", "version"), versions))
+    versions = [("pipeline", report["source"]), ("computed on", report.get("machine") or report["device"])]
+    versions += report["versions"].items()
+    parts.append("<h3>Versions</h3>" + table(("of", "version"), versions, {1: "long"}))
     stages = report.get("stage_versions", {})
     if stages:
         parts.append(_details("Versions of the stages", table(("stage", "version"), list(stages.items()))))
@@ -66,9 +67,14 @@ def _events(events: list[Mapping[str, Json]]) -> str:
             to_run = sum(event["to_run"].values())
             what = f"{'resumed' if before in ('started', 'failed') else 'started'}: {to_run:,} tasks to run"
             what += " (the run before was killed)" if before == "started" else ""
-        lines.append((event["when"], what + (f": {event['why']}" if "why" in event else "")))
+        lines.append((moment(event["when"]), what + (f": {event['why']}" if "why" in event else "")))
         before = event["event"]
-    return table(("when", "what"), lines, {1: "long"})
+    return table(("when", "what"), lines, {0: "when", 1: "long"})
+
+
+def moment(when: str) -> str:
+    """An ISO date and time in UTC as people write it."""
+    return when.replace("T", " ").replace("+00:00", " UTC")
 
 
 def _stages(stages: Mapping[str, Json]) -> str:

@@ -42,6 +42,8 @@ class Packed(Replacement):
     """The expert that router output i means, where experts were merged before (None: expert i)."""
     biases: dict[str, Tensor] = field(default_factory=dict)
     """`gate_up_bias` and `down_bias` of experts that were merged before; the source's own stay where they are."""
+    pair_counts: dict[str, list[int]] = field(default_factory=dict)
+    """`counts` of each pair by itself; empty where all pairs were packed in one pass, which counts them together."""
 
     def bytes(self) -> int:
         """Bytes of the packed and the dense experts' weights."""
@@ -53,6 +55,7 @@ class Packed(Replacement):
             "pairs": self.pairs,
             "dense": self.dense,
             "counts": self.counts,
+            "pair_counts": self.pair_counts,
             "settings": self.settings,
             "route": self.route,
             "bytes": self.bytes(),

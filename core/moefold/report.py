@@ -1,4 +1,4 @@
-"""From the facts of a run to a report: one JSON document, whose fields docs/report.md describes."""
+"""From the facts of a run to a report: one JSON document, whose fields report_schema.py defines."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from moefold import shades
 from moefold.artifact import Artifact, Json
-from moefold.artifacts import Activity, Baseline, Groups, Metrics, Similarity, Text
+from moefold.artifacts import Activity, Baseline, Groups, Metrics, Text
+from moefold.maps import maps
 from moefold.merge_plan import MergePlan
 from moefold.methods import methods, model
 from moefold.pipeline import Pipeline
 from moefold.plan import Plan
-from moefold.replacements import Packed, Reduced
+from moefold.replacements import Packed, Quantized, Reduced
+from moefold.report_schema import VERSION
 from moefold.run import Event
 from moefold.saved import Saved
 from moefold.sensitivity import sensitivity
 from moefold.store import Store
 from moefold.verdict import verdicts
-
-VERSION = 2
-"""Of the report's schema; raised when a field changes its meaning, and not when one is added."""
 
 LARGE = ("similarity",)
 """Fields that the copy in a saved checkpoint does without."""
@@ -60,7 +58,7 @@ def build(
 ) -> dict[str, Json]:
     """The report of a finished run: what was saved, what was lost, what it took, and what to be wary of.
 
-    Similarities are read from `store`; `events` are the ledger's.
+    Similarities and costs are read from `store`; `events` are the ledger's.
     """
     pipeline = plan.pipeline
     report: dict[str, Json] = {
@@ -70,11 +68,13 @@ def build(
         "model": model(plan),
         "methods": methods(pipeline),
         "device": device,
+        "machine": _machine(device),
         "versions": {name: _version(name) for name in _LIBRARIES} | {"python": platform.python_version()},
         "texts": _made(pipeline, facts, Text),
         "activity": _made(pipeline, facts, Activity),
         "packed": _made(pipeline, facts, Packed),
         "reduced": _made(pipeline, facts, Reduced),
+        "quantized": _made(pipeline, facts, Quantized),
         "saved": _made(pipeline, facts, Saved),
         "baselines": _made(pipeline, facts, Baseline),
         "metrics": _made(pipeline, facts, Metrics),
@@ -82,7 +82,7 @@ def build(
         "stage_versions": {step.stage.name: step.stage.version for step in pipeline.steps.values()},
         "groups": _made(pipeline, facts, Groups),
         "plans": _made(pipeline, facts, MergePlan),
-        "similarity": {} if store is None else _similarity(plan, store),
+        "similarity": {} if store is None else maps(plan, store),
         "tasks": {step: _tasks(notes) for step, notes in facts.items()},
         "events": list(events),
     }
@@ -99,21 +99,17 @@ def _version(name: str) -> str | None:
         return None
 
 
+def _machine(device: str) -> str:
+    """What computed: the GPU's name, or the processor's kind; no name of the host, because reports are published."""
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+
+
 def _made(pipeline: Pipeline, facts: Mapping[str, Json], kind: type[Artifact]) -> dict[str, Json]:
     """The facts of every step that makes this kind of artifact, by step and layer."""
     steps = [s.id for s in pipeline.steps.values() if issubclass(s.stage.produces, kind)]
     return {s: {layer: note["facts"] for layer, note in facts[s].items()} for s in steps if s in facts}
-
-
-def _similarity(plan: Plan, store: Store) -> dict[str, Json]:
-    """Every stored similarity by step and layer, as shades for a picture."""
-    found: dict[str, Json] = {}
-    for key, task in plan.tasks.items():
-        if task.layer and issubclass(plan.kind(task), Similarity) and store.has(key, Similarity):
-            value = store.get(key, Similarity)
-            told = {"metric": value.metric, **shades.encode(value.matrix)}
-            found.setdefault(task.step, {})[str(task.layer.number)] = told
-    return found
 
 
 def _tasks(notes: Mapping[str, Json]) -> dict[str, Json]:
@@ -147,7 +143,7 @@ def _warnings(report: Mapping[str, Json]) -> Iterator[str]:
             if facts["starved"]:
                 yield (
                     f"{step}: layer {layer}: experts {_short(facts['starved'])} saw fewer than {facts['minimum']} "
-                    "calibration tokens; the layer's statistics stand for theirs"
+                    "calibration tokens; where a stage needs their statistics, the layer's stand for them"
                 )
     for step, layers in report["packed"].items():
         clipped = sum(facts["counts"].get("clipped", 0) for facts in layers.values())

@@ -12,14 +12,14 @@ from moefold.artifact import Json
 from moefold.html import Page, badge, card, paragraph, raw, table
 from moefold.inside import Inside
 from moefold.inside_page import experts, layers, similarity
-from moefold.provenance_page import provenance
+from moefold.provenance_page import moment, provenance
 from moefold.report import size
 
 _HOW_TO_READ = (
     "Loss in nats per token, below it the 95 % interval over samples; neighbouring samples of one text are not quite "
-    "independent, so the true interval is a little wider. Recovery: perplexity before / after. Beyond random: the "
-    "share of a random baseline's increase, at equal bytes, that the method avoids."
+    "independent, so the true interval is a little wider. Recovery: perplexity before / after."
 )
+_BEYOND = " Beyond random: the share of the random baseline's increase, at equal bytes, that the method avoids."
 _KNOWN = ("loss_after", "output_error", "same_tokens")
 
 
@@ -44,8 +44,10 @@ def page(report: Mapping[str, Json]) -> Page:
 
 def _head(report: Mapping[str, Json]) -> str:
     last = next((e["when"] for e in reversed(report.get("events", ())) if e["event"] == "finished"), None)
-    when = f", finished {last}" if last else ""
-    return paragraph(f"{report['source']} on {report['device']}{when}, with moefold {report['versions']['moefold']}.")
+    when = f", finished {moment(last)}" if last else ""
+    device = report.get("machine") or report["device"]
+    source = Path(report["source"]).name
+    return paragraph(f"{source} on {device}{when}, with moefold {report['versions'].get('moefold')}.")
 
 
 # -- verdict
@@ -54,7 +56,8 @@ def _head(report: Mapping[str, Json]) -> str:
 def _verdict(made: Page, report: Mapping[str, Json], verdicts: Mapping[str, Json]) -> str:
     parts = [_checkpoint(step, one, len(verdicts) > 1) for step, one in verdicts.items()]
     if any(one["texts"] for one in verdicts.values()):
-        parts.append(paragraph(_HOW_TO_READ))
+        chance = any(row["random_increase"] is not None for one in verdicts.values() for row in one["texts"])
+        parts.append(paragraph(_HOW_TO_READ + (_BEYOND if chance else "")))
     if not verdicts:
         parts.append(paragraph("This run saved no checkpoint; below is what it measured."))
         losses = [
@@ -95,7 +98,7 @@ def _checkpoint(step: str, one: Mapping[str, Json], named: bool) -> str:
         )
         cards.append(card(f"Loss on {row['text']}", f"{row['loss_increase']:+.4f}{half}", more))
     heading = f"<h3>{escape(step)}{' (random baseline)' if one['random'] else ''}</h3>" if named else ""
-    stated = {True: ("passes its gate", "good"), False: ("misses its gate", "bad"), None: ("no gate stated", "")}
+    stated = {True: ("passes its gate", "good"), False: ("misses its gate", "bad"), None: ("no gate stated", "none")}
     line = f"<p>{badge(*stated[one['passed']])}</p>"
     return f'{heading}{line}<div class="cards">{"".join(cards)}</div>{_losses(one["texts"])}'
 
@@ -175,8 +178,11 @@ def _sample(row: Mapping[str, Json]) -> str:
 
 def _loading(made: Page, report: Mapping[str, Json]) -> None:
     parts = []
-    for layers_ in report["saved"].values():
+    for step, layers_ in report["saved"].items():
         for facts in layers_.values():
+            if len(report["saved"]) > 1:
+                random = report["verdicts"].get(step, {}).get("random")
+                parts.append(f"<h3>{escape(step)}{' (random baseline)' if random else ''}</h3>")
             moefold = facts.get("needs_moefold", True)
             imports = "import moefold, transformers  # pip install moefold" if moefold else "import transformers"
             path = Path(facts["path"]).absolute()

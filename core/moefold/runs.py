@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +12,12 @@ from pathlib import Path
 
 from moefold.artifact import Json
 from moefold.errors import InputError
-from moefold.report import VERSION
+from moefold.report_schema import VERSION, problems
 from moefold.saved import Saved
 
+_NUMBERS = (
+    "loss_before", "loss_after", "loss_increase", "perplexity_before", "perplexity_after", "recovery"
+)  # fmt: skip
 _GIVE = "give a directory that moefold saved, a work directory (its last run counts), or a report.json"
 
 
@@ -81,7 +85,24 @@ def read_report(place: Path) -> tuple[Path, dict[str, Json]]:
             f"{file} is a report of version {report['version']}, and this moefold reads version {VERSION}; run its "
             "pipeline again with this moefold: what is stored is not computed again"
         )
+    if wrong := problems(report):
+        told = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise InputError(
+            f"{file} does not follow the schema of reports ({told}); run its pipeline again, or see what "
+            "`moefold schema report` asks for"
+        )
+    _restore(report)
     return file, report
+
+
+def _restore(report: dict[str, Json]) -> None:
+    """Losses that are not a number, which JSON has as null, as numbers again."""
+    rows = [row for layers in report["metrics"].values() for facts in layers.values() for row in facts["rows"]]
+    rows = [row for row in rows if "loss_after" in row]
+    for row in [*rows, *(row for verdict in report["verdicts"].values() for row in verdict["texts"])]:
+        for name, value in row.items():
+            if value is None and name in _NUMBERS:
+                row[name] = math.nan
 
 
 def _read(place: Path) -> Iterator[Run]:

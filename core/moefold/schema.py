@@ -1,4 +1,4 @@
-"""The JSON schema of a pipeline file, for editors: completion, descriptions and a first check while typing.
+"""The command `moefold schema`, and the JSON schema of a pipeline file: what editors complete, describe and check.
 
 What the schema cannot say (wiring, layers, models) `moefold validate` does. It is made from what is installed, so that
 stages of plugins are in it.
@@ -7,25 +7,44 @@ stages of plugins are in it.
 from __future__ import annotations
 
 import json
-from typing import Any
+from enum import StrEnum
+from typing import Annotated, Any
 
 import typer
 
+from moefold import report_schema
 from moefold.artifact import Json
 from moefold.hooks import Registry
 from moefold.pipeline import MODEL
 from moefold.stage import Stage
 
 EPILOG = """
-    Example: `moefold schema > pipeline.schema.json`, and in a pipeline's first line
-    `# yaml-language-server: $schema=pipeline.schema.json`
+    Examples:
+
+        moefold schema > pipeline.schema.json
+
+        moefold schema report > report.schema.json
+
+    In a pipeline's first line an editor reads `# yaml-language-server: $schema=pipeline.schema.json`.
 """
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
-def schema() -> None:
-    """Print the JSON schema of pipeline files, with the stages that are installed, for editors."""
-    typer.echo(json.dumps(pipeline_schema(Registry.installed()), indent=2))
+class Document(StrEnum):
+    """What has a schema."""
+
+    pipeline = "pipeline"
+    report = "report"
+
+
+def schema(
+    document: Annotated[
+        Document, typer.Argument(help="pipeline: of pipeline files, with what is installed; report: of report.json.")
+    ] = Document.pipeline,
+) -> None:
+    """Print the JSON schema of pipeline files, for editors, or of report.json, for programs that read it."""
+    made = report_schema.json_schema() if document is Document.report else pipeline_schema(Registry.installed())
+    typer.echo(json.dumps(made, indent=2))
 
 
 def pipeline_schema(registry: Registry) -> dict[str, Json]:
@@ -65,7 +84,11 @@ def _one_of(stages: list[Stage[Any, Any]]) -> dict[str, Json]:
         "type": "object",
         "required": ["uses"],
         "properties": {
-            "uses": {"description": "the stage", "enum": [stage.name for stage in stages]},
+            "uses": {
+                "description": "which stage",
+                "enum": [stage.name for stage in stages],
+                "markdownEnumDescriptions": [stage.summary for stage in stages],  # editors show them beside the names
+            },
             "id": {"type": "string", "description": "what other stages call it (default: the stage's name)"},
         },
         "allOf": chosen,
@@ -90,7 +113,7 @@ def _stage(stage: Stage[Any, Any]) -> dict[str, Json]:
         "additionalProperties": False,
         "required": ["uses", "with"] if options.get("required") else ["uses"],
         "properties": {
-            "uses": {"const": stage.name},
+            "uses": {"const": stage.name, "description": stage.summary},
             "id": {"type": "string"},
             "with": options,
             "needs": {"type": "object", "additionalProperties": False, "properties": ports},

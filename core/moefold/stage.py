@@ -104,6 +104,8 @@ class Stage(Generic[P, R]):
     version: int = 1
     reads: Callable[..., Json] | None = None
     """Called with the options when a run is planned: a digest of what the stage reads beside its inputs."""
+    repeatable: bool = True
+    """False for a stage that measures the machine, so that the same inputs may give another result."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.function(*args, **kwargs)
@@ -115,9 +117,14 @@ class Stage(Generic[P, R]):
 
 
 def stage(
-    name: str, *, keep: Keep = "always", version: int = 1, reads: Callable[..., Json] | None = None
+    name: str,
+    *,
+    keep: Keep = "always",
+    version: int = 1,
+    reads: Callable[..., Json] | None = None,
+    repeatable: bool = True,
 ) -> Callable[[Callable[P, R]], Stage[P, R]]:
-    """Make a function a stage; raise `version` when its results change.
+    """Make a function a stage; raise `version` when its results change; `repeatable=False` if it measures the machine.
 
     Raises PluginError when the signature cannot be read as ports, options and one artifact.
     """
@@ -140,7 +147,9 @@ def stage(
                 injected[parameter.name] = hint
             else:
                 ports[parameter.name] = _port(name, parameter.name, hint)
-        return Stage(name, function, ports, injected, _options(name, fields), produces, keep, version, reads)
+        return Stage(
+            name, function, ports, injected, _options(name, fields), produces, keep, version, reads, repeatable
+        )
 
     return read
 

@@ -61,6 +61,7 @@ class Reference:
     name: str = "reference"
 
     def can(self, need: Need) -> tuple[bool, str]:
+        """Yes, for the formats there are, wherever tensors hold values."""
         formats = (layout.EXPONENT, *layout_pairs.MAGNITUDE_BITS)
         if need.format not in formats:
             return False, f"knows formats {', '.join(formats)}, not {need.format}"
@@ -69,6 +70,7 @@ class Reference:
         return True, "plain torch: decodes every expert, slow"
 
     def decode(self, words: Tensor, top: int, slot: int) -> Tensor:
+        """What one slot of words reads: bfloat16."""
         return reference.decode(words, top, slot)
 
     def experts(
@@ -79,6 +81,7 @@ class Reference:
         top_k_weights: Tensor,
         activate: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
+        """The layer's output, [token, hidden] float32, by its definition."""
         return reference.experts(packed, hidden, top_k_index, top_k_weights, activate)
 
 

@@ -23,7 +23,7 @@ class Exponent(Codec):
     """Two experts in one 16-bit word: two signs, two keep bits, 5 exponent and 7 fraction bits (PuzzleMoE)."""
 
     name: ClassVar[str] = layout.EXPONENT
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # counts of each pair
     window: Annotated[
         int | None,
         Field(

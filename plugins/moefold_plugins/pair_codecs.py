@@ -39,6 +39,8 @@ SAMPLE = 1 << 20
 class FewBits(Codec):
     """A pair in few bits a position: a state of 3 and a level of b, with a bf16 scale for 64 columns of a row."""
 
+    version: ClassVar[int] = 2  # counts of each pair, and of what is flushed
+
     takes_levels: ClassVar[bool] = True
     levels: Annotated[
         list[float] | None,
@@ -68,18 +70,20 @@ class FewBits(Codec):
     def encode(self, pair: MergedPair, settings: Json) -> Coded:
         """Each magnitude rounded to the nearest level; there is no zero, and what neither slot keeps is slot 0's.
 
-        Counts `filled`: positions that neither kept, and that slot 0 reads as the smallest magnitude.
+        Counts `filled`: positions that neither kept, and that slot 0 reads as the smallest magnitude; `flushed`: those
+        whose level times scale is too small for bfloat16, and reads as zero.
         """
         _check(pair.magnitude)
         neither = ~(pair.keep[0] | pair.keep[1])
         magnitude = torch.where(neither, 0, pair.magnitude.float())
         grid = self._levels(settings).on(magnitude.device)
         scale = grid.scales(magnitude)
-        level, _ = grid.round(magnitude, _spread(scale, magnitude.shape[-1]))
+        level, value = grid.round(magnitude, _spread(scale, magnitude.shape[-1]))
         coded = self.lay(_kept(LeveledPair(level, scale, pair.negative, pair.keep), neither), settings)
         if neither.is_meta:  # there is nothing to count
             return Coded(coded.words, {})
-        return Coded(coded.words, coded.counts | {"filled": int(neither.sum())})
+        flushed = ~neither & (value == 0) & (magnitude.bfloat16() != 0)
+        return Coded(coded.words, coded.counts | {"flushed": int(flushed.sum()), "filled": int(neither.sum())})
 
     def lay(self, pair: LeveledPair, settings: Json) -> Coded:
         """The words of a pair that is in levels already, exactly."""
@@ -107,7 +111,7 @@ class FewBits(Codec):
             for name, magnitude in merge.magnitude.items()
         }
         words: dict[str, Tensor] = {}
-        counts: dict[str, Json] = {}
+        pair_counts: dict[str, list[int]] = {}
         for name, each in settings.items():
             rows: list[Tensor] = []
             for index, pair in enumerate(merge.merged(name)):
@@ -115,9 +119,10 @@ class FewBits(Codec):
                 coded = self.lay(leveled, each)
                 rows.append(coded.words.cpu())
                 for key, value in (reference.masks(pair.keep) | coded.counts).items():
-                    counts[key] = counts.get(key, 0) + value
+                    pair_counts.setdefault(key, [0] * len(merge.pairs))[index] += value
             words[name] = torch.stack(rows)
-        return CodedLayer(words, settings, counts)
+        counts: dict[str, Json] = {key: sum(each) for key, each in pair_counts.items()}
+        return CodedLayer(words, settings, counts, pair_counts)
 
     def size(self, rows: int, columns: int) -> int:
         """Bytes of the planes, columns padded to a multiple of 64, and of the scales."""

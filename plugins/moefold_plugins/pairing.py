@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Annotated, Any
 
 import networkx
@@ -84,7 +85,7 @@ def pair_similar(
     return _pairs(pairs, count, fraction, layer.number in skip)
 
 
-@stage("pair.by_error")
+@stage("pair.by_error", version=2)
 def pair_by_error(
     layer: Layer,
     routed: Routed,
@@ -115,7 +116,7 @@ def pair_by_error(
         some = weights[:, :: max(1, weights.shape[1] // rows)]
         total += _errors(some, cost) * (weights.shape[1] / some.shape[1])
     pairs = sorted(matchings(total, range(experts.count))[0], key=lambda pair: (float(total[pair]), pair))
-    return _pairs(pairs, experts.count, fraction, skipped=False)
+    return replace(_pairs(pairs, experts.count, fraction, skipped=False), costs=total.float())
 
 
 def _column_costs(calibration: Calibration, experts: Experts, damping: float, weigh: str) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moefold import shades
-from moefold.report import VERSION
+from moefold.report_schema import VERSION
 from moefold.verdict import verdicts
 
 
@@ -66,7 +66,9 @@ def synthetic(layers: int = 3, experts: int = 8, **changes: Any) -> dict[str, An
                 n: {
                     "pairs": pairs[n],
                     "dense": [],
+                    "format": "exponent",
                     "counts": {"weights": 1000, "shared": 480, "own": 260, "other": 260, "clipped": 2, "flushed": 1},
+                    "pair_counts": pair_counts(experts // 2),
                 }
                 for n in numbers
             }
@@ -103,6 +105,12 @@ def synthetic(layers: int = 3, experts: int = 8, **changes: Any) -> dict[str, An
         "warnings": given["warnings"],
     }
     return report | {"verdicts": verdicts(report)}
+
+
+def pair_counts(pairs: int) -> dict[str, list[int]]:
+    """Of each pair; the first clips."""
+    each = {"weights": 100, "shared": 48, "own": 30, "other": 22, "flushed": 0}
+    return {name: [count] * pairs for name, count in each.items()} | {"clipped": [2] + [0] * (pairs - 1)}
 
 
 def loss_row(text: str, before: list[float], after: list[float], **more: Any) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from moefold.cli import app
 from moefold.compare import show
 from moefold.comparison import Cost, compare
 from moefold.errors import InputError
-from moefold.report import VERSION
+from moefold.report_schema import VERSION
+from moefold.verdict import verdicts
 
 
 def step(uses: str, **options: Any) -> dict[str, Any]:
@@ -27,16 +28,23 @@ def report(path: Path, **changes: Any) -> dict[str, Any]:
     """What a run leaves: 1,000 bytes of 16-bit experts became `after` bytes, at `increase` nats per token."""
     given = {"after": 500, "increase": 0.1, "fingerprint": "f", "before_loss": 2.0, "digest": "d", "tokens": 64,
              "calibrated": "c", "steps": [step("pair.random"), step("pack.exponent")], "experts": [4, 2],
-             "device": "cpu"} | changes  # fmt: skip
+             "device": "cpu", "more": {}} | changes  # fmt: skip
     row = {
         "text": "prose", "tokens": given["tokens"], "loss_before": given["before_loss"],
         "loss_after": given["before_loss"] + given["increase"], "loss_increase": given["increase"],
-        "perplexity_before": 7.389, "perplexity_after": 8.0,
+        "perplexity_before": 7.389, "perplexity_after": 8.0, **given["more"],
     }  # fmt: skip
-    spent = {"stored_seconds": 1.5, "stored_peak_bytes": 10_000, "stored_peak_device_bytes": 0}
-    return {
+    spent = {"tasks": 1, "to_run": 0, "ran": 0, "seconds": 0.0, "peak_bytes": 0, "peak_device_bytes": 0,
+             "stored_seconds": 1.5, "stored_peak_bytes": 10_000, "stored_peak_device_bytes": 0}  # fmt: skip
+    made: dict[str, Any] = {
         "version": VERSION,
-        "pipeline": {},
+        "pipeline": {"model": "org/model", "stages": []},
+        "source": "p.yaml",
+        "versions": {},
+        "activity": {},
+        "packed": {},
+        "reduced": {},
+        "warnings": [],
         "device": given["device"],
         "model": {"name": "org/model", "fingerprint": given["fingerprint"], "expert_weights": 500},
         "methods": {
@@ -51,6 +59,7 @@ def report(path: Path, **changes: Any) -> dict[str, Any]:
             "save": {
                 "all": {
                     "path": str(path),
+                    "files": {},
                     "experts": {"0": given["experts"], "1": given["experts"]},
                     "expert_bytes": {"before": 1000, "after": given["after"]},
                     "checkpoint_bytes": {"before": 2000, "after": 1000 + given["after"]},
@@ -58,12 +67,13 @@ def report(path: Path, **changes: Any) -> dict[str, Any]:
             }
         },
         "baselines": {"baseline": {"all": {"digests": {"prose": given["digest"]}}}},
-        "metrics": {"evaluate": {"all": {"rows": [row]}}},
+        "metrics": {"evaluate": {"all": {"title": "loss", "rows": [row]}}},
         "stages": {
             "text": spent, "observe": spent, "forward": spent | {"stored_peak_bytes": 90_000}, "save": spent,
             "pack": spent | {"stored_peak_device_bytes": 7000}, "evaluate": spent | {"stored_peak_bytes": 10**9},
         },
     }  # fmt: skip
+    return made | {"verdicts": verdicts(made)}
 
 
 def saved(path: Path, **changes: Any) -> Path:

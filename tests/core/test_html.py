@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from typing import Any
 import plotly.graph_objects
 import pytest
 import torch
+from PIL import Image
 from reports import loss_row, synthetic
 from rich.console import Console
 from scipy import stats
@@ -94,8 +96,11 @@ def test_the_verdict_shows_bytes_intervals_and_the_gate():
 def test_layers_show_errors_masks_and_flags():
     report = synthetic()
     text = page(report).render()
-    for part in ("10.00%", "48.0 / 26.0 / 26.0 %", "48.4% / 25.8% / 25.8%", "4.5", "2.00 GB"):
+    for part in ("10.00%", "48.0 / 26.0 / 26.0<", "give 48.4% / 25.8% / 25.8%", "4.5", "2.00 GB", "exponent"):
         assert part in text
+    assert ">2</span> / 1<" in text, "clipped, and flushed"
+    report["pipeline"]["stages"][1]["uses"] = "puzzlemoe.compensated"
+    assert "PuzzleMoE&#x27;s rule, at its threshold of 0.4, gives 48.4% / 25.8% / 25.8%" in page(report).render()
     report["metrics"].pop("layers")
     assert "add the stage evaluate.layers" in page(report).render()
 
@@ -111,7 +116,41 @@ def test_experts_have_partner_kept_share_and_flags():
         assert [a, b] in layer["groups"]
     assert layer["kept"] == report["metrics"]["layers"]["all"]["rows"][1]["kept"]
     assert sum(layer["share"]) == pytest.approx(8, abs=0.01)
+    a, b = report["packed"]["pack"]["1"]["pairs"][0]
+    assert (layer["masks"][a], layer["masks"][b]) == ([0.48, 0.3, 0.22], [0.48, 0.22, 0.3])
+    assert (layer["clipped"][a], layer["clipped"][b], sum(layer["clipped"])) == (2, 2, 4)
+    assert [c["name"] for c in made.experts["columns"]][-3:] == ["masks", "clipped", "flushed"]
     assert "3 dead" in made.render()
+
+
+def test_shares_follow_from_what_is_kept_where_pairs_were_not_counted():
+    report = synthetic(layers=1, experts=4)
+    facts = report["packed"]["pack"]["0"]
+    facts |= {"pairs": [[2, 0]], "pair_counts": {}, "counts": facts["counts"] | {"zero": 0}}
+    report["metrics"]["layers"]["all"]["rows"][0]["kept"] = [0.7, 1.0, 0.8, 1.0]
+    (layer,) = Inside(report, "save").experts()
+    assert layer["masks"] == [[0.5, 0.2, 0.3], None, [0.5, 0.3, 0.2], None]
+    assert "clipped" not in layer
+    facts["counts"]["zero"] = 1
+    (layer,) = Inside(report, "save").experts()
+    assert layer["masks"] == [None] * 4, "then kept shares do not tell"
+
+
+def test_quantized_layers_name_their_scheme():
+    report = synthetic(layers=1, experts=4) | {"packed": {}}
+    told = {"scheme": "int4", "group": 64, "experts": 4, "route": None, "bytes": 9}
+    report |= {"quantized": {"quantize": {"0": told}}}
+    report["methods"]["save"]["own"].append("quantize")
+    assert "int4, groups of 64" in page(report).render()
+
+
+def test_speed_that_a_plugin_measured_stands_in_the_verdict():
+    report = synthetic()
+    rows = [{"batch": 1, "tokens per second before": 100.0, "after": 187.25}]
+    report["metrics"]["speed"] = {"all": {"title": "decoding on one H200", "rows": rows}}
+    verdict = page(report).render().partition('<section id="verdict">')[2].partition("</section>")[0]
+    for part in ("decoding on one H200", "tokens per second before", "187.2"):
+        assert part in verdict
 
 
 def test_merged_and_pruned_experts_are_told_apart():
@@ -266,7 +305,11 @@ def test_compare_writes_a_picture_of_loss_against_bytes(tmp_path):
     done = CliRunner().invoke(app, ["compare", *map(str, places), "--html", str(tmp_path / "all.html")])
     assert done.exit_code == 0, done.output
     figures = data_of((tmp_path / "all.html").read_text(encoding="utf-8"))["figures"]
-    assert sorted(figures["bytes-plot-0"]["data"][0]["x"]) == [0.0005, 0.001]
+    assert [(trace["name"], trace["x"]) for trace in figures["bytes-plot-0"]["data"]][:2] == [
+        ("a", [0.001]), ("b", [0.0005])
+    ]  # fmt: skip
+    low, high = synthetic()["verdicts"]["save"]["texts"][0]["loss_increase_interval"]
+    assert figures["bytes-plot-0"]["data"][0]["error_y"]["array"] == [pytest.approx((high - low) / 2)]
     assert {trace["name"] for trace in figures["cumulative-error-plot"]["data"]} == {"a", "b"}
     for figure in compared_page.page(comparison.compare(places), places).figures.values():
         plotly.graph_objects.Figure(figure)
@@ -289,6 +332,23 @@ def test_every_field_of_a_report_is_documented(tmp_path):
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_picture_of_a_report_is_drawn(tmp_path, monkeypatch):
+    """docs/draw_report.py: a desktop, light, and a phone, dark."""
+    place = Path(__file__).parents[2] / "docs" / "draw_report.py"
+    spec = importlib.util.spec_from_file_location("draw_report", place)
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    monkeypatch.setattr(draw, "PICTURE", tmp_path / "report.png")
+    (tmp_path / "report.html").write_text(page(synthetic()).render(), encoding="utf-8")
+    draw.main(tmp_path / "report.html")
+    with Image.open(tmp_path / "report.png") as found:
+        both = found.convert("L")
+    light, dark = both.getpixel((5, 400)), both.getpixel((both.width - 5, 400))
+    assert (both.width, light > 200, dark < 60) == (round(draw.SHRINK * (1180 + 24 + 390)), True, True)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

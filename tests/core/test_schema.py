@@ -53,7 +53,9 @@ def test_wrong_documents_do_not(validator):
 
 def test_every_stage_and_option_is_described(validator):
     for name, stage in validator.schema["$defs"].items():
-        assert stage["description"], name
+        assert stage["description"] == stage["properties"]["uses"]["description"] != "", name
+    uses = validator.schema["properties"]["stages"]["items"]["properties"]["uses"]
+    assert dict(zip(uses["enum"], uses["markdownEnumDescriptions"], strict=True))["puzzlemoe"].startswith("Share the")
     text = json.dumps(validator.schema)
     assert "relative difference up to which two entries are shared" in text
     assert '"$ref": "#/$defs/' in text

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import pytest
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from moefold import Codec, Coded, CodedLayer, Json, MergedPair, PairMerge
 from moefold.codec import pack
-from moefold.errors import InputError
+from moefold.errors import FormatError, InputError
 from moefold.hooks import Registry
 from moefold.magnitudes import Levels
 from moefold.testing import CheckError, check_codec
@@ -181,7 +183,145 @@ class PacksOtherwise(Good):
         return CodedLayer(words, one_by_one.settings, one_by_one.counts)
 
 
+class DecodesInPlace(Good):
+    """Leaves the words changed."""
+
+    def decode(self, words: Tensor, settings: Json, slot: int) -> Tensor:
+        found = super().decode(words, settings, slot)
+        words.zero_()
+        return found
+
+
+class FitsInPlace(Good):
+    """Leaves the weights changed."""
+
+    def fit(self, matrix: str, weights: Tensor) -> Json:
+        found = super().fit(matrix, weights)
+        weights.zero_()
+        return found
+
+
+class FitsByChance(Good):
+    """Another window each time."""
+
+    def fit(self, matrix: str, weights: Tensor) -> Json:
+        return super().fit(matrix, weights) + next(COUNT)
+
+
+class DecodesByChance(Good):
+    """Reads something else the second time."""
+
+    def decode(self, words: Tensor, settings: Json, slot: int) -> Tensor:
+        return super().decode(words, settings, slot) * (1 + next(COUNT) % 4 // 2)
+
+
+COUNT = itertools.count()
+
+
+class IgnoresAnOption(Good):
+    """Promises and does nothing."""
+
+    strength: Annotated[int, Field(description="how strong")] = 1
+
+
+class CountsTooMuch(Good):
+    """Loses two bits and calls everything lost."""
+
+    def encode(self, pair: MergedPair, settings: Json) -> Coded:
+        coded = super().encode(pair, settings)
+        return Coded(coded.words & ~3, {} if pair.magnitude.is_meta else {"flushed": pair.magnitude.numel()})
+
+
+class HalfUp(Good):
+    """Rounds halves up and not to even."""
+
+    def encode(self, pair: MergedPair, settings: Json) -> Coded:
+        if pair.magnitude.is_meta:
+            return super().encode(pair, settings)
+        up = ((pair.magnitude.view(torch.int32) + 0x8000) & ~0xFFFF).view(torch.float32)
+        return super().encode(pair._replace(magnitude=torch.where(up.isfinite(), up, pair.magnitude)), settings)
+
+
+class OtherMetaRead(Good):
+    """Another type when there are no values."""
+
+    def decode(self, words: Tensor, settings: Json, slot: int) -> Tensor:
+        found = super().decode(words, settings, slot)
+        return found.float() if words.is_meta and slot else found
+
+
+class ContiguousOnly(Good):
+    """Views what may be strided."""
+
+    def encode(self, pair: MergedPair, settings: Json) -> Coded:
+        pair.magnitude.view(-1)
+        return super().encode(pair, settings)
+
+
+class WideRows(Good):
+    """Right about the size of small matrices."""
+
+    def size(self, rows: int, columns: int) -> int:
+        return 2 * rows * (columns if columns < 200 else -(-columns // 512) * 512)
+
+
+class Plain(Codec):
+    """Loses nothing: the magnitude's own bits, and beside them what there is of signs and keep bits."""
+
+    name: ClassVar[str] = "broken"
+
+    def fit(self, matrix: str, weights: Tensor) -> Json:
+        return {"columns": weights.shape[-1]}
+
+    def encode(self, pair: MergedPair, settings: Json) -> Coded:
+        if not pair.magnitude.is_meta and not bool(pair.magnitude.isfinite().all()):
+            raise FormatError("magnitudes must be finite")
+        rounded = pair.magnitude.bfloat16()
+        if not rounded.is_meta:
+            rounded = torch.where(rounded.isfinite(), rounded, torch.finfo(torch.bfloat16).max)
+        flags = sum(part.to(torch.int16) << at for at, part in enumerate((*pair.negative, *pair.keep)))
+        return Coded(torch.cat([rounded.view(torch.int16), flags], dim=-1), {"clipped": 0, "flushed": 0})
+
+    def decode(self, words: Tensor, settings: Json, slot: int) -> Tensor:
+        bits, flags = words.split(settings["columns"], dim=-1)
+        magnitude = bits.contiguous().view(torch.bfloat16)
+        signed = torch.where((flags >> slot & 1).bool(), -magnitude, magnitude)
+        return torch.where((flags >> (2 + slot) & 1).bool(), signed, 0)
+
+    def size(self, rows: int, columns: int) -> int:
+        return 4 * rows * columns
+
+
+class SubnormalsVanish(Plain):
+    """As arithmetic that flushes them does."""
+
+    def decode(self, words: Tensor, settings: Json, slot: int) -> Tensor:
+        found = super().decode(words, settings, slot)
+        return torch.where(found.float().abs() < 2.0**-126, 0, found)
+
+
+class SubnormalsGrow(Plain):
+    """To the smallest normal number."""
+
+    def decode(self, words: Tensor, settings: Json, slot: int) -> Tensor:
+        found = super().decode(words, settings, slot)
+        least = torch.full_like(found, 2.0**-126).copysign(found)
+        return torch.where((found != 0) & (found.float().abs() < 2.0**-126), least, found)
+
+
 BROKEN = {
+    DecodesInPlace: "decode changes the words in place",
+    FitsInPlace: "fit changes its input in place",
+    FitsByChance: r"fit gave \d+ and then \d+ for the same weights",
+    DecodesByChance: "the same words read differently the second time",
+    IgnoresAnOption: "option strength is accepted and never read, so it changes nothing",
+    CountsTooMuch: r"\d+ positions are counted as lost \(clipped, flushed\), and \d+ are",
+    HalfUp: r"positions are not as they were, of which 0 are counted as lost \(magnitude 1.00391",
+    OtherMetaRead: r"decode of meta words gave torch.float32 \[1, 1\] on meta for slot 1",
+    ContiguousOnly: "encode fails on tensors that are not contiguous",
+    WideRows: r"size\(2, 515\) says 4096 bytes; its words take 2060",
+    SubnormalsVanish: r"slot \d reads -?0 at .* positions are not as they were, of which 0 are counted as lost",
+    SubnormalsGrow: r"slot \d reads -?1.17549e-38 at .* positions are not as they were",
     SwapsSlots: r"slot 0 reads .* (where that expert keeps nothing|which has the wrong sign)",
     ForgetsSigns: "which has the wrong sign",
     KeepsAll: "where that expert keeps nothing and should read 0",
@@ -209,12 +349,28 @@ def test_a_broken_codec_is_told_what_is_wrong(codec: type[Codec], message: str) 
         check_codec(codec)
 
 
-def test_the_codec_they_are_made_of_is_not_broken() -> None:
+def test_the_codecs_they_are_made_of_are_not_broken() -> None:
     check_codec(Good, examples=30)
+    check_codec(Plain, examples=30)
+
+
+class DropsSmallOnes(Good):
+    """A format that rounds, and hides what became zero behind its tolerance."""
+
+    def encode(self, pair: MergedPair, settings: Json) -> Coded:
+        if pair.magnitude.is_meta:
+            return super().encode(pair, settings)
+        small = pair.magnitude < pair.magnitude.max() * 2.0**-9
+        return super().encode(pair._replace(magnitude=torch.where(small, 0, pair.magnitude)), settings)
+
+
+def test_zeros_are_counted_whatever_the_tolerance() -> None:
+    with pytest.raises(CheckError, match="positions are zero that were not, of which 0 are counted as lost"):
+        check_codec(DropsSmallOnes, tolerance=0.01)
 
 
 def test_a_codec_of_several_planes_is_read_by_its_parts() -> None:
-    from moefold.testing.codecs import parts
+    from moefold.testing.words import parts
 
     one, two = torch.zeros(2), torch.ones(3)
     assert parts(one) == {"words": one}

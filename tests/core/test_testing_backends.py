@@ -15,6 +15,7 @@ import torch
 from moefold.hooks import Registry
 from moefold.testing import CheckError, Shape, Unchecked, check_backend
 from moefold_kernels import Need, Reference
+from moefold_kernels.activation import silu
 from moefold_kernels.triton.backend import Triton
 
 SMALL = (Shape(experts=4, hidden=64, inner=32, tokens=5), Shape(experts=5, hidden=40, inner=24, tokens=3, alone=1))
@@ -133,13 +134,68 @@ class WritesIntoItsInput(Good):
         return super().experts(packed, hidden.mul_(1.5), *batch)
 
 
+class NothingForNoTokens(Good):
+    def experts(self, packed: Any, hidden: Any, *batch: Any) -> Any:
+        return super().experts(packed, hidden, *batch) if len(hidden) else None
+
+
+class ARowForNoTokens(Good):
+    def experts(self, packed: Any, hidden: Any, *batch: Any) -> Any:
+        return super().experts(packed, hidden, *batch) if len(hidden) else torch.zeros(1, hidden.shape[1])
+
+
+class EvenOnly(Good):
+    """Forgets the expert that an odd number leaves alone."""
+
+    def experts(self, packed: Any, hidden: Any, index: Any, weights: Any, activate: Any) -> Any:
+        paired = 2 * len(packed.pairs)
+        return super().experts(packed, hidden, index, weights * (index < paired), activate)
+
+
+class OneBlock(Good):
+    def experts(self, packed: Any, hidden: Any, *batch: Any) -> Any:
+        found = super().experts(packed, hidden, *batch)
+        found[128:] = 0
+        return found
+
+
+class ItsOwnActivation(Good):
+    def experts(self, packed: Any, hidden: Any, index: Any, weights: Any, activate: Any) -> Any:
+        return super().experts(packed, hidden, index, weights, silu)
+
+
+SEEN: dict[Any, Any] = {}
+
+
+class KeepsTheFirstLayer(Good):
+    """A cache by shape."""
+
+    def experts(self, packed: Any, *batch: Any) -> Any:
+        shapes = (*((name, words.shape) for name, words in packed.words.items()), len(packed.alone))
+        return super().experts(SEEN.setdefault(shapes, packed), *batch)
+
+
+class DecodesInPlace(Good):
+    def decode(self, words: Any, top: int, slot: int) -> Any:
+        found = super().decode(words, top, slot)
+        words.zero_()
+        return found
+
+
 BROKEN = {
+    NothingForNoTokens: r"tokens=0.*experts gave NoneType; it gives a tensor",
+    ARowForNoTokens: r"tokens=0.*experts gave torch.float32 \[1, 64\]; it gives float32 \[0, 64\]",
+    EvenOnly: r"Shape\(experts=5.*token \d+ .*off the definition",
+    OneBlock: r"tokens=300.*token 128 .*off the definition",
+    ItsOwnActivation: "another activation: token 0 .*off the definition",
+    KeepsTheFirstLayer: "a second layer of the same shape: token 0 .*off the definition",
+    DecodesInPlace: "decode changes the words in place",
     TakesAnything: "it says that it can work on a format called no-such-format",
     TakesMeta: "it says that it can work on meta tensors",
     NoReason: r"it refuses Need\(.*\) without a reason",
     SaysYes: r"can\(\) answers 'yes'; answer \(True or False, reason\)",
     FailsWhenAsked: r"can\(Need\(.*\) fails; answer \(False, reason\): AssertionError",
-    NoShape: "it can work on cpu in torch.bfloat16, but on none of 6 shapes",
+    NoShape: "it can work on cpu in torch.bfloat16, but on none of 7 shapes",
     SwapsSlots: "decode is not what the codec reads: slot 0 of gate_proj differs in",
     IgnoresGateWeights: r"Shape\(.*token 0 \(experts \[.*\]\) is .* off the definition",
     SwapsGateAndUp: "off the definition",

@@ -99,6 +99,15 @@ def test_state_between_layers_is_told(monkeypatch):
     assert told.startswith("family qwen3_moe, layer 0: what leaves it, run alone is not what the whole model has")
 
 
+def test_chance_is_told(monkeypatch):
+    noise = torch.Generator().manual_seed(0)
+
+    def made(forward):
+        return lambda self, *given: forward(self, *given) * (1 + 0.02 * torch.rand((), generator=noise))
+
+    assert "or something is left to chance" in broken(monkeypatch, qwen.Qwen3MoeExperts, "forward", made)
+
+
 def test_flags_that_lie_are_told(monkeypatch):
     """The forward takes up for gate, and `_apply_gate` is as it was."""
 

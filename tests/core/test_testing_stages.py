@@ -52,6 +52,7 @@ def given(name: str, folder: Path) -> dict[str, Any]:
         "text.prose": text,
         "text.stdlib": text,
         "text.mix": {"samples": 2},
+        "evaluate.speed": {"length": 4, "new": 1, "rounds": 1},
         "plan.budget": {"budget": 1.0},  # what two experts of one layer can meet whatever their size
     }
     if name == "plan.read":
@@ -222,12 +223,70 @@ def nan_facts(layer: Layer) -> Pairs:
     return Pairs([0], [float("nan")])
 
 
+@stage("broken")
+def ignores(layer: Layer, *, strength: Annotated[int, Field(description="how much")] = 1) -> Groups:
+    """Takes an option and does nothing with it."""
+    return groups(layer.expert_count)
+
+
+@stage("broken")
+def keeps(layer: Layer, *, skip: Annotated[list[int], Field(description="layers")] = []) -> Groups:  # noqa: B006
+    """Writes into a default that the next call has, too."""
+    skip.append(5)
+    return groups(layer.expert_count)
+
+
+@stage("broken")
+def doubles(layer: Layer) -> Groups:
+    """Has all that follows compute in float64."""
+    torch.set_default_dtype(torch.float64)
+    return groups(layer.expert_count)
+
+
+@stage("broken")
+def first_layer_only(layer: Layer) -> Groups:
+    """Mixes up a layer's number with something that is always 0."""
+    return [groups(layer.expert_count)][layer.number]
+
+
+@stage("broken")
+def twice(layer: Layer) -> Groups:
+    """An expert in two places."""
+    return Groups([[0, 1]], list(range(layer.expert_count)))
+
+
+@stage("broken")
+def forgets(layer: Layer) -> Groups:
+    """An expert in none."""
+    return Groups([[1, layer.expert_count]], [])
+
+
+@stage("broken")
+def not_a_number(layer: Layer) -> Similarity:
+    """Divides by the norm of an expert without tokens."""
+    return Similarity(torch.zeros(layer.expert_count, layer.expert_count) / 0, "nan")
+
+
+@stage("broken")
+def some_only(layer: Layer) -> Similarity:
+    """Of three experts, whatever there are."""
+    return Similarity(torch.zeros(3, 3), "some")
+
+
 def not_a_stage(layer: Layer) -> Groups:
     """A plain function."""
     return groups(layer.expert_count)
 
 
 BROKEN: list[tuple[Any, str]] = [
+    (ignores, "option strength is accepted and never read, so it changes nothing"),
+    (keeps, r"it changes an option in place \(skip has 0 values and then 1\)"),
+    (doubles, "it leaves torch's default dtype at torch.float64"),
+    (first_layer_only, r"\(model of 2 experts\), layer 1: it fails: IndexError"),
+    (twice, "expert 0 is in two groups, or alone and in one"),
+    (forgets, "its groups name 2 experts and not expert 0"),
+    (not_a_number, "its matrix holds NaN"),
+    (some_only, r"its matrix is \[3, 3\]; it is \[expert, expert\], of 2 experts here"),
     (undocumented, "it has no docstring"),
     (one_name, "input strength and option strength have one name"),
     (unexplained, "option strength has no description"),
@@ -260,6 +319,17 @@ def test_the_stage_they_are_made_of_is_not_broken() -> None:
     check_stage(good)
 
 
+def test_what_measures_the_machine_says_so_and_may_differ() -> None:
+    check_stage(replace(clock, repeatable=False, function=matrix_by_the_clock))
+    with pytest.raises(CheckError, match="the same inputs gave two results"):
+        check_stage(replace(clock, function=matrix_by_the_clock))
+
+
+def matrix_by_the_clock(layer: Layer) -> Similarity:
+    """Depends on when it runs."""
+    return Similarity(torch.zeros(layer.expert_count, layer.expert_count), f"{time.perf_counter_ns()}")
+
+
 def test_a_plain_function_is_no_stage() -> None:
     with pytest.raises(CheckError, match=r"not_a_stage: this is no stage; write @stage\(NAME\) above it"):
         check_stage(not_a_stage)  # type: ignore[arg-type]
@@ -277,7 +347,7 @@ def test_what_the_check_needs_is_asked_for() -> None:
         check_stage(own, options={"size": 1})
     with pytest.raises(InputError, match="own has no input pair; it has: pairs"):
         check_stage(own, options={"size": 1}, inputs={"pair": Pairs([0, 1])})
-    check_stage(own, options={"size": 1}, inputs=lambda world: {"pairs": Pairs([0, world.layer.expert_count])})
+    check_stage(own, options={"size": 2}, inputs=lambda world: {"pairs": Pairs([0, 1])})
 
 
 def test_layers_and_optional_inputs_are_given_and_left_out() -> None:

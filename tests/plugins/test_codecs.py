@@ -100,6 +100,15 @@ def test_packing_a_layer_counts_and_halves():
         assert torch.equal(packed.experts[name][0], weights[2])
 
 
+def test_each_pair_is_counted_by_itself():
+    packed = pack(Exponent(window=120), merge_of())
+    assert set(packed.pair_counts) == set(packed.counts)
+    assert packed.pair_counts["weights"] == [3 * 6 * 8] * 2
+    assert {name: sum(counts) for name, counts in packed.pair_counts.items()} == packed.counts
+    first, second = packed.pair_counts["flushed"]
+    assert first < second, "the second pair has tiny rows"
+
+
 def merge_of(dtype: torch.dtype = torch.bfloat16, device: str = "cpu", bad: float = 0.0) -> PairMerge:
     """A dual-mask recipe for five experts of which one stays alone."""
     generator = torch.Generator().manual_seed(2)
@@ -130,7 +139,8 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def same(one: Packed, other: Packed) -> bool:
-    return one.facts() == other.facts() and all(torch.equal(one.words[n], other.words[n]) for n in one.words)
+    told, others = ({k: v for k, v in packed.facts().items() if k != "pair_counts"} for packed in (one, other))
+    return told == others and all(torch.equal(one.words[n], other.words[n]) for n in one.words)
 
 
 @pytest.mark.parametrize("window", [None, 120])

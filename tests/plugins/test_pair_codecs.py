@@ -88,6 +88,7 @@ def test_what_is_in_levels_is_coded_exactly_and_again_the_same(name):
                         {"up_proj": scale[None]}, {"up_proj": {"levels": told["levels"]}})  # fmt: skip
     again = pack(codec, pairs)
     assert torch.equal(again.words["up_proj"][0], coded.words)
+    assert {name: sum(counts) for name, counts in again.pair_counts.items()} == again.counts
     assert again.counts["weights"] == again.counts["shared"] + again.counts["own"] + again.counts["other"] == 6 * 70
     off = replace(pairs, magnitude={"up_proj": exact[None] * 1.25})
     with pytest.raises(FormatError, match=rf"up_proj of pair 0: \d+ magnitudes are no level of {name}"):

@@ -104,6 +104,9 @@ def test_least_error_pairs_alike_magnitudes(calibrated):
     groups = pair_by_error(*calibrated, context)
     assert everyone_once(groups, 8)
     assert {(1, 6), (2, 4)} < set(map(tuple, groups.members))
+    costs = {tuple(pair): float(groups.costs[tuple(pair)]) for pair in groups.members}
+    assert groups.costs.shape == (8, 8), "what the choice was made by, for the report"
+    assert set(sorted(costs, key=costs.__getitem__)[:2]) == {(1, 6), (2, 4)}
     half = pair_by_error(*calibrated, context, fraction=0.5, rows=7)
     assert half.members == [[1, 6], [2, 4]]
     assert pair_by_error(*calibrated, context, skip=[calibrated[0].number]).alone == list(range(8))

@@ -22,7 +22,7 @@ PINNED = {
     "pair.by_usage": (1, "b8ee25658f8c94e0"),
     "pair.similar": (1, "c1f727df409a2a85"),
     "puzzlemoe": (1, "284633552391bc4f"),
-    "pack.exponent": (1, "0d4ef649730ca9a2"),
+    "pack.exponent": (2, "8c015d9226130770"),
     "text.mix": (1, "176fcec209b466cd"),
 }
 

@@ -29,6 +29,7 @@
       if (/^[xy]axis\d*$/.test(name)) {
         out[name] = { gridcolor: c.line, zerolinecolor: c.line, linecolor: c.line, automargin: true, fixedrange: true,
                       ...layout[name] };
+        if (layout[name].title) out[name].title = { standoff: name[0] === "y" ? 12 : 8, ...layout[name].title };
       }
     }
     return out;
@@ -164,7 +165,8 @@
   function written(value, format) {
     if (value === null || value === undefined) return "–";
     if (format === "text") return value;
-    if (format === "percent") return (100 * value).toFixed(1) + " %";
+    if (format === "percent") return (100 * value).toFixed(1) + "%";
+    if (format === "shares") return value.map((share) => (100 * share).toFixed(1)).join(" / ");
     if (format === "count") return value.toLocaleString("en");
     return Number(value).toPrecision(3);
   }
@@ -173,8 +175,10 @@
     const note = byId("similarity-note");
     const element = byId("similarity-plot");
     element.hidden = !map;
-    note.textContent = map ? `Layer ${layer.number}: ${map.metric}.` : `Layer ${layer.number} has none stored.`;
+    note.textContent = map ? `Layer ${layer.number}: ${map.metric}; ${map.better === "less" ? "less" : "more"} is better.`
+                           : `Layer ${layer.number} has none stored.`;
     if (!map) return;
+    const log = map.scale === "log10";
     const raw = atob(map.levels);
     const size = map.count;
     const z = [];
@@ -194,8 +198,9 @@
     const side = { showgrid: false, zeroline: false, constrain: "domain" };
     soon(element, {
       data: [
-        { type: "heatmap", z, colorscale: "Cividis", colorbar: { thickness: 10, outlinewidth: 0 },
-          hovertemplate: "experts %{x} and %{y}: %{z:.4f}<extra></extra>" },
+        { type: "heatmap", z, colorscale: "Cividis", reversescale: map.better === "less",
+          colorbar: { thickness: 10, outlinewidth: 0, tickprefix: log ? "10^" : "" },
+          hovertemplate: `experts %{x} and %{y}: ${log ? "10^" : ""}%{z:.4f}<extra></extra>` },
         { type: "scatter", mode: "markers", x, y, marker, name: "chosen", hoverinfo: "skip", showlegend: false },
       ],
       layout: {

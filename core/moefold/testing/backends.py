@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from moefold_kernels.reference import PackedExperts
 TOLERANCE = 1e-2
 """Of ||found - expected|| / ||expected||, where expected is float64 throughout: products of bfloat16 numbers with
 activations rounded once are off by 2e-3 to 4e-3."""
+Activation = Callable[[Tensor, Tensor], Tensor]
 UNKNOWN = "no-such-format"
 
 
@@ -46,8 +47,10 @@ SHAPES = (
     Shape(experts=8, hidden=128, inner=64, tokens=40, alone=2, skew=8.0),
     Shape(experts=6, hidden=72, inner=40, tokens=9, top_k=3),
     Shape(experts=4, hidden=64, inner=32, tokens=0),
+    Shape(experts=3, hidden=64, inner=32, tokens=300, alone=1),
 )
-"""One token, several, none; experts alone; experts that nobody is routed to; sizes that no block divides."""
+"""One token, several, none, more than a block; experts alone; an odd number of them; experts that nobody is routed to;
+sizes that no block divides."""
 
 
 def check_backend(
@@ -56,8 +59,9 @@ def check_backend(
     """Ask a backend what it can do, have it do that, and raise CheckError where that is not what the codec decodes.
 
     Checked: refusals have reasons; formats it cannot know, and meta tensors, are refused; `decode` gives the codec's
-    own values, bit for bit; `experts` is, in float32, decode, matmul, activation, matmul, times the gate weight, within
-    `tolerance` of float64; its inputs stay as they were.
+    own values, bit for bit; `experts` is, in float32, decode, matmul, activation (the one that it is given), matmul,
+    times the gate weight, within `tolerance` of float64, also for a second layer of the same shape; what it is given
+    stays as it was.
 
     `codec`: of the backend's format (default: `exponent`). Raises Unchecked, which pytest shows as skipped, where the
     backend refuses every device of this machine.
@@ -71,7 +75,9 @@ def check_backend(
         said = "; ".join(f"{need.device}, {need.dtype}: {why}" for need, (_, why) in answers.items())
         raise Unchecked(f"{what} cannot work on format {codec.name} here ({said})")
     for need in able:
-        done = [shape for shape in shapes if _runs(backend, what, codec, need, shape, tolerance)]
+        done: list[Shape] = []
+        for shape in shapes:
+            done += [shape] if _runs(backend, what, codec, need, shape, tolerance, first=not done) else []
         require(bool(done), what, f"it can work on {need.device} in {need.dtype}, but on none of {len(shapes)} shapes")
 
 
@@ -95,18 +101,27 @@ def _ask(backend: Backend, what: str, need: Need) -> tuple[bool, str]:
     return able, str(reason)
 
 
-def _runs(backend: Backend, what: str, codec: Codec, need: Need, shape: Shape, tolerance: float) -> bool:
-    """Whether it takes a shape, which is then checked."""
+def _runs(backend: Backend, what: str, codec: Codec, need: Need, shape: Shape, tolerance: float, first: bool) -> bool:
+    """Whether it takes a shape, which is then checked; the `first` with another activation and other weights, too."""
     if not _ask(backend, what, replace(need, hidden=shape.hidden, inner=shape.inner))[0]:
         return False
-    packed, right = _packed(codec, shape, need.device)
     where = f"{what} on {need.device}, {need.dtype}, {shape}"
+    packed, right = _packed(codec, shape, need.device)
     _check_decode(backend, where, codec, packed)
     _check_experts(backend, where, packed, right, need, shape, tolerance)
+    if first:
+        _check_experts(backend, f"{where}, another activation", packed, right, need, shape, tolerance, _gelu)
+        another = _packed(codec, shape, need.device, seed=1)
+        _check_experts(backend, f"{where}, a second layer of the same shape", *another, need, shape, tolerance)
     return True
 
 
-def _packed(codec: Codec, shape: Shape, device: torch.device) -> tuple[PackedExperts, dict[str, Tensor]]:
+def _gelu(gate: Tensor, up: Tensor) -> Tensor:
+    """An activation that is not silu."""
+    return torch.nn.functional.gelu(gate) * up
+
+
+def _packed(codec: Codec, shape: Shape, device: torch.device, seed: int = 0) -> tuple[PackedExperts, dict[str, Tensor]]:
     """A random layer, pairs in no order; and every expert's matrices as the codec reads them: [expert, ...] float64."""
     order = torch.randperm(shape.experts, generator=torch.Generator().manual_seed(1)).tolist()
     alone, rest = order[: shape.alone], order[shape.alone :]
@@ -116,11 +131,12 @@ def _packed(codec: Codec, shape: Shape, device: torch.device) -> tuple[PackedExp
     sizes = {"gate_proj": (shape.inner, shape.hidden), "up_proj": (shape.inner, shape.hidden)}
     sizes["down_proj"] = (shape.hidden, shape.inner)
     words, dense, settings, right = {}, {}, {}, {}
-    for seed, (name, (rows, columns)) in enumerate(sizes.items()):
-        merged = [merges.normal(rows, columns, columns**-0.5, 10 * seed + i, neither=False) for i in range(len(pairs))]
+    for number, (name, (rows, columns)) in enumerate(sizes.items(), 100 * seed):
+        spread, seeds = columns**-0.5, range(10 * number, 10 * number + len(pairs))
+        merged = [merges.normal(rows, columns, spread, one, neither=False) for one in seeds]
         settings[name] = codec.fit(name, torch.cat([merges.reads(pair).float() for pair in merged]))
         coded = [codec.encode(pair, settings[name]).words for pair in merged]
-        own = torch.randn(shape.alone, rows, columns, generator=torch.Generator().manual_seed(seed)) * columns**-0.5
+        own = torch.randn(shape.alone, rows, columns, generator=torch.Generator().manual_seed(number)) * spread
         words[name], dense[name] = torch.stack(coded).to(device), own.bfloat16().to(device)
         right[name] = torch.empty(shape.experts, rows, columns, dtype=torch.float64)
         right[name][alone] = own.bfloat16().double()
@@ -134,8 +150,12 @@ def _check_decode(backend: Backend, where: str, codec: Codec, packed: PackedExpe
     for name, words in packed.words.items():
         for slot in (0, 1):
             setting: Any = packed.window[name]
+            before = words[0].clone()
             with failing(where, f"decode of slot {slot} fails"):
                 found = backend.decode(words[0], setting, slot)
+            if changed := difference(before, words[0], "words"):
+                raise CheckError(f"{where}: decode changes the words in place ({changed})")
+            require(isinstance(found, Tensor), where, f"decode gave {type(found).__name__}; it gives a tensor")
             if apart := difference(codec.decode(words[0].cpu(), setting, slot), found.cpu(), f"slot {slot} of {name}"):
                 raise CheckError(f"{where}: decode is not what the codec reads: {apart}")
 
@@ -148,17 +168,19 @@ def _check_experts(
     need: Need,
     shape: Shape,
     tolerance: float,
+    activate: Activation = silu,
 ) -> None:
     batch = _batch(shape, need)
     before = snapshot((dict(packed.words), dict(packed.dense), *batch))
     with torch.inference_mode(), failing(where, "experts fails"):
-        found = backend.experts(packed, *batch, silu)
+        found = backend.experts(packed, *batch, activate)
     if changed := difference(before, (dict(packed.words), dict(packed.dense), *batch)):
         raise CheckError(f"{where}: experts changes its input in place ({changed})")
+    require(isinstance(found, Tensor), where, f"experts gave {type(found).__name__}; it gives a tensor")
     said = f"experts gave {found.dtype} {list(found.shape)}"
     as_wanted = found.dtype == torch.float32 and found.shape == batch[0].shape
     require(as_wanted, where, f"{said}; it gives float32 {list(batch[0].shape)}")
-    for token, expected in enumerate(_expected(right, *batch)):
+    for token, expected in enumerate(_expected(right, *batch, activate)):
         error = float((found[token].cpu().double() - expected).norm() / expected.norm().clamp(min=1e-30))
         chosen = batch[1][token].tolist()
         told = f"token {token} (experts {chosen}) is {error:.2g} off the definition, relative to its length"
@@ -174,11 +196,13 @@ def _batch(shape: Shape, need: Need) -> tuple[Tensor, Tensor, Tensor]:
     return hidden.to(need.device, need.dtype), index.to(need.device), values.softmax(dim=1).to(need.device)
 
 
-def _expected(right: dict[str, Tensor], hidden: Tensor, index: Tensor, weights: Tensor) -> Iterator[Tensor]:
+def _expected(
+    right: dict[str, Tensor], hidden: Tensor, index: Tensor, weights: Tensor, activate: Activation
+) -> Iterator[Tensor]:
     """Token by token: [hidden] float64."""
     for x, chosen, gates in zip(hidden.cpu().double(), index.cpu(), weights.cpu().double(), strict=True):
         out = torch.zeros_like(x)
         for expert, gate in zip(chosen.tolist(), gates, strict=True):
-            inner = silu(right["gate_proj"][expert] @ x, right["up_proj"][expert] @ x)
+            inner = activate(right["gate_proj"][expert] @ x, right["up_proj"][expert] @ x)
             out += gate * (right["down_proj"][expert] @ inner)
         yield out

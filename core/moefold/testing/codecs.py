@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +11,12 @@ from moefold.artifact import Json
 from moefold.artifacts import Experts, MergedPair, PairMerge, tensor_bytes
 from moefold.codec import Codec, Coded, pack
 from moefold.errors import MoefoldError
-from moefold.testing import merges
+from moefold.testing import merges, unread
 from moefold.testing.comparing import difference, snapshot
 from moefold.testing.failures import CheckError, failing, require
+from moefold.testing.words import parts
 
-ODD = ((1, 1), (1, 7), (3, 5), (5, 64), (2, 65), (7, 130))
+ODD = ((1, 1), (1, 7), (3, 5), (5, 64), (2, 65), (7, 130), (2, 515))
 """Sizes [rows, columns] that a layout in words or groups has to cope with."""
 
 
@@ -27,13 +26,15 @@ def check_codec(
     """Encode and decode many pairs and raise CheckError for what is lost in silence, or is not as declared.
 
     Checked: settings are JSON; what an expert does not keep reads as zero, and signs are right; every other value comes
-    back as bfloat16 has it, but for as many as are counted as clipped or flushed; zeros, subnormal numbers, the largest
-    bfloat16, sizes from 1 by 1; NaN and infinity are refused; inputs stay as they were; `size` is what the words take;
-    meta tensors give the same shapes; a whole layer packs and is stored.
+    back as bfloat16 has it, but for as many as are counted as clipped or flushed, and no more are counted; zeros,
+    subnormal numbers, halves that round to even, the largest bfloat16, sizes from 1 by 1; NaN and infinity are refused;
+    `fit`, `encode` and `decode` leave what they are given as it was, and give the same twice; `size` is what the words
+    take; meta tensors give the same shapes; a whole layer packs and is stored; every option is read.
 
     `tolerance`: for a codec that rounds further, ||decoded - wanted|| / ||wanted|| allowed on normal weights (then
-    single values are not compared). `neither`: False for a format without a zero, where one of the two experts keeps
-    every position. `examples`: how many pairs. Needs hypothesis, else InputError.
+    single values are not compared, but what becomes zero has to be counted). `neither`: False for a format without a
+    zero, where one of the two experts keeps every position. `examples`: how many pairs. Needs hypothesis, else
+    InputError.
     """
     merges.strategies()
     codec = codec() if isinstance(codec, type) else codec
@@ -42,7 +43,8 @@ def check_codec(
 
 class _Check:
     def __init__(self, codec: Codec, tolerance: float, neither: bool) -> None:
-        self.codec, self.tolerance, self.neither = codec, tolerance, neither
+        self.codec, self.options_read = unread.watched(codec)
+        self.tolerance, self.neither = tolerance, neither
         self.what = f"codec {codec.name}"
 
     def run(self, examples: int) -> None:
@@ -52,8 +54,12 @@ class _Check:
         self._zeros()
         self._refuses()
         self._made_up(examples)
+        for pair in merges.edges():
+            self._round_trip(pair)
+        self._strided(merges.normal(3, 70, neither=self.neither))
         self._close()
         self._layer()
+        unread.require_read(self.what, type(self.codec).model_fields, self.options_read)
 
     def _declared(self) -> None:
         require(bool(self.codec.name), self.what, "it has no name")
@@ -82,9 +88,14 @@ class _Check:
 
     def _settings(self, matrix: str, weights: Tensor) -> Json:
         """What `fit` learns, as it comes back from JSON: readers have it from a file."""
-        found = self.codec.fit(matrix, weights)
+        before = weights.clone()
+        found, again = self.codec.fit(matrix, weights), self.codec.fit(matrix, weights)
+        if changed := difference(before, weights, "weights"):
+            raise CheckError(f"{self.what}: fit changes its input in place ({changed}); work on a copy")
         with failing(self.what, f"fit gave {found!r}, which is no JSON"):
-            return json.loads(json.dumps(found, allow_nan=False))
+            told = json.loads(json.dumps(found, allow_nan=False))
+        require(found == again, self.what, f"fit gave {found!r} and then {again!r} for the same weights")
+        return told
 
     def _encode(self, pair: MergedPair) -> tuple[Coded, Json]:
         """Words and settings, with all that can be told without decoding."""
@@ -102,8 +113,14 @@ class _Check:
 
     def _decode(self, coded: Coded, settings: Json, pair: MergedPair) -> Tensor:
         """Both slots, [2, rows, columns]."""
+        before = snapshot(parts(coded.words))
         with failing(self.what, f"decode fails on {_described(pair)}"):
             slots = [self.codec.decode(coded.words, settings, slot) for slot in (0, 1)]
+            again = [self.codec.decode(coded.words, settings, slot) for slot in (0, 1)]
+        if changed := difference(before, parts(coded.words)):
+            raise CheckError(f"{self.what}: decode changes the words in place ({changed}); work on a copy")
+        if apart := difference(slots, again, "slot"):
+            raise CheckError(f"{self.what}: the same words read differently the second time ({apart})")
         for slot, found in enumerate(slots):
             said = f"decode of slot {slot} gave {found.dtype} {list(found.shape)}"
             right = found.dtype == torch.bfloat16 and found.shape == pair.magnitude.shape
@@ -119,8 +136,7 @@ class _Check:
         self._say(pair, found, wanted, ~pair.keep & (found != 0), "where that expert keeps nothing and should read 0")
         signs = (found != 0) & (torch.signbit(found) != pair.negative)
         self._say(pair, found, wanted, signs, "which has the wrong sign")
-        if not self.tolerance:
-            self._nothing_silent(pair, coded, found, wanted)
+        self._nothing_silent(pair, coded, found, wanted)
         return None
 
     def _say(self, pair: MergedPair, found: Tensor, wanted: Tensor, wrong: Tensor, why: str) -> None:
@@ -135,11 +151,20 @@ class _Check:
         )
 
     def _nothing_silent(self, pair: MergedPair, coded: Coded, found: Tensor, wanted: Tensor) -> None:
-        lost = (found != wanted).any(dim=0)
-        counted = sum(coded.counts.get(name, 0) for name in ("clipped", "flushed"))
-        if int(lost.sum()) > counted:
-            why = f"and {int(lost.sum())} positions are not as they were, of which {counted} are counted as lost"
-            self._say(pair, found, wanted, (found != wanted), why)
+        """Positions lost are positions counted; of a codec that rounds further, those that became zero are."""
+        wrong = found != wanted if not self.tolerance else (found == 0) & (wanted != 0)
+        lost = int(wrong.any(dim=0).sum())
+        names = ("clipped", "flushed") if not self.tolerance else ("flushed",)
+        counted = sum(coded.counts.get(name, 0) for name in names)
+        if lost > counted:
+            what = "not as they were" if not self.tolerance else "zero that were not"
+            why = f"and {lost} positions are {what}, of which {counted} are counted as lost"
+            self._say(pair, found, wanted, wrong, why)
+        rounded = pair.keep & (
+            wanted.float().abs() != pair.magnitude
+        )  # may be lost to the format and right as bfloat16
+        said = f"{counted} positions are counted as lost ({', '.join(names)}), and {lost} are, in {_described(pair)}"
+        require(counted <= lost + int(rounded.any(dim=0).sum()), self.what, said)
 
     def _huge(self, pair: MergedPair) -> None:
         """Clipped or refused, but neither infinite nor in silence."""
@@ -158,20 +183,34 @@ class _Check:
         rows, columns = pair.magnitude.shape
         taken, declared = sum(map(tensor_bytes, parts(coded.words).values())), self.codec.size(rows, columns)
         require(taken == declared, self.what, f"size({rows}, {columns}) says {declared} bytes; its words take {taken}")
+        require(type(declared) is int, self.what, f"size({rows}, {columns}) says {declared!r}; bytes are int")
+        self._decode(coded, settings, pair)
         for name, part in parts(coded.words).items():
             require(not part.is_complex(), self.what, f"{name} are {part.dtype}")
         self._meta(pair, coded, settings)
 
+    def _strided(self, pair: MergedPair) -> None:
+        """A recipe may give views of larger tensors."""
+        coded, settings = self._encode(pair)
+        apart = MergedPair(*(part.transpose(-1, -2).contiguous().transpose(-1, -2) for part in pair))
+        with failing(self.what, "encode fails on tensors that are not contiguous"):
+            other = self.codec.encode(apart, settings)
+        found = difference(parts(coded.words), parts(other.words))
+        require(found is None, self.what, f"tensors that are not contiguous give other words ({found})")
+
     def _meta(self, pair: MergedPair, coded: Coded, settings: Json) -> None:
         with failing(self.what, "meta tensors (which tell sizes before any work) do not pass through it"):
             made = self.codec.encode(MergedPair(*(tensor.to("meta") for tensor in pair)), settings)
-            read = self.codec.decode(made.words, settings, 0)
+            read = [self.codec.decode(made.words, settings, slot) for slot in (0, 1)]
         for name, part in parts(coded.words).items():
             other = parts(made.words)[name]
             same = (other.is_meta, other.shape, other.dtype) == (True, part.shape, part.dtype)
             said = f"of meta tensors, {name} are {other.dtype} {list(other.shape)} on {other.device}"
             require(same, self.what, f"{said}, and of real ones {part.dtype} {list(part.shape)}")
-        require(read.shape == pair.magnitude.shape, self.what, f"decode of meta words gave {list(read.shape)}")
+        for slot, found in enumerate(read):
+            same = (found.is_meta, found.shape, found.dtype) == (True, pair.magnitude.shape, torch.bfloat16)
+            said = f"decode of meta words gave {found.dtype} {list(found.shape)} on {found.device} for slot {slot}"
+            require(same, self.what, f"{said}; of real ones it gives bfloat16 {list(pair.magnitude.shape)}")
 
     def _zeros(self) -> None:
         pair = merges.pair_of(torch.zeros(3, 70))
@@ -218,19 +257,6 @@ class _Check:
                 coded = self.codec.encode(_whole(experts, matrix), at_once.settings[matrix])
                 found = difference(parts(coded.words), parts(at_once.words[matrix][0]))
                 require(found is None, self.what, f"pack_layer gives other words than encode ({matrix}: {found})")
-
-
-def parts(words: Any) -> dict[str, Tensor]:
-    """The tensors that words are made of, by name: one, or the planes of a format that has several."""
-    if isinstance(words, Tensor):
-        return {"words": words}
-    if isinstance(words, Mapping):
-        return {str(name): part for name, part in words.items()}
-    if hasattr(words, "_asdict"):
-        return parts(words._asdict())
-    if isinstance(words, Iterable):
-        return {f"words {index}": part for index, part in enumerate(words)}
-    raise CheckError(f"words are {type(words).__name__}; a codec gives tensors")
 
 
 def _whole(experts: Experts, matrix: str) -> MergedPair:

@@ -183,6 +183,6 @@ def _equal(found: Tensor, expected: Tensor | None, where: str, name: str) -> Non
     if expected is None or found.shape != expected.shape or not torch.equal(found, expected):
         apart = "of another shape" if expected is None or found.shape != expected.shape else "other values"
         raise CheckError(
-            f"{where}: {name} is not what the whole model has ({apart}); layers may keep state for each other, or "
-            "weights may be read into other places than transformers reads them"
+            f"{where}: {name} is not what the whole model has ({apart}); layers may keep state for each other, weights "
+            "may be read into other places than transformers reads them, or something is left to chance"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 LARGEST = torch.finfo(torch.bfloat16).max
 SUBNORMAL = 2.0**-133
 """The smallest positive bfloat16."""
+SMALLEST = 2.0**-126
+"""The smallest normal one."""
 HUGE = 2.0**63
 """From here on a codec may refuse: squares are no float32 any more, and no model has such weights."""
 
@@ -36,6 +39,20 @@ def normal(rows: int, columns: int, spread: float = 0.02, seed: int = 0, neither
     return MergedPair(magnitude, negative, torch.stack([(state < 6) | (state == 8), state > 3]) & (state != 8))
 
 
+def edges() -> Iterator[MergedPair]:
+    """What rounding goes wrong at: halves between two bfloat16, which round to even; subnormal numbers alone.
+
+    And numbers that are bfloat16 already, of which no format may say that they were lost when they were not.
+    """
+    exact = 1 + torch.arange(16) / 128
+    halves = 1 + (2 * torch.arange(16) + 1) * 2.0**-8  # between 1 + k / 128 and 1 + (k + 1) / 128
+    subnormal = (torch.arange(16) + 1) * SUBNORMAL
+    around = SMALLEST * torch.tensor([0.5, 0.984375, 0.99609375, 1.0, 1.00390625, 1.5, 2.0, 4.0] * 2)
+    for values in (exact, halves, subnormal, around, halves * SMALLEST):
+        negative = torch.stack([torch.arange(16) % 2 == 0, torch.arange(16) % 3 == 0])
+        yield pair_of(values.view(2, 8), negative.view(2, 2, 8))
+
+
 def reads(pair: MergedPair) -> Tensor:
     """What the two experts read, [2, rows, columns] bfloat16, each value rounded once."""
     signed = torch.where(pair.negative, -pair.magnitude, pair.magnitude)
@@ -45,7 +62,7 @@ def reads(pair: MergedPair) -> Tensor:
 def merges(neither: bool) -> SearchStrategy[MergedPair]:
     """Pairs of every kind: odd sizes, zeros, subnormal numbers of float32 and bfloat16, the largest bfloat16."""
     st = strategies()
-    special = st.sampled_from([0.0, 1e-45, SUBNORMAL, 2.0**-126, 1.0, 1.99609375, float(LARGEST)])
+    special = st.sampled_from([0.0, 1e-45, SUBNORMAL, SMALLEST, 1.0, 1.00390625, 1.99609375, float(LARGEST)])
     value = st.one_of(st.floats(0, 4, width=32), st.floats(0, float(LARGEST), width=32), special)
     state = st.integers(0, 15).filter(lambda bits: neither or bits & 3 != 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 import re
@@ -15,11 +16,14 @@ import torch
 
 from moefold import Checkpoint, Layer
 from moefold.artifact import Artifact
+from moefold.artifacts import Experts
 from moefold.errors import InputError
 from moefold.stage import Context, Layers, Port, Provenance, Stage
+from moefold.testing import unread
 from moefold.testing.comparing import difference, snapshot
 from moefold.testing.failures import CheckError, failing, require
 from moefold.testing.model import small_model
+from moefold.testing.sound import sound
 from moefold.testing.world import Watched, World
 
 MODELS: tuple[dict[str, int], ...] = (
@@ -43,10 +47,12 @@ def check_stage(
 ) -> None:
     """Call a stage on small models and raise CheckError for what the runner, the store or the report would trip over.
 
-    Checked: a docstring and described options; it runs on a model of two experts, and on five of which one saw no
-    token; its inputs stay as they were; the same inputs give the same result, bit for bit, whatever the global random
-    generators hold; the result is of the promised kind and comes back from the store as it was; its facts are JSON; of
-    the model's layers it reads only its own; with optional inputs and without.
+    Checked: a docstring and described options, every one of which is read; it runs on a model of two experts, and on
+    five of which one saw no token, on the first layer and on the last; inputs, options and torch's default dtype stay
+    as they were; the same inputs give the same result, bit for bit, whatever the global random generators hold; the
+    result is of the promised kind, holds no NaN, is a partition of the experts (Groups) or of every two of them
+    (Similarity), and comes back from the store as it was; its facts are JSON; of the model's layers it reads only its
+    own; with optional inputs and without.
 
     `options` are those that the stage needs, `inputs` artifacts by the name of the input, for kinds that World cannot
     make; each may be a function of the World. `checkpoint`: try it on this one instead of the small ones.
@@ -72,6 +78,9 @@ def _declared(stage: Stage[Any, Any], what: str) -> None:
         require(name not in stage.ports, what, f"input {name} and option {name} have one name; rename one of them")
         how = f"option {name} has no description; write Annotated[TYPE, Field(description=...)]"
         require(bool(field.description), what, how)
+    named = inspect.signature(stage.function).parameters
+    options = [name for name in stage.options.model_fields if name in named]  # those of a codec come as **options
+    unread.require_read(what, options, unread.named_in(stage.function))
     require(stage.version >= 1, what, f"version {stage.version}: count from 1")
 
 
@@ -85,6 +94,27 @@ def _on(stage: Stage[Any, Any], what: str, checkpoint: Watched, options: Given |
         values = _inputs(stage, world, given, full)
         if full or any(value is None for value in values.values()):
             _try(stage, what, world, values, chosen)
+    _on_the_last_layer(stage, what, checkpoint, options, inputs)
+
+
+def _on_the_last_layer(
+    stage: Stage[Any, Any], what: str, checkpoint: Watched, options: Given | None, inputs: Given | None
+) -> None:
+    """Once more where nothing is first any more; inputs that are given as values belong to the first layer."""
+    position = len(checkpoint.layers()) - 1
+    if not position or Layer not in stage.injected.values() or (inputs is not None and not callable(inputs)):
+        return
+    world = World(checkpoint, position)
+    values = _inputs(stage, world, _given(inputs, world), full=True)
+    where = f"{what}, layer {world.layer.number}"
+    value = _call(stage, where, world, values, _options(stage, what, _given(options, world)), seed=1)
+    _kind(stage, where, value)
+    sound(value, where, _counts(world, values))
+
+
+def _counts(world: World, values: Mapping[str, Any]) -> set[int]:
+    """How many experts the layer has, or what stands for them."""
+    return {world.layer.expert_count} | {value.count for value in values.values() if isinstance(value, Experts)}
 
 
 def _given(given: Given | None, world: World) -> Mapping[str, Any]:
@@ -117,7 +147,7 @@ def _input(port: Port, world: World, given: Mapping[str, Any], full: bool) -> An
 
 
 def _try(stage: Stage[Any, Any], what: str, world: World, values: dict[str, Any], options: dict[str, Any]) -> None:
-    before = snapshot(values)
+    before, chosen, default = snapshot(values), snapshot(options), torch.get_default_dtype()
     if isinstance(world.checkpoint, Watched):
         world.checkpoint.read_names.clear()
     first = _call(stage, what, world, values, options, seed=1)
@@ -125,17 +155,23 @@ def _try(stage: Stage[Any, Any], what: str, world: World, values: dict[str, Any]
         raise CheckError(
             f"{what}: it changes an input in place ({changed}); others read that value too: work on a copy"
         )
+    if changed := difference(chosen, options):
+        raise CheckError(f"{what}: it changes an option in place ({changed}), which the next call sees; work on a copy")
+    after = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    require(after == default, what, f"it leaves torch's default dtype at {after}, which every other stage then has")
     _reads_its_own_layer(stage, what, world)
     _kind(stage, what, first)
     _facts(what, first)
     outside = type(first).intact is not Artifact.intact  # what it wrote carries a time
-    if not outside:
+    if not outside and stage.repeatable:
         second = _call(stage, what, world, values, options, seed=2)
         if found := difference(first, second):
             raise CheckError(
                 f"{what}: the same inputs gave two results ({found}); take chance from context.generator or a seed "
                 "option, and nothing from the clock, the order of a set or global generators"
             )
+    sound(first, what, _counts(world, values))
     if not stage.produces.transient:
         _stored(what, first)
 

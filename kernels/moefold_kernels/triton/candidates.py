@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moefold_kernels import layout, layout_pairs
+from moefold_kernels import layout
 from moefold_kernels.triton.configs import Shape
-from moefold_kernels.triton.plans import Plan, Tile, tile_fits
+from moefold_kernels.triton.plans import Plan, Tile, leveled_bytes, tile_fits
 from moefold_kernels.triton.portability import Target
 
 Cut = tuple[int, int, int, int]
@@ -232,10 +232,9 @@ def _able(tile: Tile, shape: Shape, gated: bool, room: Room, length: int) -> boo
     if rows * entries / (32 * tile.warps) > (REGISTERS_OVERLAPPED if tile.overlapped else REGISTERS):
         return False
     if tile.overlapped and shape.format != layout.EXPONENT:
-        bits = layout_pairs.magnitude_bits(shape.format) + layout_pairs.STATE_BITS
-        return tile.stages * (rows * (16 * bits + 4) + 256 * entries) + SPARE <= room.memory
+        return leveled_bytes(tile, gated, shape.format) + SPARE <= room.memory
     if tile.overlapped and length % (2 * tile.columns):
         return False
     held = tile.stages if tile.overlapped or entries > 64 else tile.stages - 1  # as measured: narrow tokens take less
     within = 2 * (rows + entries) * tile.columns * held + SPARE <= room.memory
-    return within and tile_fits(tile, gated, room.memory)
+    return within and tile_fits(tile, gated, room.memory, shape.format)

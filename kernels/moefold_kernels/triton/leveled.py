@@ -2,7 +2,8 @@
 
 As in overlapped.py and overlapped_pair.py two sets of operand registers take turns; a program serves both slots of a
 pair from one reading (PAIRED), or one. A step is 128 columns, two groups: one barrier, words of 64 bytes a row, and the
-two scales of a row in one copy of 4 bytes. What the planes hold becomes operands in registers (leveled_decode.py).
+two scales of a row in one copy of 4 bytes. What the planes hold becomes operands in registers: of LOOKED of the two
+groups by a table in shared memory (leveled_lookup.py), of the others by integer instructions (leveled_decode.py).
 """
 
 # ruff: noqa: RUF005 - the compiler knows tuples' `+`, and no `*given`
@@ -17,6 +18,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 
 from moefold_kernels.layout_pairs import MAGNITUDE_BITS, low_bits
+from moefold_kernels.levels import INTEGERS
+from moefold_kernels.triton import leveled_lookup
 from moefold_kernels.triton.leveled_decode import SLOT_SIGNS, assembly, constraints
 from moefold_kernels.triton.overlapped import (
     after_the_one_before,
@@ -34,8 +37,12 @@ STEP = gl.constexpr(128)
 """Columns of a step."""
 HALF = gl.constexpr(64)
 """Columns of a group, and of one set of operands."""
-TABLE = gl.constexpr(40)
-"""Integers of a matrix in `levels` (leveled_decode.row_tables)."""
+TABLE = gl.constexpr(INTEGERS)
+"""Of a matrix in `levels`."""
+WORDS, LOW, SCALE, TOKENS_OF, PADDING = (gl.constexpr(i) for i in (0, 2, 4, 5, 9))
+"""Numbers of buffers: two halves of `words`, two of `low`, scales, two halves of either slot's tokens, nothing."""
+SMALL = gl.constexpr(48 * 1024)
+"""Bytes that Triton has to ask for more than, before it lets a kernel have more than these with the table."""
 
 
 _CODE = gl.constexpr({(f, n): (assembly(f, n), constraints(f, n)) for f in MAGNITUDE_BITS for n in (1, 2)})
@@ -43,15 +50,29 @@ _LOW_BITS = gl.constexpr({f: low_bits(f) for f in MAGNITUDE_BITS})
 
 
 @gluon.constexpr_function
-def code(format, slots, part):
+def code(format, slots, looked, part):
     """The assembly (part 0) and its constraints."""
-    return _CODE.value[format, slots][part]
+    return (leveled_lookup.CODE if looked else _CODE).value[format, slots][part]
 
 
 @gluon.constexpr_function
 def low_words(format, columns):
     """Words of the plane `low` in so many columns; one where there is no such plane."""
     return max(1, columns * _LOW_BITS.value[format] // 32)
+
+
+@gluon.constexpr_function
+def low_held(format):
+    """Words of a row of `low` in one allocation: of a step, but of half a step for pair8 (as of `words`)."""
+    return min(low_words(format, STEP.value), 8)
+
+
+@gluon.constexpr_function
+def _padding(rows, tokens, stages, format, paired, looked):
+    """KB that bring what Triton asks for above SMALL, where there is a table: it is not part of that."""
+    bits = 4 + _LOW_BITS.value[format]
+    bytes = stages * (rows * (STEP.value * bits // 8 + 4) + tokens * 2 * STEP.value * (2 if paired else 1))
+    return max(SMALL.value - bytes if looked else 0, 0) // 1024 + 1
 
 
 @gluon.constexpr_function
@@ -113,19 +134,21 @@ def _plane(plane, unit, row, rows, words, skipped, WORDS: gl.constexpr, layout: 
 
 @gluon.jit
 def _start_words(buffers, planes, stage, wanted, FORMAT: gl.constexpr):
-    async_copy.async_copy_global_to_shared(buffers[0].index(stage), planes[0], mask=wanted)
+    for half in gl.static_range(2):
+        async_copy.async_copy_global_to_shared(buffers[WORDS + half].index(stage), planes[0] + 8 * half, mask=wanted)
     if FORMAT != "pair4":
-        async_copy.async_copy_global_to_shared(buffers[1].index(stage), planes[1], mask=wanted)
-    async_copy.async_copy_global_to_shared(buffers[2].index(stage), planes[2], mask=wanted)
+        async_copy.async_copy_global_to_shared(buffers[LOW].index(stage), planes[1], mask=wanted)
+    if FORMAT == "pair8":
+        async_copy.async_copy_global_to_shared(buffers[LOW + 1].index(stage), planes[1] + 8, mask=wanted)
+    async_copy.async_copy_global_to_shared(buffers[SCALE].index(stage), planes[2], mask=wanted)
 
 
 @gluon.jit
 def _start_tokens(buffers, x, live, stage, wanted, PAIRED: gl.constexpr):
-    async_copy.async_copy_global_to_shared(buffers[3].index(stage), x[0], mask=live[0] & wanted)
-    async_copy.async_copy_global_to_shared(buffers[4].index(stage), x[0] + HALF, mask=live[0] & wanted)
-    if PAIRED:
-        async_copy.async_copy_global_to_shared(buffers[5].index(stage), x[1], mask=live[1] & wanted)
-        async_copy.async_copy_global_to_shared(buffers[6].index(stage), x[1] + HALF, mask=live[1] & wanted)
+    for slot in gl.static_range(2 if PAIRED else 1):
+        for half in gl.static_range(2):
+            to = buffers[TOKENS_OF + 2 * slot + half].index(stage)
+            async_copy.async_copy_global_to_shared(to, x[slot] + HALF * half, mask=live[slot] & wanted)
     async_copy.commit_group()
 
 
@@ -161,77 +184,107 @@ def _of_rows(values):
 
 
 @gluon.jit
+def _scales(buffers, stage, half: gl.constexpr, ROWS: gl.constexpr, units: gl.constexpr):
+    """Each row's scale of a group, twice in an integer."""
+    both = buffers[SCALE].index(stage).load(rows_layout(ROWS, 1, gl.num_warps()))
+    both = gl.reshape(both, (ROWS,))
+    both = gl.convert_layout(both, gl.SliceLayout(1, gl.SliceLayout(2, units)), assert_trivial=True)
+    scale = (both >> 16) & 0xFFFF if half else both & 0xFFFF
+    return scale | scale << 16
+
+
+@gluon.jit
+def _lows(buffers, stage, half: gl.constexpr, ROWS: gl.constexpr, FORMAT: gl.constexpr, units: gl.constexpr):
+    """The words of `low` of every 16 columns of a group: two (pair8), one (pair6), or one with its bits moved (pair5)."""
+    if FORMAT == "pair8":
+        lows = buffers[LOW + half].index(stage).load(rows_layout(ROWS, 8, gl.num_warps()))
+        found = _pairwise(lows, 8, ROWS, units)
+    else:
+        words: gl.constexpr = low_words(FORMAT, HALF)
+        lows = buffers[LOW].index(stage).slice(words * half, words, 1).load(rows_layout(ROWS, words, gl.num_warps()))
+        if FORMAT == "pair5":
+            lows = gl.reshape(gl.join(lows, lows >> 2), (ROWS, 4))
+        found = (gl.expand_dims(gl.convert_layout(lows, gl.SliceLayout(2, units), assert_trivial=True), 2),)
+    return found
+
+
+@gluon.jit
 def _decoded(
-    buffers, stage, gather, signs, tables,
-    half: gl.constexpr, ROWS: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr, left: gl.constexpr,
+    buffers, stage, gather, signs, tables, lookup,
+    half: gl.constexpr, ROWS: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr, LOOKED: gl.constexpr,
+    left: gl.constexpr,
 ):  # fmt: skip
     """The operands of one group: of both slots, or of one, twice."""
     units: gl.constexpr = units_layout(ROWS, gl.num_warps())
-    rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, units))
-    words = buffers[0].index(stage).slice(8 * half, 8, 1).load(rows_layout(ROWS, 8, gl.num_warps()))
-    first, second = _pairwise(words, 8, ROWS, units)
-    given = (first, second, gather)
-    if FORMAT == "pair8":
-        lows = buffers[1].index(stage).slice(8 * half, 8, 1).load(rows_layout(ROWS, 8, gl.num_warps()))
-        given = given + _pairwise(lows, 8, ROWS, units)
-    elif FORMAT == "pair6":
-        lows = buffers[1].index(stage).slice(4 * half, 4, 1).load(rows_layout(ROWS, 4, gl.num_warps()))
-        lows = gl.convert_layout(lows, gl.SliceLayout(2, units), assert_trivial=True)
-        given = given + (gl.expand_dims(lows, 2),)
-    elif FORMAT == "pair5":
-        lows = buffers[1].index(stage).slice(2 * half, 2, 1).load(rows_layout(ROWS, 2, gl.num_warps()))
-        lows = gl.reshape(gl.join(lows, lows >> 2), (ROWS, 4))
-        lows = gl.convert_layout(lows, gl.SliceLayout(2, units), assert_trivial=True)
-        given = given + (gl.expand_dims(lows, 2),)
-    both = buffers[2].index(stage).load(rows_layout(ROWS, 1, gl.num_warps()))
-    both = gl.convert_layout(gl.reshape(both, (ROWS,)), rows, assert_trivial=True)
-    scale = (both >> 16) & 0xFFFF if half else both & 0xFFFF
-    scale = scale | scale << 16
-    if FORMAT != "pair4":
-        given = given + (_of_rows(scale),)
-    if not PAIRED:
-        given = given + signs
-    if FORMAT == "pair4":
-        given = given + (_of_rows(_scaled(tables[0], scale)), _of_rows(_scaled(tables[1], scale)))
+    words = buffers[WORDS + half].index(stage).load(rows_layout(ROWS, 8, gl.num_warps()))
+    scale = _scales(buffers, stage, half, ROWS, units)
+    given = _pairwise(words, 8, ROWS, units)
+    if half < LOOKED:
+        given = given + (lookup[0],)
+        if FORMAT != "pair4":
+            given = given + _lows(buffers, stage, half, ROWS, FORMAT, units)
+        given = given + (_of_rows(scale), lookup[1])
+        if FORMAT != "pair4" and not PAIRED:
+            given = given + (lookup[2],)
     else:
-        given = given + (_of_rows(tables[0]), _of_rows(tables[1]), _of_rows(tables[2]), _of_rows(tables[3]))
-    if FORMAT == "pair8":
-        given = given + (_of_rows(tables[4]), _of_rows(tables[5]), _of_rows(tables[6]), _of_rows(tables[7]))
+        given = given + (gather,)
+        if FORMAT != "pair4":
+            given = given + _lows(buffers, stage, half, ROWS, FORMAT, units) + (_of_rows(scale),)
+        if not PAIRED:
+            given = given + signs
+        if FORMAT == "pair4":
+            given = given + (_of_rows(_scaled(tables[0], scale)), _of_rows(_scaled(tables[1], scale)))
+        else:
+            given = given + (_of_rows(tables[0]), _of_rows(tables[1]), _of_rows(tables[2]), _of_rows(tables[3]))
+        if FORMAT == "pair8":
+            given = given + (_of_rows(tables[4]), _of_rows(tables[5]), _of_rows(tables[6]), _of_rows(tables[7]))
     if PAIRED:
         a, b, c, d = gl.inline_asm_elementwise(
-            code(FORMAT, 2, 0), code(FORMAT, 2, 1), given,
+            code(FORMAT, 2, half < LOOKED, 0), code(FORMAT, 2, half < LOOKED, 1), given,
             dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
         )  # fmt: skip
         return _operand(a, b, ROWS, left), _operand(c, d, ROWS, left)
     a, b = gl.inline_asm_elementwise(
-        code(FORMAT, 1, 0), code(FORMAT, 1, 1), given, dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-    )
+        code(FORMAT, 1, half < LOOKED, 0), code(FORMAT, 1, half < LOOKED, 1), given,
+        dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
     own = _operand(a, b, ROWS, left)
     return own, own
 
 
 @gluon.jit
 def _buffers(
-    ROWS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr
-):
-    # each plane and each half of the tokens for itself: Triton puts a barrier between two copies to one allocation
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr,
+    LOOKED: gl.constexpr,
+):  # fmt: skip
+    # each plane and each half of the tokens for itself: Triton puts a barrier between two copies to one allocation; of
+    # words halves, too: rows of 32 bytes, four of which lie in different banks
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     turned: gl.constexpr = gl.NVMMASharedLayout(2 * HALF, 16, 2)
+    others: gl.constexpr = TOKENS if PAIRED else 8
     return (
-        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, STEP // 8], plain),
-        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, low_words(FORMAT, STEP)], plain),
+        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, STEP // 16], plain),
+        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, STEP // 16], plain),
+        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS if FORMAT != "pair4" else 1, low_held(FORMAT)], plain),
+        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS if FORMAT == "pair8" else 1, low_held(FORMAT)], plain),
         gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 1], plain),
         gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, HALF], turned),
         gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, HALF], turned),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS if PAIRED else 8, HALF], turned),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS if PAIRED else 8, HALF], turned),
+        gl.allocate_shared_memory(gl.bfloat16, [STAGES, others, HALF], turned),
+        gl.allocate_shared_memory(gl.bfloat16, [STAGES, others, HALF], turned),
+        gl.allocate_shared_memory(
+            gl.int32,
+            [_padding(ROWS, TOKENS, STAGES, FORMAT, PAIRED, LOOKED), 256],
+            gl.SwizzledSharedLayout(1, 1, 1, [0]),
+        ),
     )
 
 
 @gluon.jit
 def _products(
-    buffers, planes, x, live, steps, slot, levels, up,
+    buffers, planes, x, live, steps, slot, levels, up, table,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr,
+    LOOKED: gl.constexpr,
 ):  # fmt: skip
     """Sums [ROWS, TOKENS] of both slots (of one, the second's are nothing) over `steps` times STEP columns.
 
@@ -250,6 +303,11 @@ def _products(
         x1 += STEP
     thread = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(0, units))), 0), 0)
     gather = thread | (thread + 4) << 4
+    lookup = (gather, gather, gather)
+    if LOOKED:
+        choice = 128 << 8 * thread if FORMAT == "pair4" else gather * 0x101  # of all four bytes; of two words, twice
+        copies = leveled_lookup.own_copies(table, levels, up, FORMAT, PAIRED, ROWS, units)
+        lookup = (choice, copies, gl.full((1, 1, 4), gl.where(slot == 0, 0x5410, 0x7632), gl.int32, units))
     shared = gl.where(slot == 0, signs_of(0, 0), signs_of(1, 0)).to(gl.int32)
     alone = gl.where(slot == 0, signs_of(0, 1), signs_of(1, 1)).to(gl.int32)
     signs = (gl.full((ROWS, 4, 4), shared, gl.int32, units), gl.full((ROWS, 4, 4), alone, gl.int32, units))
@@ -275,17 +333,20 @@ def _products(
         x1 += STEP
         stage = step % STAGES
         for half in gl.static_range(2):
-            ours, theirs = _decoded(buffers, stage, gather, signs, tables, half, ROWS, FORMAT, PAIRED, left)
-            right = buffers[3 + half].index(stage).permute((1, 0))
+            ours, theirs = _decoded(
+                buffers, stage, gather, signs, tables, lookup, half, ROWS, FORMAT, PAIRED, LOOKED, left
+            )
+            right = buffers[TOKENS_OF + half].index(stage).permute((1, 0))
             sums0 = warpgroup_mma(ours, right, sums0, is_async=True)
             if PAIRED:
-                right = buffers[5 + half].index(stage).permute((1, 0))
+                right = buffers[TOKENS_OF + 2 + half].index(stage).permute((1, 0))
                 sums1 = warpgroup_mma(theirs, right, sums1, is_async=True)
                 sums0, sums1 = warpgroup_mma_wait(2, deps=(sums0, sums1))
                 sums1 = warpgroup_mma_init(sums1)
             else:
                 sums0 = warpgroup_mma_wait(1, deps=(sums0,))
             sums0 = warpgroup_mma_init(sums0)
+    buffers[PADDING]._keep_alive()
     return warpgroup_mma_wait(0, deps=(sums0, sums1))
 
 
@@ -318,14 +379,17 @@ def project_in(
     x, words, low, scale, levels, out, order, offsets, tiles, experts, bias,
     hidden, inner, top_k, capacity, x_row, w_up, shift, bias_expert, bias_row, bias_up, limit, alpha,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, ACTIVATION: gl.constexpr,
-    FORMAT: gl.constexpr, PAIRED: gl.constexpr,
+    FORMAT: gl.constexpr, PAIRED: gl.constexpr, LOOKED: gl.constexpr,
 ):  # fmt: skip
     """overlapped.project_in; `hidden` is a number of STEPs, planes are contiguous [unit, row, word], gate rows first.
 
     `w_up`: rows from a gate row to its up row, within a unit of 2 * inner.
     """
-    after_the_one_before()
     slot = 0 if PAIRED else gl.program_id(0) % 2
+    early: gl.constexpr = LOOKED > 0 and TOKENS == 16 and not PAIRED  # few tokens: all programs wait here at once
+    if early:
+        table = leveled_lookup.fill(levels, TABLE, slot, FORMAT, PAIRED)
+    after_the_one_before()
     program = gl.program_id(0) if PAIRED else gl.program_id(0) // 2
     tile, first_row = share(program, gl.cdiv(inner, ROWS), ROWS, GROUP)
     unit = gl.load(tiles + tile)
@@ -335,28 +399,33 @@ def project_in(
     place, begin0, end0, begin1, end1 = _entries(offsets, unit, slot, skipped, PAIRED)
     if not PAIRED and begin0 >= end0:
         return
-    buffers = _buffers(2 * ROWS, TOKENS, STAGES, FORMAT, PAIRED)
-    wide: gl.constexpr = plane_layout(STEP // 8, gl.num_warps())
-    lows: gl.constexpr = plane_layout(low_words(FORMAT, STEP), gl.num_warps())
+    buffers = _buffers(2 * ROWS, TOKENS, STAGES, FORMAT, PAIRED, LOOKED)
+    wide: gl.constexpr = plane_layout(STEP // 16, gl.num_warps())
+    lows: gl.constexpr = plane_layout(low_held(FORMAT), gl.num_warps())
     one: gl.constexpr = plane_layout(1, gl.num_warps())
     row_w = _rows_in(first_row, inner, w_up, ROWS, wide)
     row_l = _rows_in(first_row, inner, w_up, ROWS, lows)
     row_s = _rows_in(first_row, inner, w_up, ROWS, one)
     planes = (
-        _plane(words, unit, row_w, 2 * inner, hidden // 8, 0, STEP // 8, wide),
-        _plane(low, unit, row_l, 2 * inner, hidden * low_words(FORMAT, STEP) // STEP, 0, low_words(FORMAT, STEP), lows),
+        _plane(words, unit, row_w, 2 * inner, hidden // 8, 0, STEP // 16, wide),
+        _plane(low, unit, row_l, 2 * inner, hidden * low_words(FORMAT, STEP) // STEP, 0, low_held(FORMAT), lows),
         _plane(scale, unit, row_s, 2 * inner, hidden // STEP, 0, 1, one),
     )
     steps = hidden // STEP
     planes = _begin(buffers, planes, steps, STAGES, FORMAT)
+    if not LOOKED:
+        table = 0
+    elif not early:
+        table = leveled_lookup.fill(levels, TABLE, slot, FORMAT, PAIRED)
     k = gl.arange(0, HALF, gl.SliceLayout(0, copy_layout(HALF, gl.num_warps())))
     a0, live0 = tokens_at(x, order, begin0, end0, k, top_k, x_row, HALF, TOKENS)
     a1, live1 = a0, live0
     if PAIRED:
         a1, live1 = tokens_at(x, order, begin1, end1, k, top_k, x_row, HALF, TOKENS)
     sums0, sums1 = _products(
-        buffers, planes, (a0, a1), (live0, live1), steps, slot, levels, TABLE, 2 * ROWS, TOKENS, STAGES, FORMAT, PAIRED
-    )
+        buffers, planes, (a0, a1), (live0, live1), steps, slot, levels, TABLE, table, 2 * ROWS, TOKENS, STAGES,
+        FORMAT, PAIRED, LOOKED,
+    )  # fmt: skip
     write_inner(
         sums0, out, begin0, end0, first_row, inner, shift, shift, gl.load(experts + place), bias, bias_expert,
         bias_row, bias_up, limit, alpha, ROWS, TOKENS, ACTIVATION,
@@ -373,7 +442,7 @@ def project_out(
     x, words, low, scale, levels, out, order, offsets, tiles, experts, weights, bias,
     inner, hidden, capacity, part, out_split, shift, bias_expert, bias_row,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, FORMAT: gl.constexpr,
-    PAIRED: gl.constexpr,
+    PAIRED: gl.constexpr, LOOKED: gl.constexpr,
 ):  # fmt: skip
     """overlapped.project_out, in splits of `part` columns (a number of STEPs, as `inner` is)."""
     slot = 0 if PAIRED else gl.program_id(0) % 2
@@ -388,20 +457,21 @@ def project_out(
         return
     begin = gl.program_id(1) * part
     out += gl.program_id(1).to(gl.int64) * out_split
-    buffers = _buffers(ROWS, TOKENS, STAGES, FORMAT, PAIRED)
-    wide: gl.constexpr = plane_layout(STEP // 8, gl.num_warps())
-    lows: gl.constexpr = plane_layout(low_words(FORMAT, STEP), gl.num_warps())
+    buffers = _buffers(ROWS, TOKENS, STAGES, FORMAT, PAIRED, LOOKED)
+    wide: gl.constexpr = plane_layout(STEP // 16, gl.num_warps())
+    lows: gl.constexpr = plane_layout(low_held(FORMAT), gl.num_warps())
     one: gl.constexpr = plane_layout(1, gl.num_warps())
     planes = (
-        _plane(words, unit, _rows_out(first_row, hidden, ROWS, wide), hidden, inner // 8, begin // 8, STEP // 8, wide),
+        _plane(words, unit, _rows_out(first_row, hidden, ROWS, wide), hidden, inner // 8, begin // 8, STEP // 16, wide),
         _plane(
             low, unit, _rows_out(first_row, hidden, ROWS, lows), hidden, inner * low_words(FORMAT, STEP) // STEP,
-            begin * low_words(FORMAT, STEP) // STEP, low_words(FORMAT, STEP), lows,
+            begin * low_words(FORMAT, STEP) // STEP, low_held(FORMAT), lows,
         ),
         _plane(scale, unit, _rows_out(first_row, hidden, ROWS, one), hidden, inner // STEP, begin // STEP, 1, one),
     )  # fmt: skip
     steps = gl.minimum(inner - begin, part) // STEP
     planes = _begin(buffers, planes, steps, STAGES, FORMAT)
+    table = leveled_lookup.fill(levels + 2 * TABLE, 0, slot, FORMAT, PAIRED) if LOOKED else 0
     after_the_one_before()
     k = begin + gl.arange(0, HALF, gl.SliceLayout(0, copy_layout(HALF, gl.num_warps())))
     a0, live0 = positions_at(x, begin0, end0, k, inner, HALF, TOKENS)
@@ -409,20 +479,9 @@ def project_out(
     if PAIRED:
         a1, live1 = positions_at(x, begin1, end1, k, inner, HALF, TOKENS)
     sums0, sums1 = _products(
-        buffers,
-        planes,
-        (a0, a1),
-        (live0, live1),
-        steps,
-        slot,
-        levels + 2 * TABLE,
-        0,
-        ROWS,
-        TOKENS,
-        STAGES,
-        FORMAT,
-        PAIRED,
-    )
+        buffers, planes, (a0, a1), (live0, live1), steps, slot, levels + 2 * TABLE, 0, table, ROWS, TOKENS, STAGES,
+        FORMAT, PAIRED, LOOKED,
+    )  # fmt: skip
     write_outer(
         sums0, out, order, weights, begin0, end0, first_row, hidden, shift, gl.load(experts + place), bias,
         bias_expert, bias_row, ROWS, TOKENS,

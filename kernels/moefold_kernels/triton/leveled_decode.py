@@ -15,9 +15,6 @@ import triton.language as tl
 from moefold_kernels import layout, layout_pairs
 from moefold_kernels.layout_pairs import ALONE
 
-FACTOR = 2.0
-"""Of every operand: 2 is a bf16 of which the low byte is zero."""
-
 _PLUS, _MINUS = 0x40, 0xC0  # high bytes of +2 and -2
 
 

@@ -14,7 +14,7 @@ def run(assembly: str, results: int, operands: list[int], memory: Mapping[int, i
     """The results of inline assembly for its operands; `memory` is shared memory by the address of its 32-bit words."""
     held = {f"${results + number}": value & WORD for number, value in enumerate(operands)}
     for line in re.split(r"[;\n]", assembly.strip().strip("{}")):
-        if line.strip() and not line.strip().startswith(".reg"):
+        if line.strip(" {}") and not line.strip().startswith(".reg"):
             name, rest = line.strip().split(None, 1)
             _step(name, [one.strip(" {}[]") for one in rest.split(",")], held, memory or {})
     return [held[f"${number}"] for number in range(results)]

@@ -128,8 +128,12 @@ def test_a_table_in_shared_memory_has_to_fit_beside_the_tiles(folder):
     tile = looked.first
     assert leveled_bytes(tile, True, "pair4") == 8 * (128 * 68 + 32 * 256) + 1024 + 32768
     assert leveled_bytes(tile, True, "pair8") == 8 * (128 * 132 + 32 * 256) + 1024 + 32768
-    assert leveled_bytes(replace(tile, stages=3), False, "pair6") == 49 * 1024 + 8192  # at least 48 KB with a table
-    assert leveled_bytes(replace(tile, looked_up=0, stages=3), False, "pair6") == 3 * (64 * 100 + 32 * 256) + 1024
+    few_stages = 3 * (64 * 100 + 32 * 256) + 1024
+    assert leveled_bytes(replace(tile, stages=3), False, "pair6") == 49 * 1024 + 8192  # more than 48 KB with the table
+    assert leveled_bytes(replace(tile, looked_up=0, stages=3), False, "pair6") == few_stages
+    less = replace(tile, stages=3, tokens=8)
+    assert leveled_bytes(less, False, "pair6") == few_stages - 3 * 16 * 256 + 8192
+    assert leveled_bytes(less, False, "pair4") == 49 * 1024 + 32768
     ship(folder, {few: looked})
     assert configs.choose(few, GPU) == looked
     assert configs.choose(few._replace(format="pair8"), GPU) == configs.rule(few)
@@ -226,8 +230,9 @@ def test_a_broken_table_is_named(text, folder):
         ({"mode": "overlapped", "stages": 2}, "stages is 2, and must be a whole number, at least 3"),
         ({"group": 0}, "group is 0"),
         ({"splits": 1.5}, "splits is 1.5"),
-        ({"looked_up": 1}, "looked_up is 1, and must be 0, or 1 or 2 in an overlapped mode"),
-        ({"mode": "overlapped", "looked_up": 3}, "looked_up is 3"),
+        ({"looked_up": 1}, "looked_up is 1, and must be 0, or up to 4 in an overlapped mode"),
+        ({"mode": "overlapped", "looked_up": 5}, "looked_up is 5"),
+        ({"mode": "overlapped", "tokens": 4}, "tokens is 4, and must be a power of two, at least 8"),
         ({"registers": 100}, "registers is 100, and must be 0, or a multiple of 8"),
     ],
 )

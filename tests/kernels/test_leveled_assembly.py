@@ -69,6 +69,16 @@ def same(format: str, planes: dict[str, torch.Tensor], calculate) -> None:
                 assert torch.equal(found, wanted), (row, unit, thread, slots, slot)
 
 
+def instructions(format: str, table: list[int], scale: list[int], slots: int, slot: int) -> list[int]:
+    """What integer instructions look up: for one slot its signs, and the row's levels, those of pair4 scaled."""
+    own = table[: leveled_decode.TABLES[format]]
+    if format == "pair4":
+        factor = torch.tensor(scale).to(torch.int32).view(torch.bfloat16)
+        scaled = [torch.tensor([one]).to(torch.int32).view(torch.bfloat16) * factor for one in own]
+        own = [int(one.view(torch.int32)) for one in scaled]
+    return (list(leveled_decode.SLOT_SIGNS.value[2 * slot : 2 * slot + 2]) if slots == 1 else []) + own
+
+
 def planes_of(format: str) -> dict[str, torch.Tensor]:
     return reference_pairs.encode(format, *matrix(format, ROWS, 128, seed=3))
 
@@ -76,43 +86,54 @@ def planes_of(format: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("format", FORMATS)
 def test_integer_instructions(format):
     table = row_tables(format, levels_of(format))
-    signs = leveled_decode.SLOT_SIGNS.value
 
     def calculate(has, row, thread, slots, slot):
         given = has["words"] + has["gather"] + has["low"] + (has["scale"] if format != "pair4" else [])
-        own = table[: leveled_decode.TABLES[format]]
-        if format == "pair4":
-            factor = torch.tensor(has["scale"]).to(torch.int32).view(torch.bfloat16)
-            scaled = [torch.tensor([one]).to(torch.int32).view(torch.bfloat16) * factor for one in own]
-            own = [int(one.view(torch.int32)) for one in scaled]
-        given += list(signs[2 * slot : 2 * slot + 2]) if slots == 1 else []
-        return run(leveled_decode.assembly(format, slots), 2 * slots, given + own)
+        given += instructions(format, table, has["scale"], slots, slot)
+        return run(leveled_decode.assembly(format, slots), 2 * slots, given)
 
     same(format, planes_of(format), calculate)
 
 
+@pytest.mark.parametrize("looked", [1, 2, 3, 4])
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("format", FORMATS)
-def test_look_ups(format, apart):
-    """Where gate and up have other levels (`apart`), the rows of the second half of 16 read the second copies."""
+def test_look_ups(format, apart, looked):
+    """Where gate and up have other levels (`apart`), the rows of the second half of 16 read the second copies.
+
+    Of what one piece of assembly makes each part is tried with the same operands, and gives the same.
+    """
     levels = levels_of(format)
     other = [2 * level for level in levels] if apart else levels
-    table = layer_tables(format, {"gate_proj": levels, "up_proj": other, "down_proj": levels})[:, NUMBERS:].tolist()
-    memories = {(slots, slot): filled(format, table, slots, slot) for slots, slot in ((2, 0), (1, 0), (1, 1))}
+    table = layer_tables(format, {"gate_proj": levels, "up_proj": other, "down_proj": levels})
+    lists = table[:, NUMBERS:].tolist()
+    memories = {(slots, slot): filled(format, lists, slots, slot) for slots, slot in ((2, 0), (1, 0), (1, 1))}
+    times = leveled_lookup.pack(looked)
 
     def calculate(has, row, thread, slots, slot):
-        memory = memories[slots, slot]
-        lane = thread + 4 * (row % 8)
-        number = leveled_lookup.copies(format, slots == 2)
-        own = lane % (number // 2) + (number // 2 if row % 16 >= 8 else 0) if apart else lane % number
+        up = apart and row % 16 >= 8
+        lane, number = thread + 4 * (row % 8), leveled_lookup.copies(format, slots == 2)
+        own = lane % (number // 2) + (number // 2 if up else 0) if apart else lane % number
         given = has["words"] + ([128 << 8 * thread] if format == "pair4" else [has["gather"][0] * 0x101])
         given += has["low"] + has["scale"] + [BASE + own * (128 // number)]
         given += [ODD if slot else 0x5410] if slots == 1 and format != "pair4" else []
-        assert len(given) + 2 * slots == len(leveled_lookup.constraints(format, slots).split(","))
-        found = run(leveled_lookup.assembly(format, slots), 2 * slots, given, memory)
-        return [halved(one) for one in found] if apart and row % 16 >= 8 else found
+        if looked < 4:
+            given += has["gather"] + instructions(format, table[1 if up else 0].tolist(), has["scale"], slots, slot)
+        given = [one for one in given for _ in range(times)]
+        assert len(given) + 2 * slots * times == len(leveled_lookup.constraints(format, slots, looked).split(","))
+        code = leveled_lookup.assembly(format, slots, looked)
+        found = run(code, 2 * slots * times, given, memories[slots, slot])
+        assert all(found[times * i : times * (i + 1)] == [found[times * i]] * times for i in range(2 * slots))
+        return [halved(one) if up else one for one in found[::times]]
 
     same(format, planes_of(format), calculate)
+
+
+@pytest.mark.parametrize("looked", [1, 2, 3])
+def test_so_many_quarters_are_looked_up(looked):
+    made = leveled_lookup.assembly("pair6", 2, looked)
+    parts, pieces = made.count("ld.shared") // 4, made.count(".reg")
+    assert (pieces, 4 * parts) == (leveled_lookup.pack(looked), looked * pieces)
 
 
 def filled(format: str, table: list[list[int]], slots: int, slot: int) -> dict[int, int]:

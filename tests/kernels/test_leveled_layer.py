@@ -43,9 +43,10 @@ FAST = {
     "slot 128": fast("overlapped", 128, group=4),
 }
 LOOKED = {
-    "pair 16, table": fast("overlapped_pair", 16, looked_up=2),
-    "slot 16, splits, table": fast("overlapped", 16, warps=8, stages=5, splits=2, looked_up=2),
-    "pair 32, 8 warps, half a table": fast("overlapped_pair", 32, warps=8, stages=3, looked_up=1, registers=128),
+    "pair 8, table": fast("overlapped_pair", 8, looked_up=4),
+    "slot 16, splits, half a table": fast("overlapped", 16, warps=8, stages=5, splits=2, looked_up=2),
+    "slot 8, splits, table": fast("overlapped", 8, splits=2, looked_up=4),
+    "pair 32, 8 warps, 3/4": fast("overlapped_pair", 32, warps=8, stages=3, looked_up=3, registers=128),
 }
 FAST |= LOOKED
 
@@ -122,7 +123,7 @@ def test_hoppers_kernels(plan, format, device, monkeypatch):
     monkeypatch.delattr(kernels.project, "project_in")
     monkeypatch.delattr(kernels.project, "project_out")
     biased = "splits" in plan
-    layer = leveled_layer(format, 6, 640, 384, biased=biased, device=device, alike="half" in plan)
+    layer = leveled_layer(format, 6, 640, 384, biased=biased, device=device, alike="half" in plan or "8" in plan)
     activation = kernels.Activation("clamped", 1.5, 1.702) if biased else kernels.SILU
     for tokens, skew in ((1, 0.0), (3, 0.0), (150, 0.0), (150, 9.0)):
         arguments = batch(tokens, 640, 2, 6, skew=skew)

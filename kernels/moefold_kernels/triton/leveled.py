@@ -2,8 +2,9 @@
 
 As in overlapped.py and overlapped_pair.py two sets of operand registers take turns; a program serves both slots of a
 pair from one reading (PAIRED), or one. A step is 128 columns, two groups: one barrier, words of 64 bytes a row, and the
-two scales of a row in one copy of 4 bytes. What the planes hold becomes operands in registers: of LOOKED of the two
-groups by a table in shared memory (leveled_lookup.py), of the others by integer instructions (leveled_decode.py).
+two scales of a row in one copy of 4 bytes. What the planes hold becomes operands in registers: by integer
+instructions (leveled_decode.py), or LOOKED quarters of them by a table in shared memory
+(leveled_lookup.py), so that two units of a processor are in use, and one answers while the other works.
 """
 
 # ruff: noqa: RUF005 - the compiler knows tuples' `+`, and no `*given`
@@ -41,18 +42,20 @@ TABLE = gl.constexpr(INTEGERS)
 """Of a matrix in `levels`."""
 WORDS, LOW, SCALE, TOKENS_OF, PADDING = (gl.constexpr(i) for i in (0, 2, 4, 5, 9))
 """Numbers of buffers: two halves of `words`, two of `low`, scales, two halves of either slot's tokens, nothing."""
+FIRST = gl.constexpr(256)
+"""Programs that begin together: two for each processor of a large GPU."""
 SMALL = gl.constexpr(48 * 1024)
 """Bytes that Triton has to ask for more than, before it lets a kernel have more than these with the table."""
 
 
-_CODE = gl.constexpr({(f, n): (assembly(f, n), constraints(f, n)) for f in MAGNITUDE_BITS for n in (1, 2)})
+_CODE = gl.constexpr({(f, n): (assembly(f, n), constraints(f, n), 1) for f in MAGNITUDE_BITS for n in (1, 2)})
 _LOW_BITS = gl.constexpr({f: low_bits(f) for f in MAGNITUDE_BITS})
 
 
 @gluon.constexpr_function
 def code(format, slots, looked, part):
-    """The assembly (part 0) and its constraints."""
-    return (leveled_lookup.CODE if looked else _CODE).value[format, slots][part]
+    """The assembly (part 0), its constraints, and how many times four positions it makes."""
+    return (leveled_lookup.CODE.value[format, slots, looked] if looked else _CODE.value[format, slots])[part]
 
 
 @gluon.constexpr_function
@@ -69,10 +72,11 @@ def low_held(format):
 
 @gluon.constexpr_function
 def _padding(rows, tokens, stages, format, paired, looked):
-    """KB that bring what Triton asks for above SMALL, where there is a table: it is not part of that."""
+    """KB that bring what Triton asks for above SMALL, where that is too little with a table, of which it knows nothing."""
     bits = 4 + _LOW_BITS.value[format]
     bytes = stages * (rows * (STEP.value * bits // 8 + 4) + tokens * 2 * STEP.value * (2 if paired else 1))
-    return max(SMALL.value - bytes if looked else 0, 0) // 1024 + 1
+    large = looked and bytes + 1024 + leveled_lookup.size(format) > SMALL.value
+    return (max(SMALL.value - bytes, 0) if large else 0) // 1024 + 1
 
 
 @gluon.constexpr_function
@@ -219,16 +223,16 @@ def _decoded(
     words = buffers[WORDS + half].index(stage).load(rows_layout(ROWS, 8, gl.num_warps()))
     scale = _scales(buffers, stage, half, ROWS, units)
     given = _pairwise(words, 8, ROWS, units)
-    if half < LOOKED:
+    if LOOKED:
         given = given + (lookup[0],)
         if FORMAT != "pair4":
             given = given + _lows(buffers, stage, half, ROWS, FORMAT, units)
         given = given + (_of_rows(scale), lookup[1])
         if FORMAT != "pair4" and not PAIRED:
             given = given + (lookup[2],)
-    else:
+    if LOOKED < 4:
         given = given + (gather,)
-        if FORMAT != "pair4":
+        if FORMAT != "pair4" and not LOOKED:
             given = given + _lows(buffers, stage, half, ROWS, FORMAT, units) + (_of_rows(scale),)
         if not PAIRED:
             given = given + signs
@@ -240,13 +244,14 @@ def _decoded(
             given = given + (_of_rows(tables[4]), _of_rows(tables[5]), _of_rows(tables[6]), _of_rows(tables[7]))
     if PAIRED:
         a, b, c, d = gl.inline_asm_elementwise(
-            code(FORMAT, 2, half < LOOKED, 0), code(FORMAT, 2, half < LOOKED, 1), given,
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
+            code(FORMAT, 2, LOOKED, 0), code(FORMAT, 2, LOOKED, 1), given,
+            dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True,
+            pack=code(FORMAT, 2, LOOKED, 2),
         )  # fmt: skip
         return _operand(a, b, ROWS, left), _operand(c, d, ROWS, left)
     a, b = gl.inline_asm_elementwise(
-        code(FORMAT, 1, half < LOOKED, 0), code(FORMAT, 1, half < LOOKED, 1), given,
-        dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+        code(FORMAT, 1, LOOKED, 0), code(FORMAT, 1, LOOKED, 1), given,
+        dtype=(gl.int32, gl.int32), is_pure=True, pack=code(FORMAT, 1, LOOKED, 2),
     )  # fmt: skip
     own = _operand(a, b, ROWS, left)
     return own, own
@@ -278,6 +283,12 @@ def _buffers(
             gl.SwizzledSharedLayout(1, 1, 1, [0]),
         ),
     )
+
+
+@gluon.jit
+def _next(stage, STAGES: gl.constexpr):
+    """The stage behind one: dividing by what is no power of two takes some twenty instructions more a round."""
+    return gl.where(stage == STAGES - 1, 0, stage + 1)
 
 
 @gluon.jit
@@ -319,19 +330,21 @@ def _products(
     )  # fmt: skip
     sums0 = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
     sums1 = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
+    stage = steps * 0
+    to = stage + STAGES - 2
     for step in range(0, steps):
         async_copy.wait_group(STAGES - 3)
         barrier()  # this step has come, and nobody reads step - 2 any more, whose place is next
         ahead = step + STAGES - 2
-        _start_words(buffers, (w, low, scale), ahead % STAGES, ahead < steps, FORMAT)
-        _start_tokens(buffers, (x0, x1), live, ahead % STAGES, ahead < steps, PAIRED)
+        _start_words(buffers, (w, low, scale), to, ahead < steps, FORMAT)
+        _start_tokens(buffers, (x0, x1), live, to, ahead < steps, PAIRED)
+        to = _next(to, STAGES)
         w += STEP // 8
         if FORMAT != "pair4":
             low += low_words(FORMAT, STEP)
         scale += 1
         x0 += STEP
         x1 += STEP
-        stage = step % STAGES
         for half in gl.static_range(2):
             ours, theirs = _decoded(
                 buffers, stage, gather, signs, tables, lookup, half, ROWS, FORMAT, PAIRED, LOOKED, left
@@ -346,6 +359,7 @@ def _products(
             else:
                 sums0 = warpgroup_mma_wait(1, deps=(sums0,))
             sums0 = warpgroup_mma_init(sums0)
+        stage = _next(stage, STAGES)
     buffers[PADDING]._keep_alive()
     return warpgroup_mma_wait(0, deps=(sums0, sums1))
 
@@ -386,9 +400,13 @@ def project_in(
     `w_up`: rows from a gate row to its up row, within a unit of 2 * inner.
     """
     slot = 0 if PAIRED else gl.program_id(0) % 2
-    early: gl.constexpr = LOOKED > 0 and TOKENS == 16 and not PAIRED  # few tokens: all programs wait here at once
+    table = 0
+    early: gl.constexpr = LOOKED > 0 and TOKENS <= 16 and not PAIRED  # few tokens: the first programs wait here anyway
+    if LOOKED:
+        table = leveled_lookup.place(FORMAT)
     if early:
-        table = leveled_lookup.fill(levels, TABLE, slot, FORMAT, PAIRED)
+        if gl.program_id(0) < FIRST:
+            leveled_lookup.fill(table, levels, TABLE, slot, FORMAT, PAIRED)
     after_the_one_before()
     program = gl.program_id(0) if PAIRED else gl.program_id(0) // 2
     tile, first_row = share(program, gl.cdiv(inner, ROWS), ROWS, GROUP)
@@ -413,10 +431,9 @@ def project_in(
     )
     steps = hidden // STEP
     planes = _begin(buffers, planes, steps, STAGES, FORMAT)
-    if not LOOKED:
-        table = 0
-    elif not early:
-        table = leveled_lookup.fill(levels, TABLE, slot, FORMAT, PAIRED)
+    if LOOKED:
+        if not early or gl.program_id(0) >= FIRST:
+            leveled_lookup.fill(table, levels, TABLE, slot, FORMAT, PAIRED)
     k = gl.arange(0, HALF, gl.SliceLayout(0, copy_layout(HALF, gl.num_warps())))
     a0, live0 = tokens_at(x, order, begin0, end0, k, top_k, x_row, HALF, TOKENS)
     a1, live1 = a0, live0
@@ -471,7 +488,10 @@ def project_out(
     )  # fmt: skip
     steps = gl.minimum(inner - begin, part) // STEP
     planes = _begin(buffers, planes, steps, STAGES, FORMAT)
-    table = leveled_lookup.fill(levels + 2 * TABLE, 0, slot, FORMAT, PAIRED) if LOOKED else 0
+    table = 0
+    if LOOKED:
+        table = leveled_lookup.place(FORMAT)
+        leveled_lookup.fill(table, levels + 2 * TABLE, 0, slot, FORMAT, PAIRED)
     after_the_one_before()
     k = begin + gl.arange(0, HALF, gl.SliceLayout(0, copy_layout(HALF, gl.num_warps())))
     a0, live0 = positions_at(x, begin0, end0, k, inner, HALF, TOKENS)

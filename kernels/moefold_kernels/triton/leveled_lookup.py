@@ -11,11 +11,15 @@ Where gate and up have other levels, half of the copies are of each, and two lan
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton.experimental.gluon as gluon
 from triton.experimental.gluon import language as gl
 
 from moefold_kernels.layout_pairs import MAGNITUDE_BITS
 from moefold_kernels.levels import ENTRIES, NUMBERS
+from moefold_kernels.triton import leveled_decode
+from moefold_kernels.triton.leveled_decode import LOWS, TABLES
 
 ROW = 128
 """Bytes of an entry's copies: all banks once."""
@@ -27,24 +31,64 @@ _LOW_EVEN = {"pair5": (16, 8), "pair6": (16, 4), "pair8": (16, 16)}
 _LOW_ODD = {"pair5": (1, 0.5), "pair6": (1, 0.25), "pair8": (1, 1)}
 
 
-def assembly(format: str, slots: int) -> str:
-    """PTX of four positions: for each slot two registers of two operands.
+def pack(looked: int) -> int:
+    """How many times four positions one piece of assembly makes, to look up `looked` quarters of them."""
+    return {0: 1, 1: 4, 2: 2, 3: 4, 4: 1}[looked]
 
-    Operands: the results; two words; which of their bytes is the thread's (`choice`); words of `low` (two for pair8,
-    one for pair5 and pair6); the scale twice in a register; where the row's copies are; not for pair4, for one slot,
-    `prmt`'s selector of it.
+
+def assembly(format: str, slots: int, looked: int = 4) -> str:
+    """PTX of `pack` times four positions, the first ones by the table, the others as leveled_decode.py makes them.
+
+    Results: for each slot two registers of two operands. Operands: two words; which of their bytes is the thread's
+    (`choice`); words of `low` (two for pair8, one for pair5 and pair6); the scale twice in a register; where the row's
+    copies are; not for pair4, for one slot, `prmt`'s selector of it. Where there are others: leveled_decode's operands
+    but words, `low` and scale (of pair4 the row's two levels are scaled). Each is there `pack` times.
     """
-    names = iter(f"${number}" for number in range(2 * slots, 99))
-    words, choice = (next(names), next(names)), next(names)
-    low = [] if format == "pair4" else [next(names) for _ in range(2 if format == "pair8" else 1)]
+    times = pack(looked)
+    names = iter([f"${times * number + i}" for i in range(times)] for number in range(99))
+    results = [next(names) for _ in range(2 * slots)]
+    words, choice = [next(names), next(names)], next(names)
+    low = [next(names) for _ in range(LOWS[format])]
     scale, base = next(names), next(names)
-    picks = ["0x5410", "0x7632"] if slots == 2 else [next(names)] if low else []
-    lines = ""
+    pick = next(names) if slots == 1 and low else [""] * times
+    gather, signs, tables = [""] * times, [], []
+    if looked < 4:
+        gather = next(names)
+        signs = [next(names), next(names)] if slots == 1 else []
+        tables = [next(names) for _ in range(TABLES[format])]
+    lines = []
+    for i in range(times):
+        found, (own, lows) = _of(results, i), (_of(words, i), _of(low, i))
+        if 4 * i < looked * times:
+            lines.append(_block(format, found, own, choice[i], lows, scale[i], base[i], pick[i]))
+        else:
+            rest = scale[i], _of(signs, i), _of(tables, i)
+            lines.append(leveled_decode.block(format, found, own, gather[i], lows, *rest))
+    return "\n".join(lines)
+
+
+def _of(names: Sequence[Sequence[str]], number: int) -> list[str]:
+    return [one[number] for one in names]
+
+
+def _block(
+    format: str,
+    results: Sequence[str],
+    words: Sequence[str],
+    choice: str,
+    low: Sequence[str],
+    scale: str,
+    base: str,
+    pick: str,
+) -> str:
+    """`assembly` with names of one's own for the operands."""
+    slots, lines = len(results) // 2, ""
+    picks = [pick] if pick else ["0x5410", "0x7632"]
     for number, word in enumerate(words):
-        found = [f"${2 * slot + number}" for slot in range(slots)]
+        found = [results[2 * slot + number] for slot in range(slots)]
         if low:
             lines += _one_by_one(format, number, word, low[min(number, len(low) - 1)], choice, base)
-            lines += "".join(f"\n    prmt.b32 {to}, x, y, {pick};" for to, pick in zip(found, picks, strict=True))
+            lines += "".join(f"\n    prmt.b32 {to}, x, y, {one};" for to, one in zip(found, picks, strict=True))
         else:
             loaded = f".v2.b32 {{{found[0]}, {found[1]}}}" if slots == 2 else f".b32 {found[0]}"
             lines += f"""
@@ -70,13 +114,21 @@ def _one_by_one(format: str, number: int, word: str, low: str, choice: str, base
     ld.shared.b32 y, [q];"""
 
 
-def constraints(format: str, slots: int) -> str:
+def constraints(format: str, slots: int, looked: int = 4) -> str:
     """Of `assembly`, as Triton wants them; a result is written before all operands are read."""
-    given = 5 + {"pair4": 0, "pair8": 2}.get(format, 1) + (format != "pair4" and slots == 1)
-    return ",".join(["=&r"] * 2 * slots + ["r"] * given)
+    given = 5 + LOWS[format] + (format != "pair4" and slots == 1)
+    given += 1 + 2 * (slots == 1) + TABLES[format] if looked < 4 else 0
+    return ",".join(["=&r"] * (2 * slots * pack(looked)) + ["r"] * (given * pack(looked)))
 
 
-CODE = gl.constexpr({(f, n): (assembly(f, n), constraints(f, n)) for f in MAGNITUDE_BITS for n in (1, 2)})
+CODE = gl.constexpr(
+    {
+        (f, slots, looked): (assembly(f, slots, looked), constraints(f, slots, looked), pack(looked))
+        for f in MAGNITUDE_BITS
+        for slots in (1, 2)
+        for looked in range(1, 5)
+    }
+)
 _ENTRIES = gl.constexpr(dict(ENTRIES))
 _NUMBERS = gl.constexpr(NUMBERS)
 _ROW = gl.constexpr(ROW)
@@ -89,6 +141,12 @@ def entries(format):
 
 
 @gluon.constexpr_function
+def size(format):
+    """Bytes of the format's table: a number of KB, so that what lies behind it stays aligned as products want it."""
+    return _ENTRIES.value[format] * _ROW.value
+
+
+@gluon.constexpr_function
 def copies(format, paired):
     """Of an entry, side by side: of 8 bytes or of 4."""
     return 16 if format == "pair4" and paired else 32
@@ -97,17 +155,21 @@ def copies(format, paired):
 @gluon.constexpr_function
 def _declaration(format):
     """PTX of a variable of its own, which Triton's allocations know nothing of: its address."""
-    size = _ENTRIES.value[format] * _ROW.value
-    return f"{{ .shared .align {_ROW.value} .b8 moefold_looked_up[{size}]; mov.u32 $0, moefold_looked_up; }}"
+    return f"{{ .shared .align {_ROW.value} .b8 moefold_looked_up[{size(format)}]; mov.u32 $0, moefold_looked_up; }}"
 
 
 @gluon.jit
-def fill(levels, up, slot, FORMAT: gl.constexpr, PAIRED: gl.constexpr):
-    """The table's address; it can be read behind the next barrier. Its first copies are of `levels`, others of `up`."""
+def place(FORMAT: gl.constexpr):
+    """The table's address. It has to be taken once in a kernel, or there are several."""
+    return gl.inline_asm_elementwise(_declaration(FORMAT), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def fill(base, levels, up, slot, FORMAT: gl.constexpr, PAIRED: gl.constexpr):
+    """Write the table, to be read behind the next barrier; its first copies are of `levels`, the others of `up`."""
     warps: gl.constexpr = gl.num_warps()
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [warps, 1], [1, 0])
     words: gl.constexpr = 2 if FORMAT == "pair4" else 1
-    base = gl.inline_asm_elementwise(_declaration(FORMAT), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     entry = gl.arange(0, entries(FORMAT), gl.SliceLayout(1, layout))[:, None]
     part = gl.arange(0, 8, gl.SliceLayout(0, layout))[None, :]
     at = levels + _NUMBERS + gl.where(part >= 4, up, 0) + entry * words
@@ -121,7 +183,6 @@ def fill(levels, up, slot, FORMAT: gl.constexpr, PAIRED: gl.constexpr):
         "st.shared.v4.b32 [$1], {$2, $3, $2, $3}; mov.b32 $0, 0;", "=r,r,r,r",
         [base + entry * _ROW + part * 16, first, second], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
-    return base
 
 
 @gluon.jit

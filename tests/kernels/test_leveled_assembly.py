@@ -11,7 +11,7 @@ from moefold_kernels import layout_pairs, reference_pairs
 from moefold_kernels.levels import ENTRIES, FACTOR, NUMBERS, layer_tables, look_up, row_tables
 
 pytest.importorskip("triton", reason="needs triton")
-from moefold_kernels.triton import leveled_decode, leveled_lookup  # noqa: E402
+from moefold_kernels.triton import leveled_decode, leveled_lookup
 
 ROWS, BASE = 12, 1024
 ODD = 0x7632
@@ -108,11 +108,11 @@ def test_look_ups(format, apart, looked):
     table = layer_tables(format, {"gate_proj": levels, "up_proj": other, "down_proj": levels})
     lists = table[:, NUMBERS:].tolist()
     memories = {(slots, slot): filled(format, lists, slots, slot) for slots, slot in ((2, 0), (1, 0), (1, 1))}
-    times = leveled_lookup.pack(looked)
+    times = leveled_lookup.PACK[looked]
 
     def calculate(has, row, thread, slots, slot):
         up = apart and row % 16 >= 8
-        lane, number = thread + 4 * (row % 8), leveled_lookup.copies(format, slots == 2)
+        lane, number = thread + 4 * (row % 8), 16 if format == "pair4" and slots == 2 else 32
         own = lane % (number // 2) + (number // 2 if up else 0) if apart else lane % number
         given = has["words"] + ([128 << 8 * thread] if format == "pair4" else [has["gather"][0] * 0x101])
         given += has["low"] + has["scale"] + [BASE + own * (128 // number)]
@@ -133,7 +133,7 @@ def test_look_ups(format, apart, looked):
 def test_so_many_quarters_are_looked_up(looked):
     made = leveled_lookup.assembly("pair6", 2, looked)
     parts, pieces = made.count("ld.shared") // 4, made.count(".reg")
-    assert (pieces, 4 * parts) == (leveled_lookup.pack(looked), looked * pieces)
+    assert (pieces, 4 * parts) == (leveled_lookup.PACK[looked], looked * pieces)
 
 
 def filled(format: str, table: list[list[int]], slots: int, slot: int) -> dict[int, int]:

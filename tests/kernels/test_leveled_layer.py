@@ -23,12 +23,11 @@ PLAIN = {
     "pair": Plan(Tile("pair", 16, 0, **SMALL), Tile("pair", 16, 0, **SMALL)),
     "slot": Plan(Tile("slot", 16, 16, **SMALL, group=2), Tile("slot", 16, 0, **SMALL)),
     "splits": Plan(Tile("pair", 16, 0, **SMALL), Tile("slot", 32, 0, 32, 16, 4, 2, group=2, splits=3)),
+    "eights": Plan(Tile("overlapped_pair", 8, 0, 32, 64, 4, 4, looked_up=4), Tile("overlapped", 8, 0, 64, 64, 4, 4)),
 }
 
 
-def fast(
-    mode: str, tokens: int, warps: int = 4, stages: int = 4, splits: int = 1, group: int = 1, **more: int
-) -> Plan:
+def fast(mode: str, tokens: int, warps: int = 4, stages: int = 4, splits: int = 1, group: int = 1, **more: int) -> Plan:
     """A plan for leveled.py."""
     sizes = (8 * warps, 64, warps, stages), (16 * warps, 64, warps, stages)
     first, second = (Tile(mode, tokens, 0, *size, group=group, **more) for size in sizes)

@@ -2,8 +2,8 @@
 
 Measured plans are kept per device, in `tables/` beside this file and in the user's cache (`moefold tune` writes there,
 and it goes first). For a shape that was not measured the nearest one that was is taken, by the entries per expert,
-which decide the regime, and by the matrices' sizes. A device without a table in `tables/` gets that of the nearest one of
-its compute capability (an H100 that of the H200): the same instructions and as much shared memory.
+which decide the regime, and by the matrices' sizes. A device without a table in `tables/` gets that of the nearest one
+of its compute capability (an H100 that of the H200): the same instructions and as much shared memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moefold_kernels import layout
+from moefold_kernels import layout, layout_pairs
 from moefold_kernels.errors import FormatError
 from moefold_kernels.triton.plans import Plan, Tile, fits
 
@@ -45,20 +45,27 @@ class Shape(NamedTuple):
         return self.tokens * self.top_k / self.experts
 
     def distance(self, other: Shape) -> tuple[float, ...]:
-        """How far a measured shape is from this one, in doublings: kind of weights first, then load and sizes together.
+        """How far a measured shape is from this one: kind of weights first, then load, sizes and format in doublings.
 
         A plan for less load counts twice as far as one for more: tiles that are too small read their words again,
         those that are too large only waste some products. Sizes count for less than one doubling, whatever they are:
         tiles for 288 entries took 1.6 times as long, where there were 64, as another shape's tiles for 80 (a layer of
-        Mixtral's sizes, bfloat16 weights, 256 tokens on an H200).
+        Mixtral's sizes, bfloat16 weights, 256 tokens on an H200). Four bits of a position count as one doubling.
         """
         load = math.log2(max(other.load, 1 / 64) / max(self.load, 1 / 64))
         sizes = sum(abs(math.log2(a / b)) for a, b in zip(self[:4], other[:4], strict=True))
         return (
-            float(self.dense != other.dense) + (self.format != other.format) / 2,
-            max(load, -2 * load) + sizes / (sizes + 4),
+            float(self.dense != other.dense),
+            max(load, -2 * load) + sizes / (sizes + 4) + abs(_bits(self.format) - _bits(other.format)) / 4,
             abs(self.tokens - other.tokens),
         )
+
+
+def _bits(format: str) -> int:
+    """Of a pair's position."""
+    if format == layout.EXPONENT:
+        return 16
+    return layout_pairs.magnitude_bits(format) + layout_pairs.STATE_BITS
 
 
 def choose(shape: Shape, device: torch.device) -> Plan:
@@ -67,7 +74,7 @@ def choose(shape: Shape, device: torch.device) -> Plan:
 
 
 def rule(shape: Shape) -> Plan:
-    """What holds on a device like none that was measured: small tiles that fit the shared memory of Ampere and Ada (99 KB)."""
+    """What holds on a device like none measured: small tiles that fit the shared memory of Ampere and Ada (99 KB)."""
     if shape.format != layout.EXPONENT:
         return _few_bit_rule(shape)
     if shape.load <= 12:
@@ -135,7 +142,9 @@ def origin(device: torch.device) -> str:
         return "by a rule, none measured for this device: run `moefold tune`"
     if not other or not counts.get("shipped"):
         return f"measured: {told}"
-    return f"measured: {told}; those shipped on {other}, of the same compute capability: run `moefold tune` for this one"
+    return (
+        f"measured: {told}; those shipped on {other}, of the same compute capability: run `moefold tune` for this one"
+    )
 
 
 def overlapped(device: torch.device) -> str:
@@ -216,7 +225,7 @@ def _measured(device: Identity) -> dict[Shape, Plan]:
 
 @functools.cache
 def _shipped(device: Identity) -> tuple[Path | None, str]:
-    """The shipped table for a device: its own, or that of the nearest one of its capability, and what that is called."""
+    """The shipped table for a device: its own, or that of the nearest of its capability, and what that is called."""
     own = SHIPPED / table_name(device.name)
     if own.exists():
         return own, ""

@@ -4,12 +4,8 @@ As in overlapped.py and overlapped_pair.py two sets of operand registers take tu
 pair from one reading (PAIRED), or one. A step is 128 columns, two groups: one barrier, words of 64 bytes a row, and the
 two scales of a row in one copy of 4 bytes. What the planes hold becomes operands in registers: by integer
 instructions (leveled_decode.py), or LOOKED quarters of them by a table in shared memory
-(leveled_lookup.py), so that two units of a processor are in use, and one answers while the other works.
+(leveled_table.py), so that two units of a processor are in use, and one answers while the other works.
 """
-
-# ruff: noqa: RUF005 - the compiler knows tuples' `+`, and no `*given`
-# mypy: disable-error-code=assignment
-# (tuples that grow)
 
 from __future__ import annotations
 
@@ -18,10 +14,24 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 
-from moefold_kernels.layout_pairs import MAGNITUDE_BITS, low_bits
 from moefold_kernels.levels import INTEGERS
-from moefold_kernels.triton import leveled_lookup
-from moefold_kernels.triton.leveled_decode import SLOT_SIGNS, assembly, constraints
+from moefold_kernels.triton import leveled_table
+from moefold_kernels.triton.leveled_operands import decoded, signs_of, units_layout
+from moefold_kernels.triton.leveled_stage import (
+    HALF,
+    PADDING,
+    STEP,
+    TOKENS_OF,
+    begin_words,
+    buffers_of,
+    halved,
+    low_held,
+    low_words,
+    plane_layout,
+    start_tokens,
+    start_words,
+    words_held,
+)
 from moefold_kernels.triton.overlapped import (
     after_the_one_before,
     barrier,
@@ -34,84 +44,10 @@ from moefold_kernels.triton.overlapped import (
     write_outer,
 )
 
-STEP = gl.constexpr(128)
-"""Columns of a step."""
-HALF = gl.constexpr(64)
-"""Columns of a group, and of one set of operands."""
 TABLE = gl.constexpr(INTEGERS)
 """Of a matrix in `levels`."""
-WORDS, LOW, SCALE, TOKENS_OF, PADDING = (gl.constexpr(i) for i in (0, 2, 4, 5, 9))
-"""Numbers of buffers: two halves of `words`, two of `low`, scales, two halves of either slot's tokens, nothing."""
 FIRST = gl.constexpr(256)
 """Programs that begin together: two for each processor of a large GPU."""
-SMALL = gl.constexpr(48 * 1024)
-"""Bytes that Triton has to ask for more than, before it lets a kernel have more than these with the table."""
-
-
-_CODE = gl.constexpr({(f, n): (assembly(f, n), constraints(f, n), 1) for f in MAGNITUDE_BITS for n in (1, 2)})
-_LOW_BITS = gl.constexpr({f: low_bits(f) for f in MAGNITUDE_BITS})
-
-
-@gluon.constexpr_function
-def code(format, slots, looked, part):
-    """The assembly (part 0), its constraints, and how many times four positions it makes."""
-    return (leveled_lookup.CODE.value[format, slots, looked] if looked else _CODE.value[format, slots])[part]
-
-
-@gluon.constexpr_function
-def low_words(format, columns):
-    """Words of the plane `low` in so many columns; one where there is no such plane."""
-    return max(1, columns * _LOW_BITS.value[format] // 32)
-
-
-@gluon.constexpr_function
-def low_held(format):
-    """Words of a row of `low` in one allocation: of a step, but of half a step for pair8 (as of `words`)."""
-    return min(low_words(format, STEP.value), 8)
-
-
-@gluon.constexpr_function
-def _padding(rows, tokens, stages, format, paired, looked):
-    """KB that bring what Triton asks for above SMALL, where that is too little with a table, of which it knows nothing."""
-    bits = 4 + _LOW_BITS.value[format]
-    bytes = stages * (rows * (STEP.value * bits // 8 + 4) + tokens * 2 * STEP.value * (2 if paired else 1))
-    large = looked and bytes + 1024 + leveled_lookup.size(format) > SMALL.value
-    return (max(SMALL.value - bytes, 0) if large else 0) // 1024 + 1
-
-
-@gluon.constexpr_function
-def signs_of(slot, number):
-    return SLOT_SIGNS.value[2 * slot + number]
-
-
-@gluon.constexpr_function
-def _bits(size):
-    return [1 << bit for bit in range(size.bit_length() - 1)]
-
-
-@gluon.constexpr_function
-def rows_layout(rows, words, warps):
-    """Words [rows, words] as the product wants rows: the four threads of a group have the same ones."""
-    registers = (
-        [[0, bit] for bit in _bits(words)] + [[8, 0]] + [[16 * warps * bit, 0] for bit in _bits(rows // warps // 16)]
-    )
-    lanes = [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16 * bit, 0] for bit in _bits(warps)], [], [rows, words])
-
-
-@gluon.constexpr_function
-def units_layout(rows, warps):
-    """[rows, 4 units of 16 columns, thread of a group]."""
-    registers = [[0, 1, 0], [0, 2, 0], [8, 0, 0]] + [[16 * warps * bit, 0, 0] for bit in _bits(rows // warps // 16)]
-    lanes = [[0, 0, 1], [0, 0, 2], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16 * bit, 0, 0] for bit in _bits(warps)], [], [rows, 4, 4])
-
-
-@gluon.constexpr_function
-def plane_layout(words, warps):
-    """The layout of a copy of a plane to shared memory: 16 bytes a thread, or 4 (scales)."""
-    across = max(1, words // 4)
-    return gl.BlockedLayout([1, min(words, 4)], [32 // across, across], [warps, 1], [1, 0])
 
 
 @gluon.jit
@@ -137,161 +73,6 @@ def _plane(plane, unit, row, rows, words, skipped, WORDS: gl.constexpr, layout: 
 
 
 @gluon.jit
-def _start_words(buffers, planes, stage, wanted, FORMAT: gl.constexpr):
-    for half in gl.static_range(2):
-        async_copy.async_copy_global_to_shared(buffers[WORDS + half].index(stage), planes[0] + 8 * half, mask=wanted)
-    if FORMAT != "pair4":
-        async_copy.async_copy_global_to_shared(buffers[LOW].index(stage), planes[1], mask=wanted)
-    if FORMAT == "pair8":
-        async_copy.async_copy_global_to_shared(buffers[LOW + 1].index(stage), planes[1] + 8, mask=wanted)
-    async_copy.async_copy_global_to_shared(buffers[SCALE].index(stage), planes[2], mask=wanted)
-
-
-@gluon.jit
-def _start_tokens(buffers, x, live, stage, wanted, PAIRED: gl.constexpr):
-    for slot in gl.static_range(2 if PAIRED else 1):
-        for half in gl.static_range(2):
-            to = buffers[TOKENS_OF + 2 * slot + half].index(stage)
-            async_copy.async_copy_global_to_shared(to, x[slot] + HALF * half, mask=live[slot] & wanted)
-    async_copy.commit_group()
-
-
-@gluon.jit
-def _operand(low, high, ROWS: gl.constexpr, left: gl.constexpr):
-    """bf16 [ROWS, HALF] of pairs of them [ROWS, 4, 4]: columns 2 t and 2 t + 1 of every 16, then 8 more."""
-    pairs = gl.reshape(gl.permute(gl.join(low, high), (0, 1, 3, 2)), (ROWS, HALF // 2))
-    twice = gl.reshape(gl.join(pairs, pairs), (ROWS, HALF))
-    made = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [twice], dtype=gl.bfloat16, is_pure=True, pack=2)
-    return gl.convert_layout(made, left, assert_trivial=True)
-
-
-@gluon.jit
-def _pairwise(plane, WORDS: gl.constexpr, ROWS: gl.constexpr, units: gl.constexpr):
-    """The two words of every 16 columns, of a plane with two."""
-    first, second = gl.split(gl.reshape(plane, (ROWS, WORDS // 2, 2)))
-    layout: gl.constexpr = gl.SliceLayout(2, units)
-    first = gl.convert_layout(first, layout, assert_trivial=True)
-    second = gl.convert_layout(second, layout, assert_trivial=True)
-    return gl.expand_dims(first, 2), gl.expand_dims(second, 2)
-
-
-@gluon.jit
-def _scaled(level, scale):
-    return gl.inline_asm_elementwise(
-        "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [level, scale], dtype=gl.int32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _of_rows(values):
-    return gl.expand_dims(gl.expand_dims(values, 1), 2)
-
-
-@gluon.jit
-def _scales(buffers, stage, half: gl.constexpr, ROWS: gl.constexpr, units: gl.constexpr):
-    """Each row's scale of a group, twice in an integer."""
-    both = buffers[SCALE].index(stage).load(rows_layout(ROWS, 1, gl.num_warps()))
-    both = gl.reshape(both, (ROWS,))
-    both = gl.convert_layout(both, gl.SliceLayout(1, gl.SliceLayout(2, units)), assert_trivial=True)
-    scale = (both >> 16) & 0xFFFF if half else both & 0xFFFF
-    return scale | scale << 16
-
-
-@gluon.jit
-def _lows(buffers, stage, half: gl.constexpr, ROWS: gl.constexpr, FORMAT: gl.constexpr, units: gl.constexpr):
-    """The words of `low` of every 16 columns of a group: two (pair8), one (pair6), or one with its bits moved (pair5)."""
-    if FORMAT == "pair8":
-        lows = buffers[LOW + half].index(stage).load(rows_layout(ROWS, 8, gl.num_warps()))
-        found = _pairwise(lows, 8, ROWS, units)
-    else:
-        words: gl.constexpr = low_words(FORMAT, HALF)
-        lows = buffers[LOW].index(stage).slice(words * half, words, 1).load(rows_layout(ROWS, words, gl.num_warps()))
-        if FORMAT == "pair5":
-            lows = gl.reshape(gl.join(lows, lows >> 2), (ROWS, 4))
-        found = (gl.expand_dims(gl.convert_layout(lows, gl.SliceLayout(2, units), assert_trivial=True), 2),)
-    return found
-
-
-@gluon.jit
-def _decoded(
-    buffers, stage, gather, signs, tables, lookup,
-    half: gl.constexpr, ROWS: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr, LOOKED: gl.constexpr,
-    left: gl.constexpr,
-):  # fmt: skip
-    """The operands of one group: of both slots, or of one, twice."""
-    units: gl.constexpr = units_layout(ROWS, gl.num_warps())
-    words = buffers[WORDS + half].index(stage).load(rows_layout(ROWS, 8, gl.num_warps()))
-    scale = _scales(buffers, stage, half, ROWS, units)
-    given = _pairwise(words, 8, ROWS, units)
-    if LOOKED:
-        given = given + (lookup[0],)
-        if FORMAT != "pair4":
-            given = given + _lows(buffers, stage, half, ROWS, FORMAT, units)
-        given = given + (_of_rows(scale), lookup[1])
-        if FORMAT != "pair4" and not PAIRED:
-            given = given + (lookup[2],)
-    if LOOKED < 4:
-        given = given + (gather,)
-        if FORMAT != "pair4" and not LOOKED:
-            given = given + _lows(buffers, stage, half, ROWS, FORMAT, units) + (_of_rows(scale),)
-        if not PAIRED:
-            given = given + signs
-        if FORMAT == "pair4":
-            given = given + (_of_rows(_scaled(tables[0], scale)), _of_rows(_scaled(tables[1], scale)))
-        else:
-            given = given + (_of_rows(tables[0]), _of_rows(tables[1]), _of_rows(tables[2]), _of_rows(tables[3]))
-        if FORMAT == "pair8":
-            given = given + (_of_rows(tables[4]), _of_rows(tables[5]), _of_rows(tables[6]), _of_rows(tables[7]))
-    if PAIRED:
-        a, b, c, d = gl.inline_asm_elementwise(
-            code(FORMAT, 2, LOOKED, 0), code(FORMAT, 2, LOOKED, 1), given,
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True,
-            pack=code(FORMAT, 2, LOOKED, 2),
-        )  # fmt: skip
-        return _operand(a, b, ROWS, left), _operand(c, d, ROWS, left)
-    a, b = gl.inline_asm_elementwise(
-        code(FORMAT, 1, LOOKED, 0), code(FORMAT, 1, LOOKED, 1), given,
-        dtype=(gl.int32, gl.int32), is_pure=True, pack=code(FORMAT, 1, LOOKED, 2),
-    )  # fmt: skip
-    own = _operand(a, b, ROWS, left)
-    return own, own
-
-
-@gluon.jit
-def _buffers(
-    ROWS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr,
-    LOOKED: gl.constexpr,
-):  # fmt: skip
-    # each plane and each half of the tokens for itself: Triton puts a barrier between two copies to one allocation; of
-    # words halves, too: rows of 32 bytes, four of which lie in different banks
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    turned: gl.constexpr = gl.NVMMASharedLayout(2 * HALF, 16, 2)
-    others: gl.constexpr = TOKENS if PAIRED else 8
-    return (
-        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, STEP // 16], plain),
-        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, STEP // 16], plain),
-        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS if FORMAT != "pair4" else 1, low_held(FORMAT)], plain),
-        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS if FORMAT == "pair8" else 1, low_held(FORMAT)], plain),
-        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 1], plain),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, HALF], turned),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, HALF], turned),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, others, HALF], turned),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, others, HALF], turned),
-        gl.allocate_shared_memory(
-            gl.int32,
-            [_padding(ROWS, TOKENS, STAGES, FORMAT, PAIRED, LOOKED), 256],
-            gl.SwizzledSharedLayout(1, 1, 1, [0]),
-        ),
-    )
-
-
-@gluon.jit
-def _next(stage, STAGES: gl.constexpr):
-    """The stage behind one: dividing by what is no power of two takes some twenty instructions more a round."""
-    return gl.where(stage == STAGES - 1, 0, stage + 1)
-
-
-@gluon.jit
 def _products(
     buffers, planes, x, live, steps, slot, levels, up, table,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr,
@@ -306,10 +87,11 @@ def _products(
     mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     units: gl.constexpr = units_layout(ROWS, gl.num_warps())
+    apart: gl.constexpr = halved(TOKENS, LOOKED)
     w, low, scale = planes
     x0, x1 = x
     for first in gl.static_range(STAGES - 2):
-        _start_tokens(buffers, (x0, x1), live, first, first < steps, PAIRED)
+        start_tokens(buffers, (x0, x1), live, first, first < steps, PAIRED)
         x0 += STEP
         x1 += STEP
     thread = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(0, units))), 0), 0)
@@ -317,7 +99,7 @@ def _products(
     lookup = (gather, gather, gather)
     if LOOKED:
         choice = 128 << 8 * thread if FORMAT == "pair4" else gather * 0x101  # of all four bytes; of two words, twice
-        copies = leveled_lookup.own_copies(table, levels, up, FORMAT, PAIRED, ROWS, units)
+        copies = leveled_table.own_copies(table, levels, up, FORMAT, PAIRED, ROWS, units)
         lookup = (choice, copies, gl.full((1, 1, 4), gl.where(slot == 0, 0x5410, 0x7632), gl.int32, units))
     shared = gl.where(slot == 0, signs_of(0, 0), signs_of(1, 0)).to(gl.int32)
     alone = gl.where(slot == 0, signs_of(0, 1), signs_of(1, 1)).to(gl.int32)
@@ -336,9 +118,10 @@ def _products(
         async_copy.wait_group(STAGES - 3)
         barrier()  # this step has come, and nobody reads step - 2 any more, whose place is next
         ahead = step + STAGES - 2
-        _start_words(buffers, (w, low, scale), to, ahead < steps, FORMAT)
-        _start_tokens(buffers, (x0, x1), live, to, ahead < steps, PAIRED)
-        to = _next(to, STAGES)
+        if not apart:
+            stage, to = step % STAGES, ahead % STAGES
+        start_words(buffers, (w, low, scale), to, ahead < steps, FORMAT, apart)
+        start_tokens(buffers, (x0, x1), live, to, ahead < steps, PAIRED)
         w += STEP // 8
         if FORMAT != "pair4":
             low += low_words(FORMAT, STEP)
@@ -346,8 +129,8 @@ def _products(
         x0 += STEP
         x1 += STEP
         for half in gl.static_range(2):
-            ours, theirs = _decoded(
-                buffers, stage, gather, signs, tables, lookup, half, ROWS, FORMAT, PAIRED, LOOKED, left
+            ours, theirs = decoded(
+                buffers, stage, gather, signs, tables, lookup, half, ROWS, FORMAT, PAIRED, LOOKED, apart, left
             )
             right = buffers[TOKENS_OF + half].index(stage).permute((1, 0))
             sums0 = warpgroup_mma(ours, right, sums0, is_async=True)
@@ -359,22 +142,12 @@ def _products(
             else:
                 sums0 = warpgroup_mma_wait(1, deps=(sums0,))
             sums0 = warpgroup_mma_init(sums0)
-        stage = _next(stage, STAGES)
-    buffers[PADDING]._keep_alive()
+        if apart:  # a division by no power of two takes twenty instructions; where integers bind, it is an AND
+            stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+            to = gl.where(to == STAGES - 1, 0, to + 1)
+    if LOOKED:
+        buffers[PADDING]._keep_alive()
     return warpgroup_mma_wait(0, deps=(sums0, sums1))
-
-
-@gluon.jit
-def _begin(buffers, planes, steps, STAGES: gl.constexpr, FORMAT: gl.constexpr):
-    """Ask for the words of the first steps, and point behind them."""
-    w, low, scale = planes
-    for first in gl.static_range(STAGES - 2):
-        _start_words(buffers, (w, low, scale), first, first < steps, FORMAT)
-        w += STEP // 8
-        if FORMAT != "pair4":
-            low += low_words(FORMAT, STEP)
-        scale += 1
-    return w, low, scale
 
 
 @gluon.jit
@@ -403,10 +176,10 @@ def project_in(
     table = 0
     early: gl.constexpr = LOOKED > 0 and TOKENS <= 16 and not PAIRED  # few tokens: the first programs wait here anyway
     if LOOKED:
-        table = leveled_lookup.place(FORMAT)
-    if early:
+        table = leveled_table.place(FORMAT)
+    if early:  # noqa: SIM102 - this is known when compiling
         if gl.program_id(0) < FIRST:
-            leveled_lookup.fill(table, levels, TABLE, slot, FORMAT, PAIRED)
+            leveled_table.fill(table, levels, TABLE, slot, FORMAT, PAIRED)
     after_the_one_before()
     program = gl.program_id(0) if PAIRED else gl.program_id(0) // 2
     tile, first_row = share(program, gl.cdiv(inner, ROWS), ROWS, GROUP)
@@ -417,23 +190,24 @@ def project_in(
     place, begin0, end0, begin1, end1 = _entries(offsets, unit, slot, skipped, PAIRED)
     if not PAIRED and begin0 >= end0:
         return
-    buffers = _buffers(2 * ROWS, TOKENS, STAGES, FORMAT, PAIRED, LOOKED)
-    wide: gl.constexpr = plane_layout(STEP // 16, gl.num_warps())
-    lows: gl.constexpr = plane_layout(low_held(FORMAT), gl.num_warps())
+    buffers = buffers_of(2 * ROWS, TOKENS, STAGES, FORMAT, PAIRED, LOOKED)
+    apart: gl.constexpr = halved(TOKENS, LOOKED)
+    wide: gl.constexpr = plane_layout(words_held(apart), gl.num_warps())
+    lows: gl.constexpr = plane_layout(low_held(FORMAT, apart), gl.num_warps())
     one: gl.constexpr = plane_layout(1, gl.num_warps())
     row_w = _rows_in(first_row, inner, w_up, ROWS, wide)
     row_l = _rows_in(first_row, inner, w_up, ROWS, lows)
     row_s = _rows_in(first_row, inner, w_up, ROWS, one)
     planes = (
-        _plane(words, unit, row_w, 2 * inner, hidden // 8, 0, STEP // 16, wide),
-        _plane(low, unit, row_l, 2 * inner, hidden * low_words(FORMAT, STEP) // STEP, 0, low_held(FORMAT), lows),
+        _plane(words, unit, row_w, 2 * inner, hidden // 8, 0, words_held(apart), wide),
+        _plane(low, unit, row_l, 2 * inner, hidden * low_words(FORMAT, STEP) // STEP, 0, low_held(FORMAT, apart), lows),
         _plane(scale, unit, row_s, 2 * inner, hidden // STEP, 0, 1, one),
     )
     steps = hidden // STEP
-    planes = _begin(buffers, planes, steps, STAGES, FORMAT)
-    if LOOKED:
+    planes = begin_words(buffers, planes, steps, STAGES, FORMAT, apart)
+    if LOOKED:  # noqa: SIM102
         if not early or gl.program_id(0) >= FIRST:
-            leveled_lookup.fill(table, levels, TABLE, slot, FORMAT, PAIRED)
+            leveled_table.fill(table, levels, TABLE, slot, FORMAT, PAIRED)
     k = gl.arange(0, HALF, gl.SliceLayout(0, copy_layout(HALF, gl.num_warps())))
     a0, live0 = tokens_at(x, order, begin0, end0, k, top_k, x_row, HALF, TOKENS)
     a1, live1 = a0, live0
@@ -474,24 +248,28 @@ def project_out(
         return
     begin = gl.program_id(1) * part
     out += gl.program_id(1).to(gl.int64) * out_split
-    buffers = _buffers(ROWS, TOKENS, STAGES, FORMAT, PAIRED, LOOKED)
-    wide: gl.constexpr = plane_layout(STEP // 16, gl.num_warps())
-    lows: gl.constexpr = plane_layout(low_held(FORMAT), gl.num_warps())
+    buffers = buffers_of(ROWS, TOKENS, STAGES, FORMAT, PAIRED, LOOKED)
+    apart: gl.constexpr = halved(TOKENS, LOOKED)
+    wide: gl.constexpr = plane_layout(words_held(apart), gl.num_warps())
+    lows: gl.constexpr = plane_layout(low_held(FORMAT, apart), gl.num_warps())
     one: gl.constexpr = plane_layout(1, gl.num_warps())
     planes = (
-        _plane(words, unit, _rows_out(first_row, hidden, ROWS, wide), hidden, inner // 8, begin // 8, STEP // 16, wide),
+        _plane(
+            words, unit, _rows_out(first_row, hidden, ROWS, wide), hidden, inner // 8, begin // 8, words_held(apart),
+            wide,
+        ),
         _plane(
             low, unit, _rows_out(first_row, hidden, ROWS, lows), hidden, inner * low_words(FORMAT, STEP) // STEP,
-            begin * low_words(FORMAT, STEP) // STEP, low_held(FORMAT), lows,
+            begin * low_words(FORMAT, STEP) // STEP, low_held(FORMAT, apart), lows,
         ),
         _plane(scale, unit, _rows_out(first_row, hidden, ROWS, one), hidden, inner // STEP, begin // STEP, 1, one),
     )  # fmt: skip
     steps = gl.minimum(inner - begin, part) // STEP
-    planes = _begin(buffers, planes, steps, STAGES, FORMAT)
+    planes = begin_words(buffers, planes, steps, STAGES, FORMAT, apart)
     table = 0
     if LOOKED:
-        table = leveled_lookup.place(FORMAT)
-        leveled_lookup.fill(table, levels + 2 * TABLE, 0, slot, FORMAT, PAIRED)
+        table = leveled_table.place(FORMAT)
+        leveled_table.fill(table, levels + 2 * TABLE, 0, slot, FORMAT, PAIRED)
     after_the_one_before()
     k = begin + gl.arange(0, HALF, gl.SliceLayout(0, copy_layout(HALF, gl.num_warps())))
     a0, live0 = positions_at(x, begin0, end0, k, inner, HALF, TOKENS)

@@ -1,23 +1,14 @@
-"""The few-bit pair formats to bf16 operands by a table in shared memory, on Hopper: PTX, and the table itself.
+"""The few-bit pair formats to bf16 operands by a table in shared memory, on Hopper: PTX.
 
-Integer instructions bound leveled_decode.py; shared memory is another unit. A thread's byte of a word of pair4 is two
-positions and one look-up of 8 bytes, both slots; in the other formats a position is a look-up of 4 bytes, both slots.
-The address is one dot product of bytes. Every row of the table is 128 bytes, as many copies of an entry as there are
-lanes to a cycle: a lane reads its own copy, so that no two lanes want one bank. Entries are `levels.look_up`, exactly as
-the definition has them, and a multiplication by the scale rounds once.
-
-Where gate and up have other levels, half of the copies are of each, and two lanes share one.
+A thread's byte of a word of pair4 is two positions, and one look-up of 8 bytes gives both slots; in the other formats
+one of 4 bytes gives a position. The address is one dot product of bytes, and entries are `levels.look_up`, with signs:
+all that is left is to multiply by the scale, which rounds once. The table itself is in leveled_table.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import triton.experimental.gluon as gluon
-from triton.experimental.gluon import language as gl
-
-from moefold_kernels.layout_pairs import MAGNITUDE_BITS
-from moefold_kernels.levels import ENTRIES, NUMBERS
 from moefold_kernels.triton import leveled_decode
 from moefold_kernels.triton.leveled_decode import LOWS, TABLES
 
@@ -31,20 +22,19 @@ _LOW_EVEN = {"pair5": (16, 8), "pair6": (16, 4), "pair8": (16, 16)}
 _LOW_ODD = {"pair5": (1, 0.5), "pair6": (1, 0.25), "pair8": (1, 1)}
 
 
-def pack(looked: int) -> int:
-    """How many times four positions one piece of assembly makes, to look up `looked` quarters of them."""
-    return {0: 1, 1: 4, 2: 2, 3: 4, 4: 1}[looked]
+PACK = {1: 4, 2: 2, 3: 4, 4: 1}
+"""How many times four positions one piece of assembly makes, to look up so many quarters of them."""
 
 
 def assembly(format: str, slots: int, looked: int = 4) -> str:
-    """PTX of `pack` times four positions, the first ones by the table, the others as leveled_decode.py makes them.
+    """PTX of PACK times four positions, the first ones by the table, the others as leveled_decode.py makes them.
 
     Results: for each slot two registers of two operands. Operands: two words; which of their bytes is the thread's
     (`choice`); words of `low` (two for pair8, one for pair5 and pair6); the scale twice in a register; where the row's
     copies are; not for pair4, for one slot, `prmt`'s selector of it. Where there are others: leveled_decode's operands
-    but words, `low` and scale (of pair4 the row's two levels are scaled). Each is there `pack` times.
+    but words, `low` and scale (of pair4 the row's two levels are scaled). Each is there PACK times.
     """
-    times = pack(looked)
+    times = PACK[looked]
     names = iter([f"${times * number + i}" for i in range(times)] for number in range(99))
     results = [next(names) for _ in range(2 * slots)]
     words, choice = [next(names), next(names)], next(names)
@@ -118,83 +108,4 @@ def constraints(format: str, slots: int, looked: int = 4) -> str:
     """Of `assembly`, as Triton wants them; a result is written before all operands are read."""
     given = 5 + LOWS[format] + (format != "pair4" and slots == 1)
     given += 1 + 2 * (slots == 1) + TABLES[format] if looked < 4 else 0
-    return ",".join(["=&r"] * (2 * slots * pack(looked)) + ["r"] * (given * pack(looked)))
-
-
-CODE = gl.constexpr(
-    {
-        (f, slots, looked): (assembly(f, slots, looked), constraints(f, slots, looked), pack(looked))
-        for f in MAGNITUDE_BITS
-        for slots in (1, 2)
-        for looked in range(1, 5)
-    }
-)
-_ENTRIES = gl.constexpr(dict(ENTRIES))
-_NUMBERS = gl.constexpr(NUMBERS)
-_ROW = gl.constexpr(ROW)
-
-
-@gluon.constexpr_function
-def entries(format):
-    """Of the format's table."""
-    return _ENTRIES.value[format]
-
-
-@gluon.constexpr_function
-def size(format):
-    """Bytes of the format's table: a number of KB, so that what lies behind it stays aligned as products want it."""
-    return _ENTRIES.value[format] * _ROW.value
-
-
-@gluon.constexpr_function
-def copies(format, paired):
-    """Of an entry, side by side: of 8 bytes or of 4."""
-    return 16 if format == "pair4" and paired else 32
-
-
-@gluon.constexpr_function
-def _declaration(format):
-    """PTX of a variable of its own, which Triton's allocations know nothing of: its address."""
-    return f"{{ .shared .align {_ROW.value} .b8 moefold_looked_up[{size(format)}]; mov.u32 $0, moefold_looked_up; }}"
-
-
-@gluon.jit
-def place(FORMAT: gl.constexpr):
-    """The table's address. It has to be taken once in a kernel, or there are several."""
-    return gl.inline_asm_elementwise(_declaration(FORMAT), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def fill(base, levels, up, slot, FORMAT: gl.constexpr, PAIRED: gl.constexpr):
-    """Write the table, to be read behind the next barrier; its first copies are of `levels`, the others of `up`."""
-    warps: gl.constexpr = gl.num_warps()
-    layout: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [warps, 1], [1, 0])
-    words: gl.constexpr = 2 if FORMAT == "pair4" else 1
-    entry = gl.arange(0, entries(FORMAT), gl.SliceLayout(1, layout))[:, None]
-    part = gl.arange(0, 8, gl.SliceLayout(0, layout))[None, :]
-    at = levels + _NUMBERS + gl.where(part >= 4, up, 0) + entry * words
-    if words == 2 and not PAIRED:
-        at += slot
-    first = gl.load(at)
-    second = first
-    if words == 2 and PAIRED:
-        second = gl.load(at + 1)
-    gl.inline_asm_elementwise(
-        "st.shared.v4.b32 [$1], {$2, $3, $2, $3}; mov.b32 $0, 0;", "=r,r,r,r",
-        [base + entry * _ROW + part * 16, first, second], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def own_copies(base, levels, up, FORMAT: gl.constexpr, PAIRED: gl.constexpr, ROWS: gl.constexpr, units: gl.constexpr):
-    """Where a thread's copies begin, for each of its rows: [ROWS, 1, 4], of which rows 8 to 15 of every 16 are `up`."""
-    number: gl.constexpr = copies(FORMAT, PAIRED)
-    differ = 0
-    for i in gl.static_range(8):  # these eight make all levels
-        differ |= gl.load(levels + i) ^ gl.load(levels + up + i)
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, units)))
-    row = gl.expand_dims(gl.expand_dims(row, 1), 2)
-    thread = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(0, units)))
-    lane = gl.expand_dims(gl.expand_dims(thread, 0), 0) + 4 * (row % 8)
-    half = lane % (number // 2) + gl.where(row % 16 >= 8, number // 2, 0)
-    return base + gl.where(differ == 0, lane % number, half) * (_ROW // number)
+    return ",".join(["=&r"] * (2 * slots * PACK[looked]) + ["r"] * (given * PACK[looked]))

@@ -43,7 +43,8 @@ def look_up(format: str, levels: Sequence[float]) -> list[int]:
     """The table of what positions read, FACTOR times their level with their sign, or 0: pairs of bf16 numbers.
 
     pair4: for each byte of `words`, which is two columns, what slot 0 reads there, and what slot 1 does. The others:
-    for each nibble of `words`, with the bits of `low` above it, what slots 0 and 1 read.
+    for each nibble of `words`, with the bits of `low` above it, what slots 0 and 1 read. Multiplied by a scale they are
+    FACTOR times the definition's values, rounded once as those are (where nothing is subnormal).
     """
     bits = _bits([FACTOR * level for level in levels])
     low = layout_pairs.low_bits(format)

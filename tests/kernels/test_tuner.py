@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton", reason="needs triton")
 from moefold_kernels import errors, layout_pairs
 from moefold_kernels.bench import Shape
-from moefold_kernels.triton import compilation, configs, layer, search, tune
+from moefold_kernels.triton import compilation, configs, layer, portability, search, tune
 from moefold_kernels.triton.candidates import LOOKED_UP, Room, candidates
 from moefold_kernels.triton.compilation import Compiler, Job
 from moefold_kernels.triton.plans import Plan, Tile, join, leveled_bytes, tile_fits
@@ -292,6 +292,17 @@ def test_candidates_for_few_bits(sizes, tokens, format):
         assert all(tile.registers in (0, 128) and (tile.looked_up or not tile.registers) for tile in tiles)
     elsewhere = candidates(shape, ROOMS["A100"], configs.rule(shape))
     assert not any(tile.looked_up for tiles in elsewhere for tile in tiles)
+
+
+@pytest.mark.parametrize(
+    ("format", "overlap", "tried"), [("exponent", True, 4), ("pair4", True, 0), ("pair4", False, 4)]
+)
+def test_lines_ahead_are_tried_where_a_kernel_asks_for_some(format, overlap, tried, monkeypatch):
+    target = portability.Target(assembly=True, upcast=False, overlap=overlap, chain=True)
+    monkeypatch.setattr(portability.Target, "of", classmethod(lambda cls, tensor: target))
+    ground = SimpleNamespace(weights=SimpleNamespace(places=torch.empty(0)))
+    one = SimpleNamespace(ground=ground, shape=configs.Shape(4096, 14336, 8, 2, False, 1, format))
+    assert len(search.Search._ahead(one, OLD)) == tried
 
 
 def test_columns_are_split_where_processors_wait():

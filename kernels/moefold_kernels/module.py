@@ -43,7 +43,7 @@ class PackedModule(RoutedModule):
     dtype_like: Tensor  # [0]: a buffer that follows the dtype the model is moved to
     places: Tensor  # [expert] int32: where its weights are
     placed: Tensor  # [place] int32: the inverse
-    levels: Tensor  # [3, 40] int32: levels.py; only in few-bit formats
+    levels: Tensor  # [3, INTEGERS] int32: levels.py; only in few-bit formats
     known_activation: Known
     """What the stock module computes between its projections."""
     fallback: str | None

@@ -105,14 +105,14 @@ clamped_gate = functools.partial(clamped, limit=1.5, alpha=1.702)
 
 def leveled_layer(
     format: str, experts: int, hidden: int, inner: int, alone: int = 0, *, gated: bool = True, biased: bool = False,
-    seed: int = 0, device: torch.device | str = "cpu",
+    seed: int = 0, device: torch.device | str = "cpu", alike: bool = False,
 ) -> Layer:  # fmt: skip
-    """The same in a few-bit format, with other levels for each matrix."""
+    """The same in a few-bit format, with other levels for each matrix, or with the same (`alike`)."""
     like = random_layer(experts, hidden, inner, alone, gated=gated, biased=biased, seed=seed)
     packed, parts, levels, columns = like.packed, {}, {}, {}
     for number, (name, words) in enumerate(packed.words.items()):
         pairs, rows, columns[name] = words.shape
-        factor = 2.0 ** (number - 4)  # pair8's pieces stay straight
+        factor = 2.0 ** (-3 if alike else number - 4)  # pair8's pieces stay straight
         levels[name] = torch.tensor([level * factor for level in uneven(format)]).bfloat16().tolist()
         drawn = [matrix(format, rows, columns[name], seed=8 * number + pair) for pair in range(pairs)]
         made = [reference_pairs.encode(format, *one) for one in drawn]

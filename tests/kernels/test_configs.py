@@ -13,7 +13,7 @@ import torch
 from moefold_kernels.errors import FormatError
 from moefold_kernels.triton import configs
 from moefold_kernels.triton.configs import SHIPPED, Shape
-from moefold_kernels.triton.plans import Plan, Tile, fits, join
+from moefold_kernels.triton.plans import Plan, Tile, fits, join, leveled_bytes
 
 GPU = torch.device("cuda")
 H200 = 232448  # bytes of shared memory of a block
@@ -31,8 +31,7 @@ def plan(stages: int = 3, **tile) -> Plan:
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A device called "NVIDIA Test 9", and a folder with `shipped` and the user's cache."""
-    properties = SimpleNamespace(name="NVIDIA Test 9", shared_memory_per_block_optin=H200)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties("NVIDIA Test 9"))
     monkeypatch.setattr(configs, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     forget()
@@ -40,13 +39,24 @@ def folder(tmp_path, monkeypatch):
     forget()
 
 
+def properties(name: str, memory: int = H200, capability: tuple[int, int] = (9, 0), processors: int = 132):
+    major, minor = capability
+    return SimpleNamespace(
+        name=name, shared_memory_per_block_optin=memory, major=major, minor=minor, multi_processor_count=processors
+    )
+
+
 def forget() -> None:
     configs._choose.cache_clear()
     configs._measured.cache_clear()
+    configs._shipped.cache_clear()
 
 
-def ship(folder: Path, plans: dict[Shape, Plan]) -> None:
-    configs.write_table(folder / "shipped" / "nvidia-test-9.json", {}, [(s, p, {}) for s, p in plans.items()])
+def ship(folder: Path, plans: dict[Shape, Plan], about=None, device: str = "NVIDIA Test 9") -> None:
+    about = {"device": device} | (about or {})
+    configs.write_table(
+        folder / "shipped" / configs.table_name(device), about, [(s, p, {}) for s, p in plans.items()]
+    )  # fmt: skip
 
 
 def test_a_shape_that_was_measured_gets_its_plan(folder):
@@ -81,6 +91,52 @@ def test_a_device_that_nobody_measured_gets_the_rule(tokens, folder):
     assert configs.choose(shape, GPU) == configs.rule(shape)
     assert fits(configs.rule(shape), 101376)
     assert "by a rule" in configs.origin(GPU)
+
+
+def test_a_device_like_a_measured_one_gets_its_plans(folder, monkeypatch):
+    """Of the same capability, and of several the one with the nearest number of processors; one's own go first."""
+    near = {"capability": [9, 0], "processors": 132}
+    ship(folder, {SHAPE: plan(2), SHAPE._replace(tokens=65): plan(9, rows=64)}, near, "NVIDIA Near")
+    ship(folder, {SHAPE: plan(3)}, near | {"processors": 78}, "NVIDIA Far")
+    ship(folder, {SHAPE: plan(4)}, near | {"capability": [8, 0], "processors": 131}, "NVIDIA Other")
+    ship(folder, {SHAPE: plan(5)}, device="NVIDIA Untold")
+
+    def now(*told, **more):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties(*told, **more))
+        forget()
+        return configs.choose(SHAPE, GPU)
+
+    assert now("NVIDIA Test 9", processors=131) == plan(2)
+    told = "shipped; those shipped on NVIDIA Near, of the same compute capability: run `moefold tune` for this one"
+    assert configs.origin(GPU) == f"measured: 2 {told}"
+    assert now("NVIDIA Test 9", memory=101376) == plan(2)
+    assert configs.origin(GPU) == f"measured: 1 {told}"  # the other does not fit
+    assert now("NVIDIA Test 9", processors=80) == plan(3)
+    assert now("NVIDIA Test 9", capability=(8, 0)) == plan(4)
+    assert now("NVIDIA Test 9", capability=(8, 6)) == configs.rule(SHAPE)
+    assert "by a rule" in configs.origin(GPU)
+    configs.write_table(configs.cache() / configs.table_name("NVIDIA Test 9"), {}, [(SHAPE, plan(6), {})])
+    assert now("NVIDIA Test 9") == plan(6)
+    assert configs.origin(GPU).startswith("measured: 2 shipped, 1 of your own; those shipped on NVIDIA Near")
+    assert now("NVIDIA Far") == plan(3)
+    assert configs.origin(GPU) == "measured: 1 shipped"
+
+
+def test_a_table_in_shared_memory_has_to_fit_beside_the_tiles(folder):
+    """Which depends on the format: pair8 has planes of twice pair4's size."""
+    looked, few = plan(8, mode="overlapped_pair", warps=8, rows=64, looked_up=2), SHAPE._replace(format="pair4")
+    tile = looked.first
+    assert leveled_bytes(tile, True, "pair4") == 8 * (128 * 68 + 32 * 256) + 1024 + 32768
+    assert leveled_bytes(tile, True, "pair8") == 8 * (128 * 132 + 32 * 256) + 1024 + 32768
+    few_stages = 3 * (64 * 100 + 32 * 256) + 1024
+    assert leveled_bytes(replace(tile, stages=3), False, "pair6") == 49 * 1024 + 8192  # more than 48 KB with the table
+    assert leveled_bytes(replace(tile, looked_up=0, stages=3), False, "pair6") == few_stages
+    less = replace(tile, stages=3, tokens=8)
+    assert leveled_bytes(less, False, "pair6") == few_stages - 3 * 16 * 256 + 8192
+    assert leveled_bytes(less, False, "pair4") == 49 * 1024 + 32768
+    ship(folder, {few: looked})
+    assert configs.choose(few, GPU) == looked
+    assert configs.choose(few._replace(format="pair8"), GPU) == configs.rule(few)
 
 
 def test_plans_that_get_other_kernels_than_they_want_are_named(folder, monkeypatch):
@@ -174,6 +230,10 @@ def test_a_broken_table_is_named(text, folder):
         ({"mode": "overlapped", "stages": 2}, "stages is 2, and must be a whole number, at least 3"),
         ({"group": 0}, "group is 0"),
         ({"splits": 1.5}, "splits is 1.5"),
+        ({"looked_up": 1}, "looked_up is 1, and must be 0, or up to 4 in an overlapped mode"),
+        ({"mode": "overlapped", "looked_up": 5}, "looked_up is 5"),
+        ({"mode": "overlapped", "tokens": 4}, "tokens is 4, and must be a power of two, at least 8"),
+        ({"registers": 100}, "registers is 100, and must be 0, or a multiple of 8"),
     ],
 )
 def test_a_tile_that_no_kernel_takes_cannot_be_made(change, message):
@@ -195,6 +255,8 @@ def test_plans_in_words():
     tile = Tile("slot", 64, 16, 64, 32, 8, 4, group=4, splits=2)
     assert str(join(plan().first)) == "joined pair 16 32x64 w4 s3"
     assert str(Plan(plan().first, tile)) == "pair 16 32x64 w4 s3 / slot 64+16 64x32 w8 s4 g4 k2"
+    looked = replace(plan(4).first, mode="overlapped", ahead=1, looked_up=2, registers=128)
+    assert str(looked) == "overlapped 16 32x64 w4 s4 a1 t2 r128"
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)
@@ -202,8 +264,10 @@ def test_what_ships_can_be_run(path):
     """Reading checks each tile; these are the limits that depend on the shape, and on the one device there is."""
     about = json.loads(path.read_text())["about"]
     assert path.name == configs.table_name(about["device"])
+    assert len(about["capability"]) == 2
+    assert about["processors"] > 0
     for shape, found in configs.read_table(path).items():
-        assert fits(found, H200), shape
+        assert fits(found, H200, shape.format), shape
         assert found.first.splits == 1, shape
         if found.joined:
             assert shape.hidden % found.first.columns == 0, shape
@@ -212,7 +276,7 @@ def test_what_ships_can_be_run(path):
             if tile.overlapped:
                 assert not shape.dense
                 assert tile.splits == 1 or shape.format != "exponent"  # leveled.py has splits
-                assert tile.warps in (4, 8)
+                assert tile.warps in (4, 8, 16)
                 assert length % (2 * tile.columns) == 0, f"{shape}: {tile} would fall back"
 
 

@@ -23,14 +23,15 @@ PLAIN = {
     "pair": Plan(Tile("pair", 16, 0, **SMALL), Tile("pair", 16, 0, **SMALL)),
     "slot": Plan(Tile("slot", 16, 16, **SMALL, group=2), Tile("slot", 16, 0, **SMALL)),
     "splits": Plan(Tile("pair", 16, 0, **SMALL), Tile("slot", 32, 0, 32, 16, 4, 2, group=2, splits=3)),
+    "eights": Plan(Tile("overlapped_pair", 8, 0, 32, 64, 4, 4, looked_up=4), Tile("overlapped", 8, 0, 64, 64, 4, 4)),
 }
 
 
-def fast(mode: str, tokens: int, warps: int = 4, stages: int = 4, splits: int = 1, group: int = 1) -> Plan:
+def fast(mode: str, tokens: int, warps: int = 4, stages: int = 4, splits: int = 1, group: int = 1, **more: int) -> Plan:
     """A plan for leveled.py."""
     sizes = (8 * warps, 64, warps, stages), (16 * warps, 64, warps, stages)
-    first, second = (Tile(mode, tokens, 0, *size, group=group) for size in sizes)
-    return Plan(first, second if splits == 1 else Tile(mode, tokens, 0, *sizes[1], splits=splits))
+    first, second = (Tile(mode, tokens, 0, *size, group=group, **more) for size in sizes)
+    return Plan(first, second if splits == 1 else Tile(mode, tokens, 0, *sizes[1], splits=splits, **more))
 
 
 FAST = {
@@ -40,6 +41,13 @@ FAST = {
     "slot 16, splits": fast("overlapped", 16, stages=5, splits=2),
     "slot 128": fast("overlapped", 128, group=4),
 }
+LOOKED = {
+    "pair 8, table": fast("overlapped_pair", 8, looked_up=4),
+    "slot 16, splits, half a table": fast("overlapped", 16, warps=8, stages=5, splits=2, looked_up=2),
+    "slot 8, splits, table": fast("overlapped", 8, splits=2, looked_up=4),
+    "pair 32, 8 warps, 3/4": fast("overlapped_pair", 32, warps=8, stages=3, looked_up=3, registers=128),
+}
+FAST |= LOOKED
 
 
 def run(layer, x, index, weights, device, plan, activation=kernels.SILU, interleaved=False):
@@ -92,7 +100,7 @@ def test_operands_that_do_not_fit():
     good, arguments = operands(layer), batch(3, 64, 2, 4)
     for change, said in (
         ({"down_low": None}, "pair6 needs down_low"),
-        ({"levels": good.levels[:, 1:].contiguous()}, r"levels is \[3, 39\]"),
+        ({"levels": good.levels[:, 1:].contiguous()}, r"levels is \[3, 551\]"),
         ({"gate_up_scale": good.gate_up_scale.float()}, "scales int16"),
         ({"down_packed": good.down_packed[:, :, 1:]}, "down_packed is"),
     ):
@@ -101,6 +109,7 @@ def test_operands_that_do_not_fit():
 
 
 HOPPERS = [(plan, format) for plan in ("pair 16", "slot 16, splits") for format in FORMATS]
+HOPPERS += [(plan, format) for plan in LOOKED for format in FORMATS]
 HOPPERS += [(plan, format) for plan in FAST if plan not in dict(HOPPERS) for format in ("pair4", "pair8")]
 
 
@@ -113,7 +122,7 @@ def test_hoppers_kernels(plan, format, device, monkeypatch):
     monkeypatch.delattr(kernels.project, "project_in")
     monkeypatch.delattr(kernels.project, "project_out")
     biased = "splits" in plan
-    layer = leveled_layer(format, 6, 640, 384, biased=biased, device=device)
+    layer = leveled_layer(format, 6, 640, 384, biased=biased, device=device, alike="half" in plan or "8" in plan)
     activation = kernels.Activation("clamped", 1.5, 1.702) if biased else kernels.SILU
     for tokens, skew in ((1, 0.0), (3, 0.0), (150, 0.0), (150, 9.0)):
         arguments = batch(tokens, 640, 2, 6, skew=skew)

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moefold_kernels import layout, layout_pairs
+from moefold_kernels import layout
 from moefold_kernels.triton.configs import Shape
-from moefold_kernels.triton.plans import Plan, Tile, tile_fits
+from moefold_kernels.triton.plans import Plan, Tile, leveled_bytes, tile_fits
 from moefold_kernels.triton.portability import Target
 
 Cut = tuple[int, int, int, int]
@@ -66,10 +66,14 @@ OVERLAPPED_PAIR: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
 )
 
 LEVELED: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
-    ((32, 64, 4, 4), (32, 64, 4, 6), (32, 64, 4, 8), (64, 64, 8, 4), (64, 64, 8, 6)),
-    ((64, 64, 4, 4), (64, 64, 4, 6), (64, 64, 4, 8), (128, 64, 8, 4), (128, 64, 8, 6)),
+    ((32, 64, 4, 3), (32, 64, 4, 4), (32, 64, 4, 6), (64, 64, 8, 3), (64, 64, 8, 4), (64, 64, 8, 5)),
+    ((64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 4, 6), (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 8, 5)),
 )
 """For the few-bit formats on Hopper (leveled.py), where every step is of 128 columns."""
+LOOKED_UP = {"pair4": (0, 3, 4), "pair5": (4, 2), "pair6": (4, 2, 0), "pair8": (4,)}
+"""Quarters of the positions that a table in shared memory decodes, by format."""
+TWICE = 128
+"""Registers of a thread with which two programs of eight warps run at once; for tiles of three stages with a table."""
 LEVELED_MANY: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
     ((32, 64, 4, 4), (64, 64, 8, 4), (64, 64, 4, 4), (128, 64, 8, 4), (64, 64, 8, 3), (128, 64, 8, 3)),
     ((64, 64, 4, 4), (128, 64, 8, 4), (128, 64, 4, 4), (256, 64, 8, 4), (128, 64, 8, 3), (256, 64, 8, 3)),
@@ -141,7 +145,8 @@ REGIMES = (
     ),
 )  # fmt: skip
 LEVELED_REGIMES = (
-    Regime(1, (Kind("overlapped_pair", 16), Kind("overlapped", 16, few=True))),
+    Regime(1, (Kind("overlapped_pair", 8), Kind("overlapped", 8, few=True))),
+    Regime(6, (Kind("overlapped_pair", 8), Kind("overlapped_pair", 16))),
     Regime(14, (Kind("overlapped_pair", 16), Kind("overlapped_pair", 32))),
     Regime(26, (Kind("overlapped_pair", 32), Kind("overlapped_pair", 16))),
     Regime(48, (Kind("overlapped_pair", 32), Kind("overlapped_pair", 64), Kind("overlapped", 64))),
@@ -192,10 +197,18 @@ def _tiles(shape: Shape, room: Room, side: int) -> Iterator[Tile]:
     for kind in dict.fromkeys(_possible(kind, shape.dense, room) for kind in regime.kinds):
         for rows, columns, warps, stages in _cuts(kind, room, leveled)[side]:
             for group in regime.groups:
-                tile = Tile(kind.mode, kind.tokens, kind.extra, rows, columns, warps, stages, group)
-                yield tile
-                if side and (leveled or regime is REGIMES[0]) and _idle(tile, shape, room):
-                    yield from (replace(tile, splits=splits) for splits in (2, 4) if shape.inner >= 512 * splits)
+                plain = Tile(kind.mode, kind.tokens, kind.extra, rows, columns, warps, stages, group)
+                for tile in _decoders(plain, shape.format) if leveled else (plain,):
+                    yield tile
+                    if side and (leveled or regime is REGIMES[0]) and _idle(tile, shape, room):
+                        yield from (replace(tile, splits=splits) for splits in (2, 4) if shape.inner >= 512 * splits)
+
+
+def _decoders(tile: Tile, format: str) -> Iterator[Tile]:
+    """The tile with each way to decode that is worth trying; long ones of many entries have products to wait for."""
+    for quarters in LOOKED_UP[format] if tile.tokens < 64 else (0,):
+        capped = quarters and tile.warps == 8 and tile.stages == 3
+        yield replace(tile, looked_up=quarters, registers=TWICE if capped else 0)
 
 
 def _possible(kind: Kind, dense: bool, room: Room) -> Kind:
@@ -232,10 +245,9 @@ def _able(tile: Tile, shape: Shape, gated: bool, room: Room, length: int) -> boo
     if rows * entries / (32 * tile.warps) > (REGISTERS_OVERLAPPED if tile.overlapped else REGISTERS):
         return False
     if tile.overlapped and shape.format != layout.EXPONENT:
-        bits = layout_pairs.magnitude_bits(shape.format) + layout_pairs.STATE_BITS
-        return tile.stages * (rows * (16 * bits + 4) + 256 * entries) + SPARE <= room.memory
+        return leveled_bytes(tile, gated, shape.format) + SPARE <= room.memory
     if tile.overlapped and length % (2 * tile.columns):
         return False
     held = tile.stages if tile.overlapped or entries > 64 else tile.stages - 1  # as measured: narrow tokens take less
     within = 2 * (rows + entries) * tile.columns * held + SPARE <= room.memory
-    return within and tile_fits(tile, gated, room.memory)
+    return within and tile_fits(tile, gated, room.memory, shape.format)

@@ -2,7 +2,8 @@
 
 Measured plans are kept per device, in `tables/` beside this file and in the user's cache (`moefold tune` writes there,
 and it goes first). For a shape that was not measured the nearest one that was is taken, by the entries per expert,
-which decide the regime, and by the matrices' sizes.
+which decide the regime, and by the matrices' sizes. A device without a table in `tables/` gets that of the nearest one
+of its compute capability (an H100 that of the H200): the same instructions and as much shared memory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moefold_kernels import layout
+from moefold_kernels import layout, layout_pairs
 from moefold_kernels.errors import FormatError
 from moefold_kernels.triton.plans import Plan, Tile, fits
 
@@ -44,29 +45,36 @@ class Shape(NamedTuple):
         return self.tokens * self.top_k / self.experts
 
     def distance(self, other: Shape) -> tuple[float, ...]:
-        """How far a measured shape is from this one, in doublings: kind of weights first, then load and sizes together.
+        """How far a measured shape is from this one: kind of weights first, then load, sizes and format in doublings.
 
         A plan for less load counts twice as far as one for more: tiles that are too small read their words again,
         those that are too large only waste some products. Sizes count for less than one doubling, whatever they are:
         tiles for 288 entries took 1.6 times as long, where there were 64, as another shape's tiles for 80 (a layer of
-        Mixtral's sizes, bfloat16 weights, 256 tokens on an H200).
+        Mixtral's sizes, bfloat16 weights, 256 tokens on an H200). Four bits of a position count as one doubling.
         """
         load = math.log2(max(other.load, 1 / 64) / max(self.load, 1 / 64))
         sizes = sum(abs(math.log2(a / b)) for a, b in zip(self[:4], other[:4], strict=True))
         return (
-            float(self.dense != other.dense) + (self.format != other.format) / 2,
-            max(load, -2 * load) + sizes / (sizes + 4),
+            float(self.dense != other.dense),
+            max(load, -2 * load) + sizes / (sizes + 4) + abs(_bits(self.format) - _bits(other.format)) / 4,
             abs(self.tokens - other.tokens),
         )
 
 
+def _bits(format: str) -> int:
+    """Of a pair's position."""
+    if format == layout.EXPONENT:
+        return 16
+    return layout_pairs.magnitude_bits(format) + layout_pairs.STATE_BITS
+
+
 def choose(shape: Shape, device: torch.device) -> Plan:
     """The plan for a batch on a device: the nearest measured one, or the rule where nothing was measured."""
-    return _choose(shape, *_identity(device))
+    return _choose(shape, _identity(device))
 
 
 def rule(shape: Shape) -> Plan:
-    """What holds on a device that nobody measured: small tiles that fit the shared memory of Ampere and Ada (99 KB)."""
+    """What holds on a device like none measured: small tiles that fit the shared memory of Ampere and Ada (99 KB)."""
     if shape.format != layout.EXPONENT:
         return _few_bit_rule(shape)
     if shape.load <= 12:
@@ -116,27 +124,36 @@ def write_table(path: Path, about: Mapping[str, Any], plans: Iterable[tuple[Shap
     draft.replace(path)
     _choose.cache_clear()
     _measured.cache_clear()
+    _shipped.cache_clear()
 
 
 def origin(device: torch.device) -> str:
     """Where a device's plans come from, in words."""
-    name, memory = _identity(device)
+    known = _identity(device)
+    shipped, other = _shipped(known)
+    sources = (("shipped", shipped), ("of your own", cache() / table_name(known.name)))
     counts = {
-        label: sum(fits(plan, memory) for plan in read_table(path).values())
-        for label, path in (("shipped", SHIPPED / table_name(name)), ("of your own", cache() / table_name(name)))
-        if path.exists()
+        label: sum(fits(plan, known.memory, shape.format) for shape, plan in read_table(path).items())
+        for label, path in sources
+        if path is not None and path.exists()
     }
     told = ", ".join(f"{count} {label}" for label, count in counts.items() if count)
-    return f"measured: {told}" if told else "by a rule, none measured for this device: run `moefold tune`"
+    if not told:
+        return "by a rule, none measured for this device: run `moefold tune`"
+    if not other or not counts.get("shipped"):
+        return f"measured: {told}"
+    return (
+        f"measured: {told}; those shipped on {other}, of the same compute capability: run `moefold tune` for this one"
+    )
 
 
 def overlapped(device: torch.device) -> str:
     """What becomes of the plans for this device that overlap decoding with products, in words; nothing if none do."""
-    name, memory = _identity(device)
+    known = _identity(device)
     tiles = [
         tile
-        for plan in _measured(name).values()
-        if fits(plan, memory) and (plan.first.overlapped or plan.second.overlapped)
+        for shape, plan in _measured(known).items()
+        if fits(plan, known.memory, shape.format) and (plan.first.overlapped or plan.second.overlapped)
         for tile in (plan.first, plan.second)
     ]
     if not tiles:
@@ -172,14 +189,25 @@ def _key(entry: tuple[Shape, Any]) -> Shape:
     return entry[0]
 
 
+class Identity(NamedTuple):
+    """What decides which measurements a device gets."""
+
+    name: str
+    memory: int = 0
+    """Shared memory of a block, in bytes."""
+    capability: tuple[int, int] = (0, 0)
+    processors: int = 0
+
+
 @functools.cache
-def _choose(shape: Shape, device: str, memory: int) -> Plan:
+def _choose(shape: Shape, device: Identity) -> Plan:
     measured = _measured(device)
     few = shape.format != layout.EXPONENT
     able = [
         known
         for known in measured
-        if (known.format != layout.EXPONENT) == few and fits(measured[known], memory)  # tiles are of another kind
+        if (known.format != layout.EXPONENT) == few  # tiles are of another kind
+        and fits(measured[known], device.memory, shape.format)
     ]
     if not able:
         return rule(shape)
@@ -187,17 +215,39 @@ def _choose(shape: Shape, device: str, memory: int) -> Plan:
 
 
 @functools.cache
-def _measured(device: str) -> dict[Shape, Plan]:
+def _measured(device: Identity) -> dict[Shape, Plan]:
     plans: dict[Shape, Plan] = {}
-    for folder in (SHIPPED, cache()):
-        path = folder / table_name(device)
-        if path.exists():
+    for path in (_shipped(device)[0], cache() / table_name(device.name)):
+        if path is not None and path.exists():
             plans |= read_table(path)
     return plans
 
 
-def _identity(device: torch.device) -> tuple[str, int]:
+@functools.cache
+def _shipped(device: Identity) -> tuple[Path | None, str]:
+    """The shipped table for a device: its own, or that of the nearest of its capability, and what that is called."""
+    own = SHIPPED / table_name(device.name)
+    if own.exists():
+        return own, ""
+    alike: list[tuple[int, str, Path]] = []
+    for path in sorted(SHIPPED.glob("*.json")) if device.capability != (0, 0) else ():
+        about = _about(path)
+        if tuple(about.get("capability", ())) == device.capability:
+            alike.append((abs(about["processors"] - device.processors), about["device"], path))
+    if not alike:
+        return None, ""
+    _, name, path = min(alike)
+    return path, name
+
+
+def _about(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text()).get("about", {})
+    return found
+
+
+def _identity(device: torch.device) -> Identity:
     if device.type != "cuda":
-        return device.type, 0
-    properties: Any = torch.cuda.get_device_properties(device)
-    return properties.name, properties.shared_memory_per_block_optin  # torch's types lack it
+        return Identity(device.type)
+    found: Any = torch.cuda.get_device_properties(device)  # torch's types lack the memory
+    memory, capability = found.shared_memory_per_block_optin, (found.major, found.minor)
+    return Identity(found.name, memory, capability, found.multi_processor_count)

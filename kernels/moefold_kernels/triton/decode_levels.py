@@ -1,7 +1,7 @@
 """The few-bit pair formats to bf16 operands in plain Triton: for the interpreter, and for GPUs other than Hopper.
 
 `row` [ROWS] int64 are numbers of rows over all units; `planes` is (words, low, scale, pointers [ROWS] to a matrix's
-integers of leveled_decode.row_tables, columns, column to begin at), with contiguous planes as layout_pairs.py has them.
+integers of levels.row_tables, columns, column to begin at), with contiguous planes as layout_pairs.py has them.
 Every element is addressed by itself, so any number of columns goes; leveled.py is the fast way.
 """
 
@@ -10,8 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TABLE = tl.constexpr(40)
-"""Integers of a matrix: eight for the assembly, then the levels' bf16 bits."""
+from moefold_kernels.levels import INTEGERS
+
+TABLE = tl.constexpr(INTEGERS)
+"""Integers of a matrix: eight for the assembly, then the levels' bf16 bits (levels.py)."""
 
 
 @triton.jit

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from moefold_kernels import layout, layout_pairs
+from moefold_kernels.levels import FACTOR
 from moefold_kernels.triton import joined, project
 from moefold_kernels.triton.configs import Shape, choose
-from moefold_kernels.triton.leveled_decode import FACTOR
 from moefold_kernels.triton.plans import Plan, Tile
 from moefold_kernels.triton.portability import Target, blocks, launch, power_of_two
 from moefold_kernels.triton.routing import Tables, Tiles, route
@@ -147,7 +147,7 @@ def gate_up(
                 launch(
                     _leveled().project_in, grid, x, *_paired(planes), *lists, **_narrow(shared, tile), **more,
                     shift=LEVELED / FACTOR,
-                    w_up=inner, ACTIVATION=fused, STAGES=tile.stages,
+                    w_up=inner, ACTIVATION=fused, STAGES=tile.stages, **_registers(tile),
                 )  # fmt: skip
                 continue
             base, shifts = kind.wide.words, dict.fromkeys(("gate_shift", "up_shift"), LEVELED)
@@ -203,7 +203,7 @@ def down(
                 launch(
                     _leveled().project_out, (programs, splits), x, *_paired(planes), *lists,
                     **_narrow(shared, tile), **more, part=part, out_split=parts.stride(0), shift=LEVELED / FACTOR,
-                    STAGES=tile.stages,
+                    STAGES=tile.stages, **_registers(tile),
                 )  # fmt: skip
                 continue
             base, operands, shift = kind.narrow.words, (x, *planes, *lists), LEVELED
@@ -305,7 +305,13 @@ def _paired(planes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def _narrow(shared: dict[str, Any], tile: Tile) -> dict[str, Any]:
     """What leveled.py takes of these."""
-    return {name: value for name, value in shared.items() if name not in ("COLUMNS", "EXTRA")} | {"PAIRED": tile.paired}
+    return {name: value for name, value in shared.items() if name not in ("COLUMNS", "EXTRA")} | {
+        "PAIRED": tile.paired, "LOOKED": tile.looked_up,
+    }  # fmt: skip
+
+
+def _registers(tile: Tile) -> dict[str, int]:
+    return {"maxnreg": tile.registers} if tile.registers else {}
 
 
 def _leveled() -> Any:

@@ -2,12 +2,10 @@
 
 As in overlapped.py and overlapped_pair.py two sets of operand registers take turns; a program serves both slots of a
 pair from one reading (PAIRED), or one. A step is 128 columns, two groups: one barrier, words of 64 bytes a row, and the
-two scales of a row in one copy of 4 bytes. What the planes hold becomes operands in registers (leveled_decode.py).
+two scales of a row in one copy of 4 bytes. What the planes hold becomes operands in registers: by integer
+instructions (leveled_decode.py), or LOOKED quarters of them by a table in shared memory
+(leveled_table.py), so that two units of a processor are in use, and one answers while the other works.
 """
-
-# ruff: noqa: RUF005 - the compiler knows tuples' `+`, and no `*given`
-# mypy: disable-error-code=assignment
-# (tuples that grow)
 
 from __future__ import annotations
 
@@ -16,8 +14,24 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 
-from moefold_kernels.layout_pairs import MAGNITUDE_BITS, low_bits
-from moefold_kernels.triton.leveled_decode import SLOT_SIGNS, assembly, constraints
+from moefold_kernels.levels import INTEGERS
+from moefold_kernels.triton import leveled_table
+from moefold_kernels.triton.leveled_operands import decoded, signs_of, units_layout
+from moefold_kernels.triton.leveled_stage import (
+    HALF,
+    PADDING,
+    STEP,
+    TOKENS_OF,
+    begin_words,
+    buffers_of,
+    halved,
+    low_held,
+    low_words,
+    plane_layout,
+    start_tokens,
+    start_words,
+    words_held,
+)
 from moefold_kernels.triton.overlapped import (
     after_the_one_before,
     barrier,
@@ -30,63 +44,10 @@ from moefold_kernels.triton.overlapped import (
     write_outer,
 )
 
-STEP = gl.constexpr(128)
-"""Columns of a step."""
-HALF = gl.constexpr(64)
-"""Columns of a group, and of one set of operands."""
-TABLE = gl.constexpr(40)
-"""Integers of a matrix in `levels` (leveled_decode.row_tables)."""
-
-
-_CODE = gl.constexpr({(f, n): (assembly(f, n), constraints(f, n)) for f in MAGNITUDE_BITS for n in (1, 2)})
-_LOW_BITS = gl.constexpr({f: low_bits(f) for f in MAGNITUDE_BITS})
-
-
-@gluon.constexpr_function
-def code(format, slots, part):
-    """The assembly (part 0) and its constraints."""
-    return _CODE.value[format, slots][part]
-
-
-@gluon.constexpr_function
-def low_words(format, columns):
-    """Words of the plane `low` in so many columns; one where there is no such plane."""
-    return max(1, columns * _LOW_BITS.value[format] // 32)
-
-
-@gluon.constexpr_function
-def signs_of(slot, number):
-    return SLOT_SIGNS.value[2 * slot + number]
-
-
-@gluon.constexpr_function
-def _bits(size):
-    return [1 << bit for bit in range(size.bit_length() - 1)]
-
-
-@gluon.constexpr_function
-def rows_layout(rows, words, warps):
-    """Words [rows, words] as the product wants rows: the four threads of a group have the same ones."""
-    registers = (
-        [[0, bit] for bit in _bits(words)] + [[8, 0]] + [[16 * warps * bit, 0] for bit in _bits(rows // warps // 16)]
-    )
-    lanes = [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16 * bit, 0] for bit in _bits(warps)], [], [rows, words])
-
-
-@gluon.constexpr_function
-def units_layout(rows, warps):
-    """[rows, 4 units of 16 columns, thread of a group]."""
-    registers = [[0, 1, 0], [0, 2, 0], [8, 0, 0]] + [[16 * warps * bit, 0, 0] for bit in _bits(rows // warps // 16)]
-    lanes = [[0, 0, 1], [0, 0, 2], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16 * bit, 0, 0] for bit in _bits(warps)], [], [rows, 4, 4])
-
-
-@gluon.constexpr_function
-def plane_layout(words, warps):
-    """The layout of a copy of a plane to shared memory: 16 bytes a thread, or 4 (scales)."""
-    across = max(1, words // 4)
-    return gl.BlockedLayout([1, min(words, 4)], [32 // across, across], [warps, 1], [1, 0])
+TABLE = gl.constexpr(INTEGERS)
+"""Of a matrix in `levels`."""
+FIRST = gl.constexpr(256)
+"""Programs that begin together: two for each processor of a large GPU."""
 
 
 @gluon.jit
@@ -112,126 +73,10 @@ def _plane(plane, unit, row, rows, words, skipped, WORDS: gl.constexpr, layout: 
 
 
 @gluon.jit
-def _start_words(buffers, planes, stage, wanted, FORMAT: gl.constexpr):
-    async_copy.async_copy_global_to_shared(buffers[0].index(stage), planes[0], mask=wanted)
-    if FORMAT != "pair4":
-        async_copy.async_copy_global_to_shared(buffers[1].index(stage), planes[1], mask=wanted)
-    async_copy.async_copy_global_to_shared(buffers[2].index(stage), planes[2], mask=wanted)
-
-
-@gluon.jit
-def _start_tokens(buffers, x, live, stage, wanted, PAIRED: gl.constexpr):
-    async_copy.async_copy_global_to_shared(buffers[3].index(stage), x[0], mask=live[0] & wanted)
-    async_copy.async_copy_global_to_shared(buffers[4].index(stage), x[0] + HALF, mask=live[0] & wanted)
-    if PAIRED:
-        async_copy.async_copy_global_to_shared(buffers[5].index(stage), x[1], mask=live[1] & wanted)
-        async_copy.async_copy_global_to_shared(buffers[6].index(stage), x[1] + HALF, mask=live[1] & wanted)
-    async_copy.commit_group()
-
-
-@gluon.jit
-def _operand(low, high, ROWS: gl.constexpr, left: gl.constexpr):
-    """bf16 [ROWS, HALF] of pairs of them [ROWS, 4, 4]: columns 2 t and 2 t + 1 of every 16, then 8 more."""
-    pairs = gl.reshape(gl.permute(gl.join(low, high), (0, 1, 3, 2)), (ROWS, HALF // 2))
-    twice = gl.reshape(gl.join(pairs, pairs), (ROWS, HALF))
-    made = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [twice], dtype=gl.bfloat16, is_pure=True, pack=2)
-    return gl.convert_layout(made, left, assert_trivial=True)
-
-
-@gluon.jit
-def _pairwise(plane, WORDS: gl.constexpr, ROWS: gl.constexpr, units: gl.constexpr):
-    """The two words of every 16 columns, of a plane with two."""
-    first, second = gl.split(gl.reshape(plane, (ROWS, WORDS // 2, 2)))
-    layout: gl.constexpr = gl.SliceLayout(2, units)
-    first = gl.convert_layout(first, layout, assert_trivial=True)
-    second = gl.convert_layout(second, layout, assert_trivial=True)
-    return gl.expand_dims(first, 2), gl.expand_dims(second, 2)
-
-
-@gluon.jit
-def _scaled(level, scale):
-    return gl.inline_asm_elementwise(
-        "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [level, scale], dtype=gl.int32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _of_rows(values):
-    return gl.expand_dims(gl.expand_dims(values, 1), 2)
-
-
-@gluon.jit
-def _decoded(
-    buffers, stage, gather, signs, tables,
-    half: gl.constexpr, ROWS: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr, left: gl.constexpr,
-):  # fmt: skip
-    """The operands of one group: of both slots, or of one, twice."""
-    units: gl.constexpr = units_layout(ROWS, gl.num_warps())
-    rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, units))
-    words = buffers[0].index(stage).slice(8 * half, 8, 1).load(rows_layout(ROWS, 8, gl.num_warps()))
-    first, second = _pairwise(words, 8, ROWS, units)
-    given = (first, second, gather)
-    if FORMAT == "pair8":
-        lows = buffers[1].index(stage).slice(8 * half, 8, 1).load(rows_layout(ROWS, 8, gl.num_warps()))
-        given = given + _pairwise(lows, 8, ROWS, units)
-    elif FORMAT == "pair6":
-        lows = buffers[1].index(stage).slice(4 * half, 4, 1).load(rows_layout(ROWS, 4, gl.num_warps()))
-        lows = gl.convert_layout(lows, gl.SliceLayout(2, units), assert_trivial=True)
-        given = given + (gl.expand_dims(lows, 2),)
-    elif FORMAT == "pair5":
-        lows = buffers[1].index(stage).slice(2 * half, 2, 1).load(rows_layout(ROWS, 2, gl.num_warps()))
-        lows = gl.reshape(gl.join(lows, lows >> 2), (ROWS, 4))
-        lows = gl.convert_layout(lows, gl.SliceLayout(2, units), assert_trivial=True)
-        given = given + (gl.expand_dims(lows, 2),)
-    both = buffers[2].index(stage).load(rows_layout(ROWS, 1, gl.num_warps()))
-    both = gl.convert_layout(gl.reshape(both, (ROWS,)), rows, assert_trivial=True)
-    scale = (both >> 16) & 0xFFFF if half else both & 0xFFFF
-    scale = scale | scale << 16
-    if FORMAT != "pair4":
-        given = given + (_of_rows(scale),)
-    if not PAIRED:
-        given = given + signs
-    if FORMAT == "pair4":
-        given = given + (_of_rows(_scaled(tables[0], scale)), _of_rows(_scaled(tables[1], scale)))
-    else:
-        given = given + (_of_rows(tables[0]), _of_rows(tables[1]), _of_rows(tables[2]), _of_rows(tables[3]))
-    if FORMAT == "pair8":
-        given = given + (_of_rows(tables[4]), _of_rows(tables[5]), _of_rows(tables[6]), _of_rows(tables[7]))
-    if PAIRED:
-        a, b, c, d = gl.inline_asm_elementwise(
-            code(FORMAT, 2, 0), code(FORMAT, 2, 1), given,
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-        return _operand(a, b, ROWS, left), _operand(c, d, ROWS, left)
-    a, b = gl.inline_asm_elementwise(
-        code(FORMAT, 1, 0), code(FORMAT, 1, 1), given, dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-    )
-    own = _operand(a, b, ROWS, left)
-    return own, own
-
-
-@gluon.jit
-def _buffers(
-    ROWS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr
-):
-    # each plane and each half of the tokens for itself: Triton puts a barrier between two copies to one allocation
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    turned: gl.constexpr = gl.NVMMASharedLayout(2 * HALF, 16, 2)
-    return (
-        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, STEP // 8], plain),
-        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, low_words(FORMAT, STEP)], plain),
-        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 1], plain),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, HALF], turned),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, HALF], turned),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS if PAIRED else 8, HALF], turned),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS if PAIRED else 8, HALF], turned),
-    )
-
-
-@gluon.jit
 def _products(
-    buffers, planes, x, live, steps, slot, levels, up,
+    buffers, planes, x, live, steps, slot, levels, up, table,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr,
+    LOOKED: gl.constexpr,
 ):  # fmt: skip
     """Sums [ROWS, TOKENS] of both slots (of one, the second's are nothing) over `steps` times STEP columns.
 
@@ -242,14 +87,20 @@ def _products(
     mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     units: gl.constexpr = units_layout(ROWS, gl.num_warps())
+    apart: gl.constexpr = halved(TOKENS, LOOKED)
     w, low, scale = planes
     x0, x1 = x
     for first in gl.static_range(STAGES - 2):
-        _start_tokens(buffers, (x0, x1), live, first, first < steps, PAIRED)
+        start_tokens(buffers, (x0, x1), live, first, first < steps, PAIRED)
         x0 += STEP
         x1 += STEP
     thread = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(0, units))), 0), 0)
     gather = thread | (thread + 4) << 4
+    lookup = (gather, gather, gather)
+    if LOOKED:
+        choice = 128 << 8 * thread if FORMAT == "pair4" else gather * 0x101  # of all four bytes; of two words, twice
+        copies = leveled_table.own_copies(table, levels, up, FORMAT, PAIRED, ROWS, units)
+        lookup = (choice, copies, gl.full((1, 1, 4), gl.where(slot == 0, 0x5410, 0x7632), gl.int32, units))
     shared = gl.where(slot == 0, signs_of(0, 0), signs_of(1, 0)).to(gl.int32)
     alone = gl.where(slot == 0, signs_of(0, 1), signs_of(1, 1)).to(gl.int32)
     signs = (gl.full((ROWS, 4, 4), shared, gl.int32, units), gl.full((ROWS, 4, 4), alone, gl.int32, units))
@@ -261,45 +112,42 @@ def _products(
     )  # fmt: skip
     sums0 = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
     sums1 = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
+    stage = steps * 0
+    to = stage + STAGES - 2
     for step in range(0, steps):
         async_copy.wait_group(STAGES - 3)
         barrier()  # this step has come, and nobody reads step - 2 any more, whose place is next
         ahead = step + STAGES - 2
-        _start_words(buffers, (w, low, scale), ahead % STAGES, ahead < steps, FORMAT)
-        _start_tokens(buffers, (x0, x1), live, ahead % STAGES, ahead < steps, PAIRED)
+        if not apart:
+            stage, to = step % STAGES, ahead % STAGES
+        start_words(buffers, (w, low, scale), to, ahead < steps, FORMAT, apart)
+        start_tokens(buffers, (x0, x1), live, to, ahead < steps, PAIRED)
         w += STEP // 8
         if FORMAT != "pair4":
             low += low_words(FORMAT, STEP)
         scale += 1
         x0 += STEP
         x1 += STEP
-        stage = step % STAGES
         for half in gl.static_range(2):
-            ours, theirs = _decoded(buffers, stage, gather, signs, tables, half, ROWS, FORMAT, PAIRED, left)
-            right = buffers[3 + half].index(stage).permute((1, 0))
+            ours, theirs = decoded(
+                buffers, stage, gather, signs, tables, lookup, half, ROWS, FORMAT, PAIRED, LOOKED, apart, left
+            )
+            right = buffers[TOKENS_OF + half].index(stage).permute((1, 0))
             sums0 = warpgroup_mma(ours, right, sums0, is_async=True)
             if PAIRED:
-                right = buffers[5 + half].index(stage).permute((1, 0))
+                right = buffers[TOKENS_OF + 2 + half].index(stage).permute((1, 0))
                 sums1 = warpgroup_mma(theirs, right, sums1, is_async=True)
                 sums0, sums1 = warpgroup_mma_wait(2, deps=(sums0, sums1))
                 sums1 = warpgroup_mma_init(sums1)
             else:
                 sums0 = warpgroup_mma_wait(1, deps=(sums0,))
             sums0 = warpgroup_mma_init(sums0)
+        if apart:  # a division by no power of two takes twenty instructions; where integers bind, it is an AND
+            stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+            to = gl.where(to == STAGES - 1, 0, to + 1)
+    if LOOKED:
+        buffers[PADDING]._keep_alive()
     return warpgroup_mma_wait(0, deps=(sums0, sums1))
-
-
-@gluon.jit
-def _begin(buffers, planes, steps, STAGES: gl.constexpr, FORMAT: gl.constexpr):
-    """Ask for the words of the first steps, and point behind them."""
-    w, low, scale = planes
-    for first in gl.static_range(STAGES - 2):
-        _start_words(buffers, (w, low, scale), first, first < steps, FORMAT)
-        w += STEP // 8
-        if FORMAT != "pair4":
-            low += low_words(FORMAT, STEP)
-        scale += 1
-    return w, low, scale
 
 
 @gluon.jit
@@ -318,14 +166,21 @@ def project_in(
     x, words, low, scale, levels, out, order, offsets, tiles, experts, bias,
     hidden, inner, top_k, capacity, x_row, w_up, shift, bias_expert, bias_row, bias_up, limit, alpha,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, ACTIVATION: gl.constexpr,
-    FORMAT: gl.constexpr, PAIRED: gl.constexpr,
+    FORMAT: gl.constexpr, PAIRED: gl.constexpr, LOOKED: gl.constexpr,
 ):  # fmt: skip
     """overlapped.project_in; `hidden` is a number of STEPs, planes are contiguous [unit, row, word], gate rows first.
 
     `w_up`: rows from a gate row to its up row, within a unit of 2 * inner.
     """
-    after_the_one_before()
     slot = 0 if PAIRED else gl.program_id(0) % 2
+    table = 0
+    early: gl.constexpr = LOOKED > 0 and TOKENS <= 16 and not PAIRED  # few tokens: the first programs wait here anyway
+    if LOOKED:
+        table = leveled_table.place(FORMAT)
+    if early:  # noqa: SIM102 - this is known when compiling
+        if gl.program_id(0) < FIRST:
+            leveled_table.fill(table, levels, TABLE, slot, FORMAT, PAIRED)
+    after_the_one_before()
     program = gl.program_id(0) if PAIRED else gl.program_id(0) // 2
     tile, first_row = share(program, gl.cdiv(inner, ROWS), ROWS, GROUP)
     unit = gl.load(tiles + tile)
@@ -335,28 +190,33 @@ def project_in(
     place, begin0, end0, begin1, end1 = _entries(offsets, unit, slot, skipped, PAIRED)
     if not PAIRED and begin0 >= end0:
         return
-    buffers = _buffers(2 * ROWS, TOKENS, STAGES, FORMAT, PAIRED)
-    wide: gl.constexpr = plane_layout(STEP // 8, gl.num_warps())
-    lows: gl.constexpr = plane_layout(low_words(FORMAT, STEP), gl.num_warps())
+    buffers = buffers_of(2 * ROWS, TOKENS, STAGES, FORMAT, PAIRED, LOOKED)
+    apart: gl.constexpr = halved(TOKENS, LOOKED)
+    wide: gl.constexpr = plane_layout(words_held(apart), gl.num_warps())
+    lows: gl.constexpr = plane_layout(low_held(FORMAT, apart), gl.num_warps())
     one: gl.constexpr = plane_layout(1, gl.num_warps())
     row_w = _rows_in(first_row, inner, w_up, ROWS, wide)
     row_l = _rows_in(first_row, inner, w_up, ROWS, lows)
     row_s = _rows_in(first_row, inner, w_up, ROWS, one)
     planes = (
-        _plane(words, unit, row_w, 2 * inner, hidden // 8, 0, STEP // 8, wide),
-        _plane(low, unit, row_l, 2 * inner, hidden * low_words(FORMAT, STEP) // STEP, 0, low_words(FORMAT, STEP), lows),
+        _plane(words, unit, row_w, 2 * inner, hidden // 8, 0, words_held(apart), wide),
+        _plane(low, unit, row_l, 2 * inner, hidden * low_words(FORMAT, STEP) // STEP, 0, low_held(FORMAT, apart), lows),
         _plane(scale, unit, row_s, 2 * inner, hidden // STEP, 0, 1, one),
     )
     steps = hidden // STEP
-    planes = _begin(buffers, planes, steps, STAGES, FORMAT)
+    planes = begin_words(buffers, planes, steps, STAGES, FORMAT, apart)
+    if LOOKED:  # noqa: SIM102
+        if not early or gl.program_id(0) >= FIRST:
+            leveled_table.fill(table, levels, TABLE, slot, FORMAT, PAIRED)
     k = gl.arange(0, HALF, gl.SliceLayout(0, copy_layout(HALF, gl.num_warps())))
     a0, live0 = tokens_at(x, order, begin0, end0, k, top_k, x_row, HALF, TOKENS)
     a1, live1 = a0, live0
     if PAIRED:
         a1, live1 = tokens_at(x, order, begin1, end1, k, top_k, x_row, HALF, TOKENS)
     sums0, sums1 = _products(
-        buffers, planes, (a0, a1), (live0, live1), steps, slot, levels, TABLE, 2 * ROWS, TOKENS, STAGES, FORMAT, PAIRED
-    )
+        buffers, planes, (a0, a1), (live0, live1), steps, slot, levels, TABLE, table, 2 * ROWS, TOKENS, STAGES,
+        FORMAT, PAIRED, LOOKED,
+    )  # fmt: skip
     write_inner(
         sums0, out, begin0, end0, first_row, inner, shift, shift, gl.load(experts + place), bias, bias_expert,
         bias_row, bias_up, limit, alpha, ROWS, TOKENS, ACTIVATION,
@@ -373,7 +233,7 @@ def project_out(
     x, words, low, scale, levels, out, order, offsets, tiles, experts, weights, bias,
     inner, hidden, capacity, part, out_split, shift, bias_expert, bias_row,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, FORMAT: gl.constexpr,
-    PAIRED: gl.constexpr,
+    PAIRED: gl.constexpr, LOOKED: gl.constexpr,
 ):  # fmt: skip
     """overlapped.project_out, in splits of `part` columns (a number of STEPs, as `inner` is)."""
     slot = 0 if PAIRED else gl.program_id(0) % 2
@@ -388,20 +248,28 @@ def project_out(
         return
     begin = gl.program_id(1) * part
     out += gl.program_id(1).to(gl.int64) * out_split
-    buffers = _buffers(ROWS, TOKENS, STAGES, FORMAT, PAIRED)
-    wide: gl.constexpr = plane_layout(STEP // 8, gl.num_warps())
-    lows: gl.constexpr = plane_layout(low_words(FORMAT, STEP), gl.num_warps())
+    buffers = buffers_of(ROWS, TOKENS, STAGES, FORMAT, PAIRED, LOOKED)
+    apart: gl.constexpr = halved(TOKENS, LOOKED)
+    wide: gl.constexpr = plane_layout(words_held(apart), gl.num_warps())
+    lows: gl.constexpr = plane_layout(low_held(FORMAT, apart), gl.num_warps())
     one: gl.constexpr = plane_layout(1, gl.num_warps())
     planes = (
-        _plane(words, unit, _rows_out(first_row, hidden, ROWS, wide), hidden, inner // 8, begin // 8, STEP // 8, wide),
+        _plane(
+            words, unit, _rows_out(first_row, hidden, ROWS, wide), hidden, inner // 8, begin // 8, words_held(apart),
+            wide,
+        ),
         _plane(
             low, unit, _rows_out(first_row, hidden, ROWS, lows), hidden, inner * low_words(FORMAT, STEP) // STEP,
-            begin * low_words(FORMAT, STEP) // STEP, low_words(FORMAT, STEP), lows,
+            begin * low_words(FORMAT, STEP) // STEP, low_held(FORMAT, apart), lows,
         ),
         _plane(scale, unit, _rows_out(first_row, hidden, ROWS, one), hidden, inner // STEP, begin // STEP, 1, one),
     )  # fmt: skip
     steps = gl.minimum(inner - begin, part) // STEP
-    planes = _begin(buffers, planes, steps, STAGES, FORMAT)
+    planes = begin_words(buffers, planes, steps, STAGES, FORMAT, apart)
+    table = 0
+    if LOOKED:
+        table = leveled_table.place(FORMAT)
+        leveled_table.fill(table, levels + 2 * TABLE, 0, slot, FORMAT, PAIRED)
     after_the_one_before()
     k = begin + gl.arange(0, HALF, gl.SliceLayout(0, copy_layout(HALF, gl.num_warps())))
     a0, live0 = positions_at(x, begin0, end0, k, inner, HALF, TOKENS)
@@ -409,20 +277,9 @@ def project_out(
     if PAIRED:
         a1, live1 = positions_at(x, begin1, end1, k, inner, HALF, TOKENS)
     sums0, sums1 = _products(
-        buffers,
-        planes,
-        (a0, a1),
-        (live0, live1),
-        steps,
-        slot,
-        levels + 2 * TABLE,
-        0,
-        ROWS,
-        TOKENS,
-        STAGES,
-        FORMAT,
-        PAIRED,
-    )
+        buffers, planes, (a0, a1), (live0, live1), steps, slot, levels + 2 * TABLE, 0, table, ROWS, TOKENS, STAGES,
+        FORMAT, PAIRED, LOOKED,
+    )  # fmt: skip
     write_outer(
         sums0, out, order, weights, begin0, end0, first_row, hidden, shift, gl.load(experts + place), bias,
         bias_expert, bias_row, ROWS, TOKENS,

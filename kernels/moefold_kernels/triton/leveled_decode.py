@@ -15,9 +15,6 @@ import triton.language as tl
 from moefold_kernels import layout, layout_pairs
 from moefold_kernels.layout_pairs import ALONE
 
-FACTOR = 2.0
-"""Of every operand: 2 is a bf16 of which the low byte is zero."""
-
 _PLUS, _MINUS = 0x40, 0xC0  # high bytes of +2 and -2
 
 
@@ -95,21 +92,36 @@ def assembly(format: str, slots: int) -> str:
     register (not for pair4); for one slot its two tables of signs; the row's levels.
     """
     names = iter(f"${number}" for number in range(2 * slots, 99))
-    words, gather = (next(names), next(names)), next(names)
+    words, gather = [next(names), next(names)], next(names)
     low = [next(names) for _ in range(LOWS[format])]
     scale = "" if format == "pair4" else next(names)
-    signs = [(next(names), next(names))] if slots == 1 else [_signs(slot) for slot in range(layout.SLOTS)]
+    signs = [next(names), next(names)] if slots == 1 else []
     tables = [next(names) for _ in range(TABLES[format])]
+    return block(format, [f"${number}" for number in range(2 * slots)], words, gather, low, scale, signs, tables)
+
+
+def block(
+    format: str,
+    results: Sequence[str],
+    words: Sequence[str],
+    gather: str,
+    low: Sequence[str],
+    scale: str,
+    signs: Sequence[str],
+    tables: Sequence[str],
+) -> str:
+    """The same with names of one's own for the operands."""
+    each = [tuple(signs)] if signs else [_signs(slot) for slot in range(layout.SLOTS)]
     lines = _magnitudes(format, low, scale, tables).replace("$GATHER", gather)
-    for slot, (shared, alone) in enumerate(signs):
+    for slot, (shared, alone) in enumerate(each):
         lines += f"""
     mov.b32 x, {shared};
     mov.b32 y, {alone};
     prmt.b32 high, x, y, s;
     prmt.b32 x, high, none, 0x1404;
     prmt.b32 y, high, none, 0x3424;
-    mul.rn.bf16x2 ${2 * slot}, x, m;
-    mul.rn.bf16x2 ${2 * slot + 1}, y, n;"""
+    mul.rn.bf16x2 {results[2 * slot]}, x, m;
+    mul.rn.bf16x2 {results[2 * slot + 1]}, y, n;"""
     return f"""{{
     .reg .b32 a, b, c, d, s, m, n, x, y, high, less, none, numbers, plus, minus;
     mov.b32 none, 0;

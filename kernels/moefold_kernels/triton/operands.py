@@ -38,7 +38,7 @@ class Operands(NamedTuple):
     down_low: Tensor | None = None
     gate_up_scale: Tensor | None = None  # [pair, 2 * inner, groups] int16
     down_scale: Tensor | None = None
-    levels: Tensor | None = None  # [3, 40] int32: leveled_decode.row_tables of gate, up and down
+    levels: Tensor | None = None  # [3, INTEGERS] int32: levels.py, of gate, up and down
 
 
 def sample(operands: Operands) -> tuple[Tensor, Tensor]:

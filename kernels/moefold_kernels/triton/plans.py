@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from moefold_kernels import layout, layout_pairs
 from moefold_kernels.errors import FormatError
+from moefold_kernels.levels import ENTRIES
 
 MODES = ("pair", "slot", "overlapped_pair", "overlapped")
 
@@ -17,7 +19,7 @@ class Tile:
     """For packed experts: "pair", "slot" (project.py), or "overlapped_pair", "overlapped" (files of these names, on
     Hopper; elsewhere "pair" and "slot")."""
     tokens: int
-    """Entries of a program, for each slot: a power of two, and"""
+    """Entries of a program, for each slot: a power of two from 16 on (8 in the overlapped modes), and"""
     extra: int
     """so many more (0, or another power of two): 64 + 16 fit experts of about 64 tokens as no power of two does."""
     rows: int
@@ -30,11 +32,15 @@ class Tile:
     """Programs that share the columns of a block (down projection only); their sums are added by `combine`."""
     ahead: int = 4
     """Cache lines of each row of words that a program asks for while the kernel before it ends (project.py)."""
+    looked_up: int = 0
+    """Few-bit formats on Hopper: how many quarters of the positions are decoded by a table in shared memory; and"""
+    registers: int = 0
+    """the most registers of a thread, where that lets more programs run at once (0: as many as the compiler likes)."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise FormatError(f"there is no mode {self.mode!r}; there are: {', '.join(MODES)}")
-        sizes = {"tokens": 16, "rows": 16, "columns": 16, "warps": 1, "ahead": 1} | (
+        sizes = {"tokens": 8 if self.overlapped else 16, "rows": 16, "columns": 16, "warps": 1, "ahead": 1} | (
             {"extra": 16} if self.extra else {}
         )
         for name, least in sizes.items():
@@ -45,11 +51,16 @@ class Tile:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise FormatError(f"{name} is {value!r}, and must be a whole number, at least {least}")
+        if self.looked_up not in range(5) or (self.looked_up and not self.overlapped):
+            raise FormatError(f"looked_up is {self.looked_up!r}, and must be 0, or up to 4 in an overlapped mode")
+        if not isinstance(self.registers, int) or self.registers % 8 or not 0 <= self.registers < 256:
+            raise FormatError(f"registers is {self.registers!r}, and must be 0, or a multiple of 8 below 256")
 
     def __str__(self) -> str:
         entries = f"{self.tokens}+{self.extra}" if self.extra else f"{self.tokens}"
         more = f" g{self.group}" * (self.group > 1) + f" k{self.splits}" * (self.splits > 1)
-        more += f" a{self.ahead}" * (self.ahead != 4)
+        more += f" a{self.ahead}" * (self.ahead != 4) + f" t{self.looked_up}" * (self.looked_up > 0)
+        more += f" r{self.registers}" * (self.registers > 0)
         return f"{self.mode} {entries} {self.rows}x{self.columns} w{self.warps} s{self.stages}{more}"
 
     @property
@@ -97,12 +108,26 @@ def _below(first: Tile) -> Tile:
     return replace(first, rows=2 * first.rows)
 
 
-def fits(plan: Plan, memory: int) -> bool:
-    """Whether the tiles that are under way at once fit a block's shared memory."""
-    return tile_fits(plan.first, True, memory) and tile_fits(plan.second, False, memory)
+def fits(plan: Plan, memory: int, format: str = layout.EXPONENT) -> bool:
+    """Whether the tiles that are under way at once fit a block's shared memory, for pairs in a format."""
+    return tile_fits(plan.first, True, memory, format) and tile_fits(plan.second, False, memory, format)
 
 
-def tile_fits(tile: Tile, gated: bool, memory: int) -> bool:
+def tile_fits(tile: Tile, gated: bool, memory: int, format: str = layout.EXPONENT) -> bool:
     """The same of one tile, which has twice its rows where there is a gate; some stages need a little less."""
     rows, entries = tile.rows * (2 if gated else 1), tile.entries * (2 if tile.paired else 1)
+    if tile.looked_up and format != layout.EXPONENT and leveled_bytes(tile, gated, format) > memory:
+        return False
     return 2 * (rows + entries) * tile.columns * tile.stages <= memory + 16384
+
+
+def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
+    """What leveled.py takes of shared memory: planes and tokens of 128 columns a stage, and the table.
+
+    Triton has to be asked for more than 48 KB without the table where that and the table are more.
+    """
+    rows, entries = tile.rows * (2 if gated else 1), tile.entries * (2 if tile.paired else 1)
+    bits = layout_pairs.magnitude_bits(format) + layout_pairs.STATE_BITS
+    staged = tile.stages * (rows * (16 * bits + 4) + 256 * entries) + 1024
+    table = 128 * ENTRIES[format] if tile.looked_up else 0
+    return staged + table if staged + table <= 48 * 1024 or not table else max(staged, 49 * 1024) + table

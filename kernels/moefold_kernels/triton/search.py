@@ -215,7 +215,8 @@ class Search:
 
     def _ahead(self, plan: Plan) -> list[Plan]:
         """The plan with other numbers of cache lines asked for ahead, in one projection at a time."""
-        if not Target.of(self.ground.weights.places).chain:
+        target = Target.of(self.ground.weights.places)
+        if not target.chain or (self.shape.format != layout.EXPONENT and target.overlap):  # leveled.py asks for none
             return []
         if plan.joined:
             return [join(replace(plan.first, ahead=ahead)) for ahead in AHEAD]

@@ -102,7 +102,11 @@ def about(device: torch.device) -> dict[str, Any]:
     machine = record.machine(device)
     versions = {name: machine["versions"][name] for name in ("torch", "triton")}
     method = {"us": "one layer, median of CUDA-graph replays, balanced random routing"}
-    return {"device": machine["device"], "date": time.strftime("%Y-%m-%d")} | versions | method
+    found: dict[str, Any] = {"device": machine["device"], "date": time.strftime("%Y-%m-%d")}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {"capability": [properties.major, properties.minor], "processors": properties.multi_processor_count}
+    return found | versions | method
 
 
 def table_name(device: torch.device) -> str:

@@ -49,7 +49,7 @@ class Leveled(NamedTuple):
     format: str
     wide: Planes  # gate rows before up rows
     narrow: Planes  # down
-    levels: Tensor  # [3, 40] int32: of gate, up and down, as leveled_decode.row_tables has them
+    levels: Tensor  # [3, INTEGERS] int32: of gate, up and down, as levels.py has them
     gated: bool
 
     @property

@@ -84,8 +84,14 @@ class MoefoldQuantizer(HfQuantizer):
         self.dtypes: dict[str, torch.dtype] = {}
         stored = quantization_config.matrices
         self.reader = None if stored is None else MatrixReader(stored)
+        self.dtype: torch.dtype | None = None
         self.named = True
         """Whether the user named an experts implementation; update_attn_implementation finds out."""
+
+    def preprocess_model(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        """Keep the dtype that was asked for, which transformers does not pass on to what follows."""
+        self.dtype = dtype
+        super().preprocess_model(model, dtype=dtype, **kwargs)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _refuse_expert_parallelism(model)
@@ -109,7 +115,7 @@ class MoefoldQuantizer(HfQuantizer):
         tripwires |= {name for place in self.places for name in place.tripwires()}
         ignored = [f"{re.escape(name)}$" for name in tripwires]
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
-        self.dtypes = wanted_dtypes(model, kwargs.get("dtype"))
+        self.dtypes = wanted_dtypes(model, self.dtype)
         return model
 
     def _process_model_after_weight_loading(

@@ -24,7 +24,7 @@ from moefold_kernels import implementation
 from moefold_kernels.checkpoint import METHOD, VERSION, LayerEntry, PackedLayer, read_config
 from moefold_kernels.conversion import Place, converters
 from moefold_kernels.errors import FormatError
-from moefold_kernels.finding import check_tensors, find, headers, wanted_dtypes
+from moefold_kernels.finding import check_tensors, find, headers, renamed, wanted_dtypes
 from moefold_kernels.module import ENDS, PackedModule, is_experts, pack_module, unpack_module
 from moefold_kernels.quantized import MATRICES, MatrixReader
 from moefold_kernels.routed import MergedModule, RoutedModule, merge_module, unmerge_module
@@ -95,10 +95,11 @@ class MoefoldQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _refuse_expert_parallelism(model)
-        found = headers(kwargs.get("checkpoint_files"))
+        found, entries = headers(kwargs.get("checkpoint_files")), self.quantization_config.entries().values()
         wires = [] if self.reader is None or found is None else [name for name, shape in found.items() if 0 in shape]
+        found = None if found is None else renamed(model, found, entries)
         tripwires: set[str] = set()
-        for entry in self.quantization_config.entries().values():
+        for entry in entries:
             place = find(model, entry.prefix)
             module = model.get_submodule(place.module)
             if found is not None:

@@ -53,6 +53,7 @@ class StreamedModel:
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids `[sample, length]` to what enters decoder layer 0, `[sample, length, hidden]`."""
         self._fill_end("embed")
+        self._check_ids(ids)
         with self._stand_ins({0: Stop.at_entry}, embedding=None):
             hidden: Tensor = self._run(ids).arguments[0]
         return hidden
@@ -137,6 +138,15 @@ class StreamedModel:
         """Full names of a module's parameters; none when the model has no such part (they then count as shell)."""
         paths = [path for path, module in self._model.named_modules() if module is part]
         return {f"{path}.{name}" for path in paths for name, _ in part.named_parameters()}
+
+    def _check_ids(self, ids: Tensor) -> None:
+        """On a GPU an id too large would end the process's use of the device, with a message that names nothing."""
+        rows, largest = len(self._embedding.weight), int(ids.max()) if ids.numel() else 0
+        if largest >= rows:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: its tokenizer gives token {largest}, and its embedding has {rows}; put the "
+                "model's own tokenizer.json and tokenizer_config.json beside the weights"
+            )
 
     def _fill_end(self, end: str) -> None:
         self._skeleton.fill(self.device, self._ends[end].__contains__)

@@ -242,6 +242,10 @@ class TestMisuse:
     def model(self, saved: dict[str, Path]) -> StreamedModel:
         return StreamedModel(Checkpoint.open(str(saved["deepseek_v3"])))
 
+    def test_a_tokenizer_of_another_model(self, model: StreamedModel) -> None:
+        with pytest.raises(CheckpointError, match=r"its tokenizer gives token 288, and its embedding has 288; put the"):
+            model.embed(torch.tensor([[3, 288]]))
+
     def test_layer_not_loaded(self, model: StreamedModel) -> None:
         with pytest.raises(ValueError, match=r"decoder layer 1 is not loaded; write `with model.loaded\(1\):`"):
             model.through(1, IDS, model.embed(IDS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -28,14 +29,27 @@ class Remaining(NamedTuple):
     per_layer: dict[int, int]
     skip: list[int]
 
-    def of(self, number: int, count: int) -> int:
-        """For one decoder layer with `count` experts; raises InputError when it has fewer."""
+    def of(self, layer: Layer, count: int) -> int:
+        """For one decoder layer with `count` experts; raises InputError when it has fewer, or names no such layer."""
+        check_layers(layer, (*self.per_layer, *self.skip))
+        number = layer.number
         if number in self.skip:
             return count
         wanted = self.per_layer.get(number, self.experts) or max(1, round(count * self.fraction))
         if not 1 <= wanted <= count:
             raise InputError(f"{wanted} experts are to remain in layer {number}, which has {count}; write 1 to {count}")
         return wanted
+
+
+def check_layers(layer: Layer, named: Collection[int]) -> None:
+    """Raise InputError where an option names a decoder layer that has no routed experts."""
+    if not named:
+        return
+    known = {one.number for one in layer.checkpoint.layers()}
+    if wrong := [number for number in named if number not in known]:
+        raise InputError(
+            f"layer {wrong[0]} has no routed experts; those that have: {', '.join(map(str, sorted(known)))}"
+        )
 
 
 @stage("group.by_use")
@@ -51,7 +65,7 @@ def group_by_use(
 ) -> Groups:
     """The most used experts are centres; each other joins the centre most like it (MergeMoE, arXiv 2510.14436)."""
     count = len(activity.tokens)
-    remain = Remaining(experts, fraction, per_layer, skip).of(layer.number, count)
+    remain = Remaining(experts, fraction, per_layer, skip).of(layer, count)
     order = torch.argsort(activity.tokens, descending=True, stable=True).tolist()
     groups = {centre: [centre] for centre in order[:remain]}
     matrix = _square(similarity, count)
@@ -71,17 +85,17 @@ def group_hierarchical(
     skip: Skip = [],  # noqa: B006
 ) -> Groups:
     """Join the two most alike groups, by the mean over their members, until enough are left (HC-SMoE, 2410.08589)."""
-    from scipy.cluster.hierarchy import fcluster, linkage  # slow to import, and plugins load with every command
+    from scipy.cluster.hierarchy import cut_tree, linkage  # slow to import, and plugins load with every command
     from scipy.spatial.distance import squareform
 
     count = len(similarity.matrix)
-    remain = Remaining(experts, fraction, per_layer, skip).of(layer.number, count)
+    remain = Remaining(experts, fraction, per_layer, skip).of(layer, count)
     matrix = similarity.matrix.double()
     distance = (matrix.max() - (matrix + matrix.T) / 2).clamp(min=0).fill_diagonal_(0)
     if remain == count:
         return _as_groups([expert] for expert in range(count))
     tree = linkage(squareform(distance.numpy(), checks=False), method="average")
-    return _labelled(fcluster(tree, remain, criterion="maxclust"))
+    return _labelled(cut_tree(tree, remain)[:, 0])  # fcluster would stop at fewer groups where distances are equal
 
 
 @stage("group.kmeans")
@@ -99,7 +113,7 @@ def group_kmeans(
     from sklearn.cluster import KMeans  # as above
 
     count = len(similarity.matrix)
-    remain = Remaining(experts, fraction, per_layer, skip).of(layer.number, count)
+    remain = Remaining(experts, fraction, per_layer, skip).of(layer, count)
     points = _points(similarity.matrix).numpy()
     tries: Any = 10  # the type of its default, "auto", is all that pyright sees
     return _labelled(KMeans(remain, n_init=tries, random_state=seed).fit_predict(points))
@@ -117,7 +131,7 @@ def group_random(
 ) -> Groups:
     """Random groups of sizes that differ by at most one: what every other choice has to beat."""
     count = layer.expert_count
-    remain = Remaining(experts, fraction, per_layer, skip).of(layer.number, count)
+    remain = Remaining(experts, fraction, per_layer, skip).of(layer, count)
     order = random.Random(f"{seed} {layer.number}").sample(range(count), count)
     return _as_groups(order[start::remain] for start in range(remain))
 

@@ -39,6 +39,12 @@ def test_clusterings_find_the_kinds(layer, stage):
     assert sorted(sorted(group) for group in stage(layer, families(), experts=3).all()) == FAMILIES
 
 
+def test_as_many_groups_as_asked_for_where_all_are_alike(layer):
+    """One height for all joins, at which scipy's fcluster would stop at one group."""
+    for remain in (1, 3, 7):
+        assert len(group_hierarchical(layer, Similarity(torch.ones(8, 8), "toy"), experts=remain).all()) == remain
+
+
 def test_by_use_the_most_used_are_centres_and_come_first(layer):
     groups = group_by_use(layer, used(1, 2, 9, 0, 8, 7, 3, 4), families(), experts=3)
     assert groups.all() == [[4, 0], [5, 1, 6], [2, 3, 7]]
@@ -68,6 +74,9 @@ def test_options_say_how_many_remain_where(layer):
     assert len(group_random(layer, per_layer={1: 2, 2: 7}).all()) == 2
     assert len(group_random(layer, experts=3, per_layer={2: 7}).all()) == 3
     assert group_random(layer, experts=3, skip=[1]) == Groups([], list(range(8)))
+    for wrong in ({"skip": [7]}, {"per_layer": {7: 3}}):
+        with pytest.raises(InputError, match=r"layer 7 has no routed experts; those that have: 0, 1, 2"):
+            group_random(layer, **wrong)
     with pytest.raises(InputError, match="9 experts are to remain in layer 1, which has 8; write 1 to 8"):
         group_random(layer, experts=9)
 

@@ -145,7 +145,7 @@ def test_evaluate_reads_packed_and_dense(folder):
         (["run", "p.yaml", "--workers", "2"], "add --executor process"),
         (["run", "p.yaml", "--device", "gpu"], "no device gpu; write auto, cpu or cuda"),
         (["run", "p.yaml", "--text", "none*"], "no file matches none*"),
-        (["run", "p.yaml", "--to", "model"], "is the source checkpoint itself"),
+        (["run", "p.yaml", "--to", "model"], "model exists and moefold did not write it; choose another"),
         (
             ["run", "p.yaml", "--set", "puzzlemoe.threshold=2"],
             "--set puzzlemoe.threshold=2: stages[4].with.threshold: input",

@@ -74,7 +74,7 @@ def group_by_use(
     return _as_groups(groups.values())
 
 
-@stage("group.hierarchical")
+@stage("group.hierarchical", version=2)
 def group_hierarchical(
     layer: Layer,
     similarity: Similarity,

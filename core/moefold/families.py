@@ -48,6 +48,7 @@ class StreamedModel:
         self.expert_layers = tuple(self._skeleton.experts)
         self.hidden_size = int(self._model.config.get_text_config().hidden_size)
         self._skeleton.fill(self.device, self._is_shell)
+        self._reached = False  # whether the model's own forward came as far as to its decoder layers
         self._wrap = self._probe()
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -231,6 +232,11 @@ class StreamedModel:
             else:
                 return wrap
         why = next((problem for problem in problems if isinstance(problem, Unfit)), problems[-1])
+        if not self._reached:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {self._skeleton.name} fails before its first decoder layer ({why}); check "
+                "config.json"
+            )
         raise CheckpointError(
             f"{self.checkpoint.path}: {self._skeleton.name} passes more than hidden states from one decoder layer to "
             f"the next, so moefold cannot run it layer by layer ({why})"
@@ -243,6 +249,7 @@ class StreamedModel:
 
         def stand_in(number: int) -> Forward:
             def forward(*args: Any, **kwargs: Any) -> Any:
+                self._reached = True
                 hidden = hidden_of(args, kwargs)
                 if number != len(given) or (given and hidden is not given[-1]):
                     raise Unfit(f"decoder layer {number} does not get what layer {number - 1} gave")

@@ -154,6 +154,11 @@ def _warnings(report: Mapping[str, Json]) -> Iterator[str]:
         if clipped:
             yield f"{step}: {clipped} values were above the exponent window and clipped; leave `window` to the data"
 
+    for step, layers in report["saved"].items():
+        for facts in layers.values():
+            if facts.get("replaced_layers") == 0:
+                yield f"{step}: no layer's experts were replaced: what was saved is the source; see skip and fraction"
+
     for step, layers in report["reduced"].items():
         for layer, facts in layers.items():
             if thin := facts["figures"].get("thin"):

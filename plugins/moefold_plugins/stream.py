@@ -44,7 +44,7 @@ class Stream:
         start, self._end = self._end, self._end + tensor.numel() * tensor.element_size()
         entry = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, self._end]}
         self._header[name] = entry
-        self._file.write(memoryview(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()))
+        self._file.write(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
 
     def finish(self) -> None:
         """Write the header, and close the file."""

@@ -142,6 +142,12 @@ def _warnings(report: Mapping[str, Json]) -> Iterator[str]:
             for source in facts["sources"]:
                 if source["samples"] < source["wanted"]:
                     yield f"{step}: the text gave {source['samples']} samples of {source['wanted']} asked for"
+            positions = report["model"].get("positions")
+            if isinstance(positions, int) and facts["length"] > positions:
+                yield (
+                    f"{step}: samples of {facts['length']} tokens are longer than the model's {positions} positions "
+                    "(max_position_embeddings), beyond which it was not trained; write a smaller length"
+                )
     for step, layers in report["activity"].items():
         for layer, facts in layers.items():
             if facts["starved"]:

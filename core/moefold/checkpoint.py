@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moefold.artifact import Json
-from moefold.errors import CheckpointError, suggest
+from moefold.errors import CheckpointError, InputError, suggest
 from moefold.hub import download, looks_local
 from moefold.quantized import OURS, Scheme, find_scheme
 from moefold.shards import Entry, contents_digest, header_digest, read_entries, read_json, shards
@@ -204,6 +204,12 @@ class Checkpoint:
                 return layer
         known = ", ".join(str(n) for n in self.skeleton.experts)
         raise CheckpointError(f"{self.path}: decoder layer {number} has no routed experts; those that do: {known}")
+
+    def check_layers(self, named: Collection[int]) -> None:
+        """Raise InputError where an option names a decoder layer that has no routed experts."""
+        if wrong := [number for number in named if number not in self.skeleton.experts]:
+            known = ", ".join(map(str, self.skeleton.experts))
+            raise InputError(f"layer {wrong[0]} has no routed experts; those that have: {known}")
 
     @cached_property
     def _stored(self) -> StoredTensors:

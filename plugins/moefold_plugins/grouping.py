@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -31,7 +30,7 @@ class Remaining(NamedTuple):
 
     def of(self, layer: Layer, count: int) -> int:
         """For one decoder layer with `count` experts; raises InputError when it has fewer, or names no such layer."""
-        check_layers(layer, (*self.per_layer, *self.skip))
+        layer.checkpoint.check_layers((*self.per_layer, *self.skip))
         number = layer.number
         if number in self.skip:
             return count
@@ -39,17 +38,6 @@ class Remaining(NamedTuple):
         if not 1 <= wanted <= count:
             raise InputError(f"{wanted} experts are to remain in layer {number}, which has {count}; write 1 to {count}")
         return wanted
-
-
-def check_layers(layer: Layer, named: Collection[int]) -> None:
-    """Raise InputError where an option names a decoder layer that has no routed experts."""
-    if not named:
-        return
-    known = {one.number for one in layer.checkpoint.layers()}
-    if wrong := [number for number in named if number not in known]:
-        raise InputError(
-            f"layer {wrong[0]} has no routed experts; those that have: {', '.join(map(str, sorted(known)))}"
-        )
 
 
 @stage("group.by_use")

@@ -13,7 +13,6 @@ from torch import Tensor
 from moefold import Activity, Context, Experts, Groups, Layer, Reduced, Routed, Similarity, Stage, hookimpl, stage
 from moefold_plugins.compensated import Blend, Damping, Weigh, chunks
 from moefold_plugins.compensation import factor
-from moefold_plugins.grouping import check_layers
 from moefold_plugins.matching import matchings
 from moefold_plugins.moments import Calibration
 
@@ -28,7 +27,7 @@ Skip = Annotated[list[int], Field(description="decoder layers that stay as they 
 
 def _skips(layer: Layer, skip: list[int]) -> bool:
     """Whether the layer stays as it is; raises InputError where `skip` names one that has no experts."""
-    check_layers(layer, skip)
+    layer.checkpoint.check_layers(skip)
     return layer.number in skip
 
 
@@ -113,7 +112,7 @@ def pair_by_error(
     n_e / (H_e^-1)_kk: what is left of it when all other columns make up for it as well as they can (GPTQ, arXiv
     2210.17323, equation 2). A pair's cost is the sum over elements of the least of sharing their mean and keeping one.
     """
-    if _skips(layer, skip) or experts.count < 2:
+    if layer.number in skip or experts.count < 2:
         return _pairs([], experts.count, fraction, skipped=True)
     experts = experts.to(context.device)
     costs = _column_costs(Calibration(layer, routed, experts, blend), experts, damping, weigh)
@@ -122,7 +121,7 @@ def pair_by_error(
         some = weights[:, :: max(1, weights.shape[1] // rows)]
         total += _errors(some, cost) * (weights.shape[1] / some.shape[1])
     pairs = sorted(matchings(total, range(experts.count))[0], key=lambda pair: (float(total[pair]), pair))
-    return _pairs(pairs, experts.count, fraction, skipped=False)
+    return _pairs(pairs, experts.count, fraction, _skips(layer, skip))
 
 
 def _column_costs(calibration: Calibration, experts: Experts, damping: float, weigh: str) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from moefold.errors import InputError
 from moefold_plugins.align import align, best_first, best_sum
 from moefold_plugins.calibrate import forward
 from moefold_plugins.grouping import group_by_use, group_hierarchical, group_kmeans, group_random
+from moefold_plugins.pairing import pair_random
 from moefold_plugins.similarity import similarity_gated_outputs, similarity_outputs, similarity_weights
 
 CONTEXT = Context(torch.device("cpu"), torch.Generator())
@@ -77,6 +78,8 @@ def test_options_say_how_many_remain_where(layer):
     for wrong in ({"skip": [7]}, {"per_layer": {7: 3}}):
         with pytest.raises(InputError, match=r"layer 7 has no routed experts; those that have: 0, 1, 2"):
             group_random(layer, **wrong)
+    with pytest.raises(InputError, match=r"layer 9 has no routed experts; those that have: 0, 1, 2"):
+        pair_random(layer, None, skip=[1, 9])
     with pytest.raises(InputError, match="9 experts are to remain in layer 1, which has 8; write 1 to 8"):
         group_random(layer, experts=9)
 

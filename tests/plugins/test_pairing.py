@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from models import tiny
 from moefold import Activity, Checkpoint, Context, Experts, Routed, Similarity
-from moefold.errors import InputError
 from moefold_plugins import pairing
 from moefold_plugins.moments import Calibration
 from moefold_plugins.pairing import pair_by_error, pair_by_usage, pair_random, pair_similar
@@ -23,10 +23,7 @@ class Layer:
 
     number: int = 0
     expert_count: int = 8
-
-    @property
-    def checkpoint(self) -> SimpleNamespace:
-        return SimpleNamespace(layers=lambda: [Layer(1), Layer(2)])
+    checkpoint: Any = SimpleNamespace(check_layers=lambda _: None)  # noqa: RUF009
 
 
 def activity(counts: list[int]) -> Activity:
@@ -61,8 +58,6 @@ def test_fraction_and_skip():
     assert len(half.members) == 2
     assert everyone_once(half, 8)
     assert pair_random(Layer(2), None, skip=[2]).members == []
-    with pytest.raises(InputError, match=r"layer 3 has no routed experts; those that have: 1, 2"):
-        pair_random(Layer(2), None, skip=[2, 3])
     assert pair_random(Layer(2), None, fraction=0.0).alone == list(range(8))
     assert pair_by_usage(Layer(2), activity([1, 2, 3]), skip=[2]).members == []
 

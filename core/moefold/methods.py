@@ -27,10 +27,7 @@ def model(plan: Plan) -> dict[str, Json]:
     if task is None or task.provenance is None:
         return {"name": plan.pipeline.model, "fingerprint": None, "expert_weights": None}
     name, fingerprint = task.provenance.model, task.provenance.fingerprint
-    weights, config = _expert_weights(task.checkpoint), task.checkpoint.config
-    text = config.get("text_config")
-    positions = (text if isinstance(text, dict) else config).get("max_position_embeddings")
-    return {"name": name, "fingerprint": fingerprint, "expert_weights": weights, "positions": positions}
+    return {"name": name, "fingerprint": fingerprint, "expert_weights": _expert_weights(task.checkpoint)}
 
 
 def _expert_weights(checkpoint: Checkpoint) -> int:

@@ -88,7 +88,7 @@ def build(
     }
     report["verdicts"] = verdicts(report)
     report["sensitivity"] = sensitivity(report)
-    report["warnings"] = list(_warnings(report))
+    report["warnings"] = list(_warnings(report, _positions(plan)))
     return report
 
 
@@ -136,14 +136,21 @@ def _took(step: str, facts: Mapping[str, Json], times: Times) -> dict[str, Json]
     }
 
 
-def _warnings(report: Mapping[str, Json]) -> Iterator[str]:
+def _positions(plan: Plan) -> int | None:
+    """How many positions of a text the model was made for, where its config says so."""
+    config = next(iter(plan.tasks.values())).checkpoint.config
+    text = config.get("text_config")
+    found = (text if isinstance(text, dict) else config).get("max_position_embeddings")
+    return found if isinstance(found, int) else None
+
+
+def _warnings(report: Mapping[str, Json], positions: int | None) -> Iterator[str]:
     for step, layers in report["texts"].items():
         for facts in layers.values():
             for source in facts["sources"]:
                 if source["samples"] < source["wanted"]:
                     yield f"{step}: the text gave {source['samples']} samples of {source['wanted']} asked for"
-            positions = report["model"].get("positions")
-            if isinstance(positions, int) and facts["length"] > positions:
+            if positions is not None and facts["length"] > positions:
                 yield (
                     f"{step}: samples of {facts['length']} tokens are longer than the model's {positions} positions "
                     "(max_position_embeddings), beyond which it was not trained; write a smaller length"

@@ -112,7 +112,7 @@ def pair_by_error(
     n_e / (H_e^-1)_kk: what is left of it when all other columns make up for it as well as they can (GPTQ, arXiv
     2210.17323, equation 2). A pair's cost is the sum over elements of the least of sharing their mean and keeping one.
     """
-    if layer.number in skip or experts.count < 2:
+    if _skips(layer, skip) or experts.count < 2:
         return _pairs([], experts.count, fraction, skipped=True)
     experts = experts.to(context.device)
     costs = _column_costs(Calibration(layer, routed, experts, blend), experts, damping, weigh)
@@ -121,7 +121,7 @@ def pair_by_error(
         some = weights[:, :: max(1, weights.shape[1] // rows)]
         total += _errors(some, cost) * (weights.shape[1] / some.shape[1])
     pairs = sorted(matchings(total, range(experts.count))[0], key=lambda pair: (float(total[pair]), pair))
-    return _pairs(pairs, experts.count, fraction, _skips(layer, skip))
+    return _pairs(pairs, experts.count, fraction, skipped=False)
 
 
 def _column_costs(calibration: Calibration, experts: Experts, damping: float, weigh: str) -> tuple[Tensor, Tensor]:

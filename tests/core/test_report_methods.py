@@ -138,7 +138,6 @@ def test_a_report_counts_weights_and_holds_stored_peaks(tmp_path):
         "name": str(model),
         "fingerprint": Checkpoint.open(str(model)).fingerprint(),
         "expert_weights": 3 * 8 * (2 * 48 * 64 + 64 * 48),
-        "positions": 256,
     }
     took = found["stages"]["forward"]
     assert (took["stored_seconds"], took["stored_peak_bytes"], took["stored_peak_device_bytes"]) == (4.0, 5, 9)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +22,10 @@ class Layer:
 
     number: int = 0
     expert_count: int = 8
-    checkpoint: Any = SimpleNamespace(check_layers=lambda _: None)  # noqa: RUF009
+
+    @property
+    def checkpoint(self) -> SimpleNamespace:
+        return SimpleNamespace(check_layers=lambda _: None)
 
 
 def activity(counts: list[int]) -> Activity:

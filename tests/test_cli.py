@@ -123,9 +123,11 @@ def test_processes_give_the_same_bytes(folder):
 
 
 def test_warnings_name_starved_experts_and_short_texts(folder):
-    printed = moefold("run", "p.yaml", "--set", "observe.minimum=100000", "--set", "calibration.samples=400")
+    more = ("observe.minimum=100000", "calibration.samples=400", "calibration.length=300")
+    printed = moefold("run", "p.yaml", *(word for setting in more for word in ("--set", setting)))
     assert "experts 0, 1, 2, 3, 4, 5, 6, 7 saw fewer than 100000 calibration tokens" in printed
     assert "samples of 400 asked for" in printed
+    assert "samples of 300 tokens are longer than the model's 256 positions" in " ".join(printed.split())
 
 
 def test_evaluate_reads_packed_and_dense(folder):
@@ -145,7 +147,7 @@ def test_evaluate_reads_packed_and_dense(folder):
         (["run", "p.yaml", "--workers", "2"], "add --executor process"),
         (["run", "p.yaml", "--device", "gpu"], "no device gpu; write auto, cpu or cuda"),
         (["run", "p.yaml", "--text", "none*"], "no file matches none*"),
-        (["run", "p.yaml", "--to", "model"], "is the source checkpoint itself"),
+        (["run", "p.yaml", "--to", "model"], "model exists and moefold did not write it; choose another"),
         (
             ["run", "p.yaml", "--set", "puzzlemoe.threshold=2"],
             "--set puzzlemoe.threshold=2: stages[4].with.threshold: input",

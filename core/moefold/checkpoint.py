@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moefold.artifact import Json
-from moefold.errors import CheckpointError, suggest
+from moefold.errors import CheckpointError, InputError, suggest
 from moefold.hub import download, looks_local
 from moefold.quantized import OURS, Scheme, find_scheme
 from moefold.shards import Entry, contents_digest, header_digest, read_entries, read_json, shards
@@ -34,6 +34,16 @@ if TYPE_CHECKING:
     from moefold_kernels import LayerEntry, PackedLayer
 
 _ADD_TOKENIZER = "put the model's tokenizer.json and tokenizer_config.json beside the weights"
+_TOKENIZER = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.tiktoken",
+)
+"""What decides which tokens a text becomes."""
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -124,8 +134,13 @@ class Checkpoint:
             raise CheckpointError(f"{self.path / 'config.json'}: {error}") from error
 
     def fingerprint(self, strict: bool = False) -> str:
-        """A digest of config.json and every shard's header, size and modification time; `strict`: their contents."""
+        """A digest of config.json, the tokenizer, and every shard's header, size and modification time.
+
+        `strict`: of the shards' contents in place of those.
+        """
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for file in sorted({file for pattern in _TOKENIZER for file in self.path.glob(pattern) if file.is_file()}):
+            digest.update(json.dumps([file.name, contents_digest(file)]).encode())
         for shard in shards(self.path):
             file = self.path / shard
             stat = file.stat()
@@ -168,8 +183,9 @@ class Checkpoint:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.path, trust_remote_code=False, local_files_only=True
             )
-        except (OSError, ValueError, ImportError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        except Exception as error:  # a damaged tokenizer.json makes it raise anything
+            told = str(error) if isinstance(error, OSError | ValueError | ImportError) else repr(error)
+            first = told.splitlines()[0] if told else type(error).__name__
             raise CheckpointError(f"{self.path}: no tokenizer that can be read ({first}); {_ADD_TOKENIZER}") from error
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes an empty one of no files at all
             raise CheckpointError(f"{self.path}: the tokenizer has no vocabulary; {_ADD_TOKENIZER}")
@@ -188,6 +204,12 @@ class Checkpoint:
                 return layer
         known = ", ".join(str(n) for n in self.skeleton.experts)
         raise CheckpointError(f"{self.path}: decoder layer {number} has no routed experts; those that do: {known}")
+
+    def check_layers(self, named: Collection[int]) -> None:
+        """Raise InputError where an option names a decoder layer that has no routed experts."""
+        if wrong := [number for number in named if number not in self.skeleton.experts]:
+            known = ", ".join(map(str, self.skeleton.experts))
+            raise InputError(f"layer {wrong[0]} has no routed experts; those that have: {known}")
 
     @cached_property
     def _stored(self) -> StoredTensors:

@@ -43,14 +43,27 @@ class Document:
             line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
             message = f"not YAML: {error.problem or error.context}; check the indentation and quotes of this line"
             raise PipelineError(source, [Problem(line, column, "", message)]) from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise PipelineError(source, [Problem(1, 1, "", f"not YAML: {error}")]) from error
         if not isinstance(node, yaml.MappingNode):
             message = "a pipeline is a mapping with the keys model and stages; start with `model: demo`"
             raise PipelineError(source, [Problem(1, 1, "", message)])
         document = cls(source, {})
+        document._refuse_circles(node, ())
         document.value = document._plain(node, ())
         return document
+
+    def _refuse_circles(self, node: yaml.Node, around: tuple[yaml.Node, ...]) -> None:
+        """Raise PipelineError where an anchor stands for something that it is part of."""
+        if any(node is one for one in around):
+            message = "this anchor stands for something that it is a part of; write the value out"
+            raise PipelineError(
+                self.source, [Problem(node.start_mark.line + 1, node.start_mark.column + 1, "", message)]
+            )
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        for child in children:
+            for part in child if isinstance(child, tuple) else (child,):
+                self._refuse_circles(part, (*around, node))
 
     def _plain(self, node: yaml.Node, path: Path) -> Any:
         self.positions[path] = (node.start_mark.line + 1, node.start_mark.column + 1)

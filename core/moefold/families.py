@@ -48,11 +48,13 @@ class StreamedModel:
         self.expert_layers = tuple(self._skeleton.experts)
         self.hidden_size = int(self._model.config.get_text_config().hidden_size)
         self._skeleton.fill(self.device, self._is_shell)
+        self._reached = False  # whether the model's own forward came as far as to its decoder layers
         self._wrap = self._probe()
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids `[sample, length]` to what enters decoder layer 0, `[sample, length, hidden]`."""
         self._fill_end("embed")
+        self._check_ids(ids)
         with self._stand_ins({0: Stop.at_entry}, embedding=None):
             hidden: Tensor = self._run(ids).arguments[0]
         return hidden
@@ -138,6 +140,15 @@ class StreamedModel:
         paths = [path for path, module in self._model.named_modules() if module is part]
         return {f"{path}.{name}" for path in paths for name, _ in part.named_parameters()}
 
+    def _check_ids(self, ids: Tensor) -> None:
+        """On a GPU an id too large would end the process's use of the device, with a message that names nothing."""
+        rows, largest = len(self._embedding.weight), int(ids.max()) if ids.numel() else 0
+        if largest >= rows:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: its tokenizer gives token {largest}, and its embedding has {rows}; put the "
+                "model's own tokenizer.json and tokenizer_config.json beside the weights"
+            )
+
     def _fill_end(self, end: str) -> None:
         self._skeleton.fill(self.device, self._ends[end].__contains__)
 
@@ -221,6 +232,11 @@ class StreamedModel:
             else:
                 return wrap
         why = next((problem for problem in problems if isinstance(problem, Unfit)), problems[-1])
+        if not self._reached:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {self._skeleton.name} fails before its first decoder layer ({why}); check "
+                "config.json"
+            )
         raise CheckpointError(
             f"{self.checkpoint.path}: {self._skeleton.name} passes more than hidden states from one decoder layer to "
             f"the next, so moefold cannot run it layer by layer ({why})"
@@ -233,6 +249,7 @@ class StreamedModel:
 
         def stand_in(number: int) -> Forward:
             def forward(*args: Any, **kwargs: Any) -> Any:
+                self._reached = True
                 hidden = hidden_of(args, kwargs)
                 if number != len(given) or (given and hidden is not given[-1]):
                     raise Unfit(f"decoder layer {number} does not get what layer {number - 1} gave")

@@ -47,6 +47,8 @@ class Narrow:
     def of(cls, skeleton: Skeleton, count: int) -> Narrow:
         """Raises CheckpointError where it cannot be told for sure what follows the number of experts."""
         total = total_experts(skeleton)
+        if total == 1:
+            raise InputError(f"{skeleton.where} has one expert a layer, of which none can be left out")
         if not 0 < count < total:
             raise InputError(f"{skeleton.where} has {total} experts a layer; leave 1 to {total - 1}, not {count}")
         key, model = _made(skeleton, total, count)

@@ -149,6 +149,8 @@ class _Reader:
         self._keys(path, entry, ("uses", "id", "with", "needs"))
         uses = entry.get("uses")
         identity = str(entry.get("id") or uses)
+        if isinstance(entry.get("id"), dict | list):
+            self.document.problem((*path, "id"), "an id is one word, such as `id: calibration`")
         if not isinstance(uses, str) or uses not in self.registry.stages or uses == MODEL:
             self.lost = True
             self.unread.add(identity)

@@ -88,7 +88,7 @@ def build(
     }
     report["verdicts"] = verdicts(report)
     report["sensitivity"] = sensitivity(report)
-    report["warnings"] = list(_warnings(report))
+    report["warnings"] = list(_warnings(report, _positions(plan)))
     return report
 
 
@@ -132,12 +132,25 @@ def _took(step: str, facts: Mapping[str, Json], times: Times) -> dict[str, Json]
     }
 
 
-def _warnings(report: Mapping[str, Json]) -> Iterator[str]:
+def _positions(plan: Plan) -> int | None:
+    """How many positions of a text the model was made for, where its config says so."""
+    config = next(iter(plan.tasks.values())).checkpoint.config
+    text = config.get("text_config")
+    found = (text if isinstance(text, dict) else config).get("max_position_embeddings")
+    return found if isinstance(found, int) else None
+
+
+def _warnings(report: Mapping[str, Json], positions: int | None) -> Iterator[str]:
     for step, layers in report["texts"].items():
         for facts in layers.values():
             for source in facts["sources"]:
                 if source["samples"] < source["wanted"]:
                     yield f"{step}: the text gave {source['samples']} samples of {source['wanted']} asked for"
+            if positions is not None and facts["length"] > positions:
+                yield (
+                    f"{step}: samples of {facts['length']} tokens are longer than the model's {positions} positions "
+                    "(max_position_embeddings), beyond which it was not trained; write a smaller length"
+                )
     for step, layers in report["activity"].items():
         for layer, facts in layers.items():
             if facts["starved"]:
@@ -149,6 +162,11 @@ def _warnings(report: Mapping[str, Json]) -> Iterator[str]:
         clipped = sum(facts["counts"].get("clipped", 0) for facts in layers.values())
         if clipped:
             yield f"{step}: {clipped} values were above the exponent window and clipped; leave `window` to the data"
+
+    for step, layers in report["saved"].items():
+        for facts in layers.values():
+            if facts.get("replaced_layers") == 0:
+                yield f"{step}: no layer's experts were replaced: what was saved is the source; see skip and fraction"
 
     for step, layers in report["reduced"].items():
         for layer, facts in layers.items():

@@ -176,6 +176,6 @@ def _row(name: str, baseline: Baseline) -> dict[str, Json]:
         "text": name,
         "tokens": baseline.texts[name].numel(),
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,  # beyond what a float holds
         "bits_per_byte": baseline.bits_per_byte(name, loss),
     }

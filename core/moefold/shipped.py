@@ -31,6 +31,8 @@ def find(name: str) -> Path:
         return path
     if name in names():
         return names()[name]
+    if path.is_dir():
+        raise InputError(f"{name} is a directory; name the YAML file in it")
     if path.suffix in (".yaml", ".yml") or "/" in name:
         raise InputError(f"no file {name}; shipped pipelines are named without a path: {', '.join(names())}")
     raise InputError(f"no pipeline {name}{suggest(name, names())}")

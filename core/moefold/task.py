@@ -54,10 +54,9 @@ def execute(
     try:
         with torch.inference_mode():
             value = _Caller(closure, store, device, registry).call(task)
-    except StageError:
-        raise
     except MoefoldError as error:
-        error.args = (f"{task.name}: {error}",)
+        if not str(error).startswith(f"{task.name}: "):
+            error.args = (f"{task.name}: {error}",)
         raise
     except Exception as error:
         raise StageError(f"{task.name}: {type(error).__name__}: {error}") from error

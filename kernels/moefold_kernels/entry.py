@@ -15,6 +15,8 @@ from typing import Any
 from moefold_kernels.errors import FormatError
 
 MERGED = "merged"
+_FUSED = {f"{name}_proj{end}" for name in ("gate_up", "up", "down") for end in ("", "_bias")}
+"""What transformers calls the tensors of all experts of a layer."""
 
 Json = Any
 
@@ -45,7 +47,7 @@ class MergedLayer:
                 head, _, rest = name.removeprefix(f"{self.prefix}.").partition(".")
                 if head.isdecimal():
                     counted.setdefault(rest, set()).add(int(head))
-                elif not rest:
+                elif not rest and head in _FUSED:  # Laguna keeps a bias of the router among its experts
                     counted[head] = set(range(shapes[name][0] if shapes[name] else 0))
         if not counted:
             raise FormatError(f"{self.prefix}: no expert is in the checkpoint's files; save or download it again")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,17 @@ def headers(files: Sequence[str] | None) -> dict[str, tuple[int, ...]] | None:
         with safe_open(path, framework="pt") as file:
             shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
     return shapes
+
+
+def renamed(model: PreTrainedModel, found: Shapes, entries: Collection[LayerEntry]) -> dict[str, tuple[int, ...]]:
+    """The shapes with those of fused tensors under the model's own names, too (Granite: input_linear for gate_up_proj).
+
+    Numbered experts, which are most names of a checkpoint, are passed over: entries name them as the files do.
+    """
+    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    known = re.compile("|".join(rf"{re.escape(entry.prefix)}\.\d" for entry in entries) or r"(?!)")
+    others = {rename_source_key(name, renamings, [])[0]: found[name] for name in found if not known.match(name)}
+    return {**others, **found}
 
 
 def check_tensors(entry: LayerEntry, module: nn.Module, found: Shapes) -> None:

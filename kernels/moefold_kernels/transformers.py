@@ -24,7 +24,7 @@ from moefold_kernels import implementation
 from moefold_kernels.checkpoint import METHOD, VERSION, LayerEntry, PackedLayer, read_config
 from moefold_kernels.conversion import Place, converters
 from moefold_kernels.errors import FormatError
-from moefold_kernels.finding import check_tensors, find, headers, wanted_dtypes
+from moefold_kernels.finding import check_tensors, find, headers, renamed, wanted_dtypes
 from moefold_kernels.module import ENDS, PackedModule, is_experts, pack_module, unpack_module
 from moefold_kernels.quantized import MATRICES, MatrixReader
 from moefold_kernels.routed import MergedModule, RoutedModule, merge_module, unmerge_module
@@ -84,15 +84,22 @@ class MoefoldQuantizer(HfQuantizer):
         self.dtypes: dict[str, torch.dtype] = {}
         stored = quantization_config.matrices
         self.reader = None if stored is None else MatrixReader(stored)
+        self.dtype: torch.dtype | None = None
         self.named = True
         """Whether the user named an experts implementation; update_attn_implementation finds out."""
 
+    def preprocess_model(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        """Keep the dtype that was asked for, which transformers does not pass on to what follows."""
+        self.dtype = dtype
+        super().preprocess_model(model, dtype=dtype, **kwargs)
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _refuse_expert_parallelism(model)
-        found = headers(kwargs.get("checkpoint_files"))
+        found, entries = headers(kwargs.get("checkpoint_files")), self.quantization_config.entries().values()
         wires = [] if self.reader is None or found is None else [name for name, shape in found.items() if 0 in shape]
+        found = None if found is None else renamed(model, found, entries)
         tripwires: set[str] = set()
-        for entry in self.quantization_config.entries().values():
+        for entry in entries:
             place = find(model, entry.prefix)
             module = model.get_submodule(place.module)
             if found is not None:
@@ -109,7 +116,7 @@ class MoefoldQuantizer(HfQuantizer):
         tripwires |= {name for place in self.places for name in place.tripwires()}
         ignored = [f"{re.escape(name)}$" for name in tripwires]
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
-        self.dtypes = wanted_dtypes(model, kwargs.get("dtype"))
+        self.dtypes = wanted_dtypes(model, self.dtype)
         return model
 
     def _process_model_after_weight_loading(

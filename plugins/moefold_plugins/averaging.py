@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moefold import Activity, Context, Experts, Groups, Json, Reduced, Stage, hookimpl, stage
 from moefold.errors import InputError
+from moefold_plugins.finite import finite
 
 
 @stage("average", keep="until read")
@@ -53,7 +54,7 @@ def averaged(experts: Experts, groups: Groups, weights: Mapping[int, float], fig
     def mean(tensor: Tensor) -> Tensor:
         out = tensor.new_empty(len(every), *tensor.shape[1:])
         for row, group in zip(out, every, strict=True):
-            row.copy_(_mean(tensor, group, weights))
+            row.copy_(finite(_mean(tensor, group, weights), f"the mean of experts {', '.join(map(str, group))} is"))
         return out
 
     up, down = experts.gate_up_bias, experts.down_bias

@@ -14,6 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from moefold import Activity, Context, Experts, Layer, Previous, Routed, Stage, StreamedModel, Text, hookimpl, stage
+from moefold.errors import StageError
+from moefold_plugins.finite import REMEDY, finite, is_finite
 from moefold_plugins.visits import visits
 
 TYPICAL = 1024
@@ -40,9 +42,13 @@ def forward(
     for number in range(start, layer.number):
         own = experts if number == start and before is not None else None
         with streamed.loaded(number, own):
-            hidden = torch.cat([streamed.through(number, i, h).cpu() for i, h in _batches(ids, hidden, batch)])
+            parts = (streamed.through(number, i, h) for i, h in _batches(ids, hidden, batch))
+            hidden = torch.cat([finite(part, f"what decoder layer {number} gives is").cpu() for part in parts])
     with streamed.loaded(layer.number, with_experts=False):
         entered = [streamed.entering(layer.number, i, h) for i, h in _batches(ids, hidden, batch)]
+    for tokens, _, weights in entered:
+        finite(tokens, "what enters the experts is")
+        finite(weights, "the router's weights are")
     tokens, index, weights = (torch.cat([part.cpu() for part in parts]) for parts in zip(*entered, strict=True))
     return Routed(hidden, tokens, index, weights)
 
@@ -80,6 +86,8 @@ def observe(
         for total in squares:
             total[expert] = 0
         _add_squares(squares, layer, experts, expert, typical, minimum / len(typical))
+    if broken := [expert for expert in range(experts.count) if not all(is_finite(total[expert]) for total in squares)]:
+        raise StageError(f"what experts {', '.join(map(str, broken))} multiply is not finite; {REMEDY}")
     input_norm, inner_norm = (total.sqrt().cpu() for total in squares)
     return Activity(counts, input_norm, inner_norm, len(routed.tokens), minimum, starved)
 

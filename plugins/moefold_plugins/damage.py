@@ -46,6 +46,7 @@ from moefold_kernels import layout_pairs
 from moefold_kernels.layout_pairs import GROUP
 from moefold_plugins.codecs import Exponent
 from moefold_plugins.compensated import Blend, Format
+from moefold_plugins.finite import finite
 from moefold_plugins.pair_codecs import Pair4, Pair5, Pair6, Pair8, sample
 from moefold_plugins.visits import visits
 
@@ -91,8 +92,9 @@ def damage_pairs(
         for name, sum_ in total.items():
             sum_ += scale * (shared + noise.get(name, 0.0) * read)
     matrices = experts.matrices().values()
+    said = "what merging experts would cost, by their weights and activations, is"
     return PairDamage(
-        damage={name: sum_.cpu() for name, sum_ in total.items()},
+        damage={name: finite(sum_, said).cpu() for name, sum_ in total.items()},
         tokens=seen.tokens,
         peak=seen.peak.cpu(),
         stream=_stream(layer, text, routed, context.device),

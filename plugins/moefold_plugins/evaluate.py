@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from moefold import Baseline, Checkpoint, Context, Metrics, Saved, Stage, StreamedModel, Text, hookimpl, stage
 from moefold.errors import InputError, TextError, suggest
+from moefold_plugins.finite import finite
 
 LOG = logging.getLogger("moefold.progress")  # "layer N of M" moves the bar of a stage that runs once
 
@@ -42,10 +43,11 @@ def sample_losses(
     for number in range(streamed.layer_count):
         LOG.info("layer %d of %d", number, streamed.layer_count)
         with streamed.loaded(number):
-            hidden = [
-                streamed.through(number, ids.to(device), h.to(device)).cpu()
+            given = (
+                streamed.through(number, ids.to(device), h.to(device))
                 for (_, ids), h in zip(parts, hidden, strict=True)
-            ]
+            )
+            hidden = [finite(one, f"what decoder layer {number} gives is").cpu() for one in given]
     found: dict[str, list[float]] = {name: [] for name in texts}
     for (name, ids), h in zip(parts, hidden, strict=True):
         for row, state in zip(ids, h, strict=True):  # a sample at a time: logits are [length, vocabulary] in float32
@@ -64,7 +66,7 @@ def evaluate_baseline(
     if len(tokens) != len(texts):
         raise TextError(f"two texts have one name ({', '.join(t.name for t in texts)}); evaluate each once")
     samples = sample_losses(checkpoint, tokens, context.device, batch)
-    means = {name: fmean(values) for name, values in samples.items()}
+    means = {name: _mean(values, f"the model's loss on {name} is") for name, values in samples.items()}
     return Baseline(means, tokens, {t.name: t.bytes for t in texts}, samples)
 
 
@@ -87,15 +89,15 @@ def evaluate_perplexity(
 
 
 def _row(name: str, baseline: Baseline, samples: list[float]) -> dict[str, Any]:
-    before, after = baseline.losses[name], fmean(samples)
+    before, after = baseline.losses[name], _mean(samples, f"the saved checkpoint's loss on {name} is")
     return {
         "text": name,
         "tokens": baseline.texts[name].numel(),
         "loss_before": before,
         "loss_after": after,
         "loss_increase": after - before,
-        "perplexity_before": math.exp(before),
-        "perplexity_after": math.exp(after),
+        "perplexity_before": perplexity(before),
+        "perplexity_after": perplexity(after),
         "bits_per_byte_before": baseline.bits_per_byte(name, before),
         "bits_per_byte_after": baseline.bits_per_byte(name, after),
         "samples_before": [round(value, 7) for value in baseline.samples.get(name, ())],
@@ -103,8 +105,17 @@ def _row(name: str, baseline: Baseline, samples: list[float]) -> dict[str, Any]:
     }
 
 
+def _mean(losses: list[float], what: str) -> float:
+    """The mean; raises StageError where it is NaN or infinite: such a model predicts nothing."""
+    return float(finite(torch.tensor(fmean(losses), dtype=torch.float64), what))
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), and infinity where a float cannot hold that."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 def _judged(name: str, baseline: Baseline, samples: list[float], gate: dict[str, float]) -> dict[str, Any]:
-    """A NaN passes no gate."""
     if name not in gate:
         return {}
     return {"gate": gate[name], "passed": fmean(samples) - baseline.losses[name] <= gate[name]}

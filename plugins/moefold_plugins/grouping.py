@@ -28,8 +28,10 @@ class Remaining(NamedTuple):
     per_layer: dict[int, int]
     skip: list[int]
 
-    def of(self, number: int, count: int) -> int:
-        """For one decoder layer with `count` experts; raises InputError when it has fewer."""
+    def of(self, layer: Layer, count: int) -> int:
+        """For one decoder layer with `count` experts; raises InputError when it has fewer, or names no such layer."""
+        layer.checkpoint.check_layers((*self.per_layer, *self.skip))
+        number = layer.number
         if number in self.skip:
             return count
         wanted = self.per_layer.get(number, self.experts) or max(1, round(count * self.fraction))
@@ -51,7 +53,7 @@ def group_by_use(
 ) -> Groups:
     """The most used experts are centres; each other joins the centre most like it (MergeMoE, arXiv 2510.14436)."""
     count = len(activity.tokens)
-    remain = Remaining(experts, fraction, per_layer, skip).of(layer.number, count)
+    remain = Remaining(experts, fraction, per_layer, skip).of(layer, count)
     order = torch.argsort(activity.tokens, descending=True, stable=True).tolist()
     groups = {centre: [centre] for centre in order[:remain]}
     matrix = _square(similarity, count)
@@ -60,7 +62,7 @@ def group_by_use(
     return _as_groups(groups.values())
 
 
-@stage("group.hierarchical")
+@stage("group.hierarchical", version=2)
 def group_hierarchical(
     layer: Layer,
     similarity: Similarity,
@@ -71,17 +73,17 @@ def group_hierarchical(
     skip: Skip = [],  # noqa: B006
 ) -> Groups:
     """Join the two most alike groups, by the mean over their members, until enough are left (HC-SMoE, 2410.08589)."""
-    from scipy.cluster.hierarchy import fcluster, linkage  # slow to import, and plugins load with every command
+    from scipy.cluster.hierarchy import cut_tree, linkage  # slow to import, and plugins load with every command
     from scipy.spatial.distance import squareform
 
     count = len(similarity.matrix)
-    remain = Remaining(experts, fraction, per_layer, skip).of(layer.number, count)
+    remain = Remaining(experts, fraction, per_layer, skip).of(layer, count)
     matrix = similarity.matrix.double()
     distance = (matrix.max() - (matrix + matrix.T) / 2).clamp(min=0).fill_diagonal_(0)
     if remain == count:
         return _as_groups([expert] for expert in range(count))
     tree = linkage(squareform(distance.numpy(), checks=False), method="average")
-    return _labelled(fcluster(tree, remain, criterion="maxclust"))
+    return _labelled(cut_tree(tree, remain)[:, 0])  # fcluster would stop at fewer groups where distances are equal
 
 
 @stage("group.kmeans")
@@ -99,7 +101,7 @@ def group_kmeans(
     from sklearn.cluster import KMeans  # as above
 
     count = len(similarity.matrix)
-    remain = Remaining(experts, fraction, per_layer, skip).of(layer.number, count)
+    remain = Remaining(experts, fraction, per_layer, skip).of(layer, count)
     points = _points(similarity.matrix).numpy()
     tries: Any = 10  # the type of its default, "auto", is all that pyright sees
     return _labelled(KMeans(remain, n_init=tries, random_state=seed).fit_predict(points))
@@ -117,7 +119,7 @@ def group_random(
 ) -> Groups:
     """Random groups of sizes that differ by at most one: what every other choice has to beat."""
     count = layer.expert_count
-    remain = Remaining(experts, fraction, per_layer, skip).of(layer.number, count)
+    remain = Remaining(experts, fraction, per_layer, skip).of(layer, count)
     order = random.Random(f"{seed} {layer.number}").sample(range(count), count)
     return _as_groups(order[start::remain] for start in range(remain))
 

@@ -211,6 +211,8 @@ def levels(
         matrices = layer.experts().matrices()
         found += [sample(weights, SAMPLE // (len(chosen) * len(matrices))) for weights in matrices.values()]
     magnitudes = torch.cat(found)
+    if not len(magnitudes):
+        raise InputError(f"{checkpoint.path} has no layer with two experts, of which a pair could be made")
     values = {str(bits): list(Levels.learn(magnitudes, bits).values) for bits in layout_pairs.MAGNITUDE_BITS.values()}
     return LevelTable(values, {"layers": [layer.number for layer in chosen], "magnitudes": len(magnitudes)})
 

@@ -26,6 +26,12 @@ Fraction = Annotated[
 Skip = Annotated[list[int], Field(description="decoder layers that stay as they are")]
 
 
+def _skips(layer: Layer, skip: list[int]) -> bool:
+    """Whether the layer stays as it is; raises InputError where `skip` names one that has no experts."""
+    layer.checkpoint.check_layers(skip)
+    return layer.number in skip
+
+
 def _pairs(order: list[tuple[int, int]], count: int, fraction: float, skipped: bool) -> Groups:
     """The first pairs that the fraction allows, in the order given (none in a skipped layer); everyone else alone."""
     chosen = [] if skipped else [sorted(pair) for pair in order[: round(count * fraction) // 2]]
@@ -49,7 +55,7 @@ def pair_random(
     count = layer.expert_count if merged is None else merged.count
     order = random.Random(f"{seed} {layer.number}").sample(range(count), count)
     pairs = list(zip(order[0::2], order[1::2], strict=False))
-    return _pairs(pairs, count, fraction, layer.number in skip)
+    return _pairs(pairs, count, fraction, _skips(layer, skip))
 
 
 @stage("pair.by_usage")
@@ -64,7 +70,7 @@ def pair_by_usage(
     count = len(activity.tokens)
     order = torch.argsort(activity.tokens, descending=True, stable=True).tolist()
     pairs = [(order[i], order[count - 1 - i]) for i in range(count // 2)]
-    return _pairs(pairs, count, fraction, layer.number in skip)
+    return _pairs(pairs, count, fraction, _skips(layer, skip))
 
 
 @stage("pair.similar")
@@ -82,7 +88,7 @@ def pair_similar(
     graph.add_weighted_edges_from((i, j, float(matrix[i, j])) for i in range(count) for j in range(i))
     matched = networkx.max_weight_matching(graph, maxcardinality=True)
     pairs = sorted((tuple(sorted(p)) for p in matched), key=lambda p: (-float(matrix[p[0], p[1]]), p))
-    return _pairs(pairs, count, fraction, layer.number in skip)
+    return _pairs(pairs, count, fraction, _skips(layer, skip))
 
 
 @stage("pair.by_error", version=2)
@@ -107,7 +113,7 @@ def pair_by_error(
     n_e / (H_e^-1)_kk: what is left of it when all other columns make up for it as well as they can (GPTQ, arXiv
     2210.17323, equation 2). A pair's cost is the sum over elements of the least of sharing their mean and keeping one.
     """
-    if layer.number in skip or experts.count < 2:
+    if _skips(layer, skip) or experts.count < 2:
         return _pairs([], experts.count, fraction, skipped=True)
     experts = experts.to(context.device)
     costs = _column_costs(Calibration(layer, routed, experts, blend), experts, damping, weigh)

@@ -12,6 +12,7 @@ from torch import Tensor
 from moefold import Activity, Context, Experts, Json, Layer, Pruning, Reduced, Routed, Stage, hookimpl, stage
 from moefold.artifacts import as_index
 from moefold.errors import InputError
+from moefold_plugins.finite import finite
 from moefold_plugins.grouping import Count, Fraction
 from moefold_plugins.visits import visits
 
@@ -56,7 +57,7 @@ def _saliency(layer: Layer, experts: Experts, routed: Routed) -> Tensor:
     for expert, tokens, gates in visits(routed, experts, experts.down.device):
         totals[expert] += (gates * layer.output(experts, expert, tokens).float().norm(dim=1)).double().sum()
         counts[expert] += len(tokens)
-    return (totals / counts.clamp(min=1)).cpu()
+    return finite((totals / counts.clamp(min=1)).cpu(), "the saliency of experts is")
 
 
 def _pruned(

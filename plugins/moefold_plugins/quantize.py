@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from moefold import Context, Experts, Quantized, Scheme, Stage, Unpacked, hookimpl, stage
+from moefold import Context, Experts, Layer, Quantized, Scheme, Stage, Unpacked, hookimpl, stage
 from moefold.errors import InputError
 
 _GROUP = 128
@@ -18,6 +18,7 @@ _GROUP = 128
 @stage("quantize", keep="until read")
 def quantize(
     experts: Experts,
+    layer: Layer,
     *,
     scheme: Annotated[
         Literal["fp8", "int8", "int4"], Field(description="fp8 and int8: a scale for each row; int4: for each group")
@@ -33,6 +34,11 @@ def quantize(
         raise InputError(
             "quantize: these experts have biases and are fused in the checkpoint's files, for which "
             "compressed-tensors has no form that transformers loads; the model's own 4-bit release may serve"
+        )
+    if layer.names().fused:  # said here, and not by save, which comes when everything else is done
+        raise InputError(
+            "quantize: the source holds all experts of a layer in one tensor, for which compressed-tensors has no "
+            "form; leave out quantize, or use pairs"
         )
     chosen = Scheme(scheme, (group or _GROUP) if scheme == "int4" else None)
     matrices = experts.matrices()

@@ -49,7 +49,12 @@ _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "LICENSE*", "N
 _REWRITTEN = ("config.json", "*.index.json", "*.safetensors", "adapter_*", CARD, PLAN, Saved.RECORD)
 
 
-@stage("save")
+def _check_target(to: Path, **_: Any) -> None:
+    """Refuse, when a run is planned, what it would come to refuse hours later; the key has nothing of it."""
+    refuse(Path(to).expanduser())
+
+
+@stage("save", reads=_check_target)
 def save(
     checkpoint: Checkpoint,
     experts: Layers[Replacement],

@@ -1,4 +1,4 @@
-"""Writing a checkpoint's tensors: shard by shard, so that memory holds one shard and the disk a valid checkpoint."""
+"""Writing a checkpoint's tensors: shard by shard, and large shards as they come, so that memory holds little of one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from torch import Tensor
 from moefold import Checkpoint
 from moefold.artifacts import tensor_bytes
 from moefold.errors import StageError
+from moefold_plugins.stream import ALIGNMENT, ROOM, Stream, said
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+HELD = 64 * 2**20
+"""Bytes of a shard in memory before they are written: smaller shards are safetensors' own to write."""
 _METADATA = {"format": "pt"}  # one key: files with two are written in random key order
 
 
@@ -41,8 +44,10 @@ class Shards:
         self.promised: dict[str, tuple[list[int], object]] = {}
         self.total = 0
         self._written: list[list[str]] = []
+        self._stream: Stream | None = None
         self._open: dict[str, Tensor] = {}
-        self._open_bytes = 0
+        self._names: list[str] = []
+        self._bytes = self._held = self._said = 0  # of the shard; of what of it is in memory; of its header, about
 
     def __enter__(self) -> Self:
         return self
@@ -50,18 +55,26 @@ class Shards:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is None:
             self.finish()
+        elif self._stream is not None:
+            self._stream.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take one tensor; raises StageError when the name was given before."""
         if name in self.promised:
             raise StageError(f"{self.directory}: two tensors are called {name}; this is a bug of the family's names")
         size = tensor_bytes(tensor)
-        if self._open and self._open_bytes + size > self.size:
+        crowded = self._stream is not None and self._said + said(name) > ROOM
+        if self._names and (self._bytes + size > self.size or crowded):
             self._write()
         self._open[name] = tensor.contiguous()
-        self._open_bytes += size
+        self._names.append(name)
+        self._bytes += size
+        self._held += size
+        self._said += said(name)
         self.total += size
         self.promised[name] = (list(tensor.shape), tensor.dtype)
+        if self._held > HELD:
+            self._spill()
 
     def finish(self) -> None:
         """Write the last shard, give the shards their names, write the index, read everything back."""
@@ -80,15 +93,32 @@ class Shards:
     def _part(self, number: int) -> Path:
         return self.directory / f"part-{number}.safetensors"
 
+    def _spill(self) -> None:
+        """Write what is held in memory, but for tensors after which the next would not be aligned."""
+        if self._stream is None and self._said > ROOM:
+            self._write()  # too many small ones for the header's room
+            return
+        if self._stream is None:
+            self._stream = Stream(self._part(len(self._written)))
+        for name in [name for name, tensor in self._open.items() if not tensor_bytes(tensor) % ALIGNMENT]:
+            self._stream.add(name, self._open.pop(name))
+        self._held = sum(map(tensor_bytes, self._open.values()))
+
     def _write(self) -> None:
-        if not self._open:
+        if not self._names:
             return
         path = self._part(len(self._written))
-        save_file(self._open, path, metadata=_METADATA)
-        path.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+        if self._stream is None:
+            save_file(self._open, path, metadata=_METADATA)
+            path.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+        else:
+            for name in sorted(self._open, key=lambda name: -self._open[name].element_size()):
+                self._stream.add(name, self._open[name])
+            self._stream.finish()
         flush(path)
-        self._written.append(list(self._open))
-        self._open, self._open_bytes = {}, 0
+        self._written.append(self._names)
+        self._open, self._names, self._stream = {}, [], None
+        self._bytes = self._held = self._said = 0
 
     def _read_back(self) -> None:
         written = Checkpoint(self.directory)

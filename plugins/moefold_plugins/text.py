@@ -100,27 +100,44 @@ def text_prose(checkpoint: Checkpoint, *, samples: Samples = 32, length: Length 
 
 
 def _read_files(files: Sequence[str], field: str) -> list[Document]:
-    # glob.glob and not Path.glob: patterns are absolute as often as not
-    found = [sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True)) for pattern in files]  # noqa: PTH207
+    found = [_matches(str(Path(pattern).expanduser())) for pattern in files]
     paths = [Path(p) for p in dict.fromkeys(p for matches in found for p in matches) if Path(p).is_file()]
     if not paths:
+        if folder := next((p for matches in found for p in matches), None):
+            raise TextError(f"{folder} is a directory; write which of its files, such as '{folder}/**/*.txt'")
         raise TextError(f"no file matches {', '.join(files)}; quote a pattern so that the shell leaves it alone")
     return [document for path in paths for document in _read_file(path, field)]
 
 
+def _matches(pattern: str) -> list[str]:
+    """A file of just this name, which may hold brackets, or what the pattern matches."""
+    # glob.glob and not Path.glob: patterns are absolute as often as not
+    return [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
+
+
 def _read_file(path: Path, field: str) -> Iterator[Document]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except (OSError, UnicodeDecodeError) as error:
         raise TextError(f"{path} cannot be read as UTF-8 text: {error}; leave it out, or convert it") from error
     if path.suffix != ".jsonl":
         yield str(path), text
         return
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            yield f"{path}:{number}", str(json.loads(line)[field])
-        except (ValueError, KeyError, TypeError) as error:
-            raise TextError(f"{path}:{number}: not a JSON object with the field {field!r}; set `field`") from error
+    # not splitlines, which also cuts at U+2028, and JSON strings may hold that
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", _field(line, field, f"{path}:{number}")
+
+
+def _field(line: str, field: str, where: str) -> str:
+    """One field of a JSON object, which has to be text: what `str` makes of null is none."""
+    try:
+        text = json.loads(line)[field]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise TextError(f"{where}: not a JSON object with the field {field!r}; set `field`") from error
+    if not isinstance(text, str):
+        raise TextError(f"{where}: the field {field!r} is {text!r:.40}, not text; leave the line out, or set `field`")
+    return text
 
 
 def _files_reads(files: Sequence[str], field: str, **_: Any) -> str:
@@ -166,7 +183,7 @@ def text_dataset(
         raise TextError(f"dataset {name} cannot be read: {error}; check name, config and split") from error
     if rows and field not in rows[0]:
         raise TextError(f"{name} has no column {field!r}; set `field` to one of {', '.join(rows[0])}")
-    found = [(f"{name}#{index}", str(row[field])) for index, row in enumerate(rows)]
+    found = [(f"{name}#{index}", str(row[field])) for index, row in enumerate(rows) if row[field] is not None]
     return sampled(f"{name} {split}", found, checkpoint, samples, length, seed)
 
 

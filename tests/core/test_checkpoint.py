@@ -125,7 +125,9 @@ def test_fingerprint_follows_config_headers_and_times(qwen: Path) -> None:
     os.utime(shard, ns=(1, 1))
     touched = Checkpoint.open(str(qwen)).fingerprint()
     edit_config(qwen, note=1)
-    assert len({first, touched, Checkpoint.open(str(qwen)).fingerprint()}) == 3
+    edited = Checkpoint.open(str(qwen)).fingerprint()
+    (qwen / "tokenizer.json").write_text((qwen / "tokenizer.json").read_text().replace("<bos>", "<end>"))
+    assert len({first, touched, edited, Checkpoint.open(str(qwen)).fingerprint()}) == 4
 
 
 def test_strict_fingerprint_follows_contents_only(qwen: Path) -> None:
@@ -159,6 +161,12 @@ def test_missing_tokenizer_says_what_to_add(qwen: Path) -> None:
     for file in qwen.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(CheckpointError, match=r"the tokenizer has no vocabulary; put the model's tokenizer.json"):
+        Checkpoint.open(str(qwen)).tokenizer()
+
+
+def test_a_damaged_tokenizer(qwen: Path) -> None:
+    (qwen / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"no tokenizer that can be read \(.*\); put the model's tokenizer.json"):
         Checkpoint.open(str(qwen)).tokenizer()
 
 

@@ -242,6 +242,10 @@ class TestMisuse:
     def model(self, saved: dict[str, Path]) -> StreamedModel:
         return StreamedModel(Checkpoint.open(str(saved["deepseek_v3"])))
 
+    def test_a_tokenizer_of_another_model(self, model: StreamedModel) -> None:
+        with pytest.raises(CheckpointError, match=r"its tokenizer gives token 288, and its embedding has 288; put the"):
+            model.embed(torch.tensor([[3, 288]]))
+
     def test_layer_not_loaded(self, model: StreamedModel) -> None:
         with pytest.raises(ValueError, match=r"decoder layer 1 is not loaded; write `with model.loaded\(1\):`"):
             model.through(1, IDS, model.embed(IDS))
@@ -283,6 +287,11 @@ class TestMisuse:
 
 class TestContract:
     """What running layer by layer takes for granted is probed, not hoped for."""
+
+    def test_a_config_that_the_model_itself_cannot_run(self, tmp_path: Path) -> None:
+        path = tiny("cohere2_moe", tmp_path / "m", intermediate_size=32, num_experts=4, sliding_window=None)
+        with pytest.raises(CheckpointError, match=r"fails before its first decoder layer \(.*sliding_window"):
+            StreamedModel(Checkpoint.open(str(path)))
 
     def test_indices_handed_from_layer_to_layer_are_refused(self, tmp_path: Path) -> None:
         mla = {key: value for key, value in ARCHITECTURES["deepseek_v3"].items() if "group" not in key}

@@ -222,6 +222,16 @@ def test_overrides_replace_and_are_named_in_problems(registry):
             load(text, "p", registry, Overrides(settings=(wrong,)))
 
 
+@pytest.mark.parametrize("text", ["stages: &s\n  - with: *s\n", "&a\nstages: [*a]\n", "stages: " + "[" * 2000])
+def test_anchors_in_a_circle_and_bottomless_nesting(registry, text):
+    with pytest.raises(PipelineError, match=r"p.yaml:\d:\d+: (this anchor stands for something|not YAML: )"):
+        load(text, "p.yaml", registry)
+
+
+def test_an_anchor_used_twice_is_fine():
+    assert Document.parse("a: &x {b: 1}\nc: *x\n", "p.yaml").value == {"a": {"b": 1}, "c": {"b": 1}}
+
+
 def test_positions_of_nested_values():
     document = Document.parse("a:\n  - b: 1\n    c: {d: 2}\n", "x")
     assert document.positions[("a", 0, "c", "d")] == (3, 9)

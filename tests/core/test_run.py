@@ -125,7 +125,7 @@ def test_until_read_is_dropped_and_bounded(log, store, monkeypatch):
 
 
 def test_failure_names_stage_and_layer_and_the_next_run_goes_on(log, store):
-    with pytest.raises(StageError, match=r"see, layer 2: ValueError: the toy broke"):
+    with pytest.raises(StageError, match=r"^see, layer 2: ValueError: the toy broke"):
         go(world(log.path, fail_at=2), store)
     first = log.take()
     assert "see 1" in first
@@ -135,6 +135,17 @@ def test_failure_names_stage_and_layer_and_the_next_run_goes_on(log, store):
     assert "walk 1" not in second
     assert "walk 2" not in second  # kept until read, and not read to the end
     assert second.count("sum") == 1
+
+
+@pytest.mark.parametrize("kind", [StageError, InputError])
+def test_an_error_of_a_stage_names_it_once(log, store, kind):
+    @stage("break")
+    def breaks(all_: Layers[Looked]) -> Total:
+        """Break."""
+        raise kind("no good")
+
+    with pytest.raises(kind, match=r"^break: no good$"):
+        go(world(log.path, extra=(breaks,)), store, PIPELINE + "  - uses: break\n")
 
 
 def test_lowest_layer_first(log, store):

@@ -117,7 +117,9 @@ def test_dequantize_gives_a_stock_model(merged, family, way, tmp_path):
 def test_other_dtypes(merged, family, dtype):
     # by batched_mm, whose rows do not depend on each other: a float32 product of more rows rounds otherwise
     left, right = (load(path, dtype=dtype, experts_implementation="batched_mm") for path in merged(family))
-    assert {p.dtype for p in left.parameters()} == {dtype}
+    kept, stock = ({n: p.dtype for n, p in model.named_parameters()} for model in (left, right))
+    assert kept == stock  # gpt-oss keeps its norms in float32
+    assert dtype in kept.values()
     assert torch.equal(logits(left), logits(right))
 
 

@@ -85,3 +85,13 @@ def test_a_wrong_entry_says_where(change, message):
     change(entry["layers"]["3"])
     with pytest.raises(FormatError, match=message):
         read_config(entry)
+
+
+def test_what_is_no_expert_is_not_counted_among_them():
+    """Laguna keeps the correction bias of its router, of all outputs, beside the experts."""
+    names = {f"{LAYER.prefix}.{expert}.up_proj.weight": (8, 4) for expert in range(2)}
+    LAYER.check_files(names | {f"{LAYER.prefix}.e_score_correction_bias": (4,)})
+    LAYER.check_files({f"{LAYER.prefix}.down_proj": (2, 4, 8), f"{LAYER.prefix}.e_score_correction_bias": (4,)})
+    for wrong in ({f"{LAYER.prefix}.down_proj": (4, 4, 8)}, {f"{LAYER.prefix}.e_score_correction_bias": (4,)}):
+        with pytest.raises(FormatError, match=r"experts: (down_proj of expert 2 is missing|no expert is)"):
+            LAYER.check_files(wrong)

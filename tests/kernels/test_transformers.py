@@ -119,12 +119,29 @@ def test_dequantize_gives_a_stock_model(made, family, way, tmp_path):
 def test_other_dtypes_cast_the_decoded_values(made, family, dtype):
     packed, twin = made(family, 2)
     left, right = load(packed, dtype=dtype), load(twin, dtype=dtype)
-    assert {p.dtype for p in left.parameters() if p.is_floating_point()} == {dtype}
-    assert left.get_submodule("model").dtype == dtype
+    own, stock = ({n: p.dtype for n, p in model.named_parameters() if p.is_floating_point()} for model in (left, right))
+    assert all(own[name] == stock.get(name, dtype) for name in own)  # gpt-oss keeps its norms in float32
+    assert left.get_submodule("model").dtype == right.get_submodule("model").dtype
     for number, module in stock_experts(left).items():
         assert module.down_proj.dtype == dtype
         assert torch.equal(module.down_proj, stock_experts(right)[number].down_proj)
     assert torch.equal(logits(left), logits(right))
+
+
+def test_what_transformers_keeps_in_float32_stays_so(tmp_path):
+    """ERNIE's routers are float32 in a bfloat16 checkpoint; in bfloat16 they would choose other experts."""
+    source = tiny("ernie4_5_moe", tmp_path / "source", shard_size="1GB", moe_num_experts=8, moe_k=2)
+    tensors = load_file(source / "model.safetensors")
+    routers = [name for name in tensors if name.endswith(".gate.weight")]
+    for name in routers:
+        tensors[name] = tensors[name].float() * 1.001
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    pack_checkpoint(source, tmp_path / "packed", tmp_path / "twin")
+    found, expected = (dict(load(path).named_parameters()) for path in (tmp_path / "packed", source))
+    assert len(routers) == 2
+    for name in routers:
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name], expected[name])
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

@@ -11,6 +11,7 @@ from moefold.errors import InputError
 from moefold_plugins.align import align, best_first, best_sum
 from moefold_plugins.calibrate import forward
 from moefold_plugins.grouping import group_by_use, group_hierarchical, group_kmeans, group_random
+from moefold_plugins.pairing import pair_random
 from moefold_plugins.similarity import similarity_gated_outputs, similarity_outputs, similarity_weights
 
 CONTEXT = Context(torch.device("cpu"), torch.Generator())
@@ -37,6 +38,12 @@ def families() -> Similarity:
 @pytest.mark.parametrize("stage", [group_hierarchical, group_kmeans])
 def test_clusterings_find_the_kinds(layer, stage):
     assert sorted(sorted(group) for group in stage(layer, families(), experts=3).all()) == FAMILIES
+
+
+def test_as_many_groups_as_asked_for_where_all_are_alike(layer):
+    """One height for all joins, at which scipy's fcluster would stop at one group."""
+    for remain in (1, 3, 7):
+        assert len(group_hierarchical(layer, Similarity(torch.ones(8, 8), "toy"), experts=remain).all()) == remain
 
 
 def test_by_use_the_most_used_are_centres_and_come_first(layer):
@@ -68,6 +75,11 @@ def test_options_say_how_many_remain_where(layer):
     assert len(group_random(layer, per_layer={1: 2, 2: 7}).all()) == 2
     assert len(group_random(layer, experts=3, per_layer={2: 7}).all()) == 3
     assert group_random(layer, experts=3, skip=[1]) == Groups([], list(range(8)))
+    for wrong in ({"skip": [7]}, {"per_layer": {7: 3}}):
+        with pytest.raises(InputError, match=r"layer 7 has no routed experts; those that have: 0, 1, 2"):
+            group_random(layer, **wrong)
+    with pytest.raises(InputError, match=r"layer 9 has no routed experts; those that have: 0, 1, 2"):
+        pair_random(layer, None, skip=[1, 9])
     with pytest.raises(InputError, match="9 experts are to remain in layer 1, which has 8; write 1 to 8"):
         group_random(layer, experts=9)
 

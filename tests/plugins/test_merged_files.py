@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from merged_layers import FAMILIES, PROVENANCE, Made, load, logits, mergers, stream
+from merged_layers import FAMILIES, PROVENANCE, Made, load, logits, mergers, paired, stream
 
-from moefold import Checkpoint
+from models import tiny
+from moefold import Checkpoint, Layers
 from moefold_kernels.module import PackedModule
 from moefold_kernels.routed import MergedModule, RoutedModule
 from moefold_plugins.save import save
@@ -128,3 +129,16 @@ def test_as_many_experts_as_before_are_stock(made, tmp_path, family):
     for number, layer in ((n.number, n) for n in out.layers()):
         own = source.layer(number).experts()
         assert torch.equal(layer.experts().down, (own.down.float() * 0.75).to(own.down.dtype))
+
+
+@pytest.mark.parametrize("kind", ["merged", "packed"])
+def test_experts_that_the_files_hold_in_one_tensor_under_another_name(tmp_path, kind):
+    """Granite: block_sparse_moe.input_linear.weight, which transformers calls experts.gate_up_proj until it saves."""
+    source = Checkpoint.open(str(tiny("granitemoe", tmp_path / "source", num_local_experts=8, num_hidden_layers=2)))
+    values = mergers(source) if kind == "merged" else Layers({1: lambda: paired(source.layer(1).experts(), [[3, 0]])})
+    save(source, values, None, PROVENANCE, to=tmp_path / "ours")
+    ours = load(tmp_path / "ours", experts_implementation="eager")
+    assert torch.equal(stream(tmp_path / "ours"), logits(ours))
+    ours.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again", experts_implementation="eager")), logits(ours))
+    assert torch.equal(stream(tmp_path / "again"), logits(ours))

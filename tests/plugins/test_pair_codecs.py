@@ -29,7 +29,7 @@ from moefold import (
     fused,
 )
 from moefold.codec import pack, pack_stage, unpack_stage
-from moefold.errors import FormatError
+from moefold.errors import FormatError, InputError
 from moefold_kernels import layout_pairs
 from moefold_plugins.pair_codecs import FewBits, levels, moefold_codecs, sample
 from moefold_plugins.save import save
@@ -248,3 +248,9 @@ def layer_parameters(module, experts: Experts):
     names = ("gate_up_proj", "down_proj", *(("gate_up_proj_bias", "down_proj_bias") if module.has_bias else ()))
     own = fused.in_own_layout(module, experts)
     return [(getattr(module, name), own[name]) for name in names]
+
+
+def test_a_model_of_one_expert_a_layer_has_no_pairs(tmp_path):
+    path = tiny("mixtral", tmp_path / "m", num_local_experts=1, num_experts_per_tok=1, num_hidden_layers=1)
+    with pytest.raises(InputError, match="has no layer with two experts, of which a pair could be made"):
+        levels(Checkpoint.open(str(path)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,10 @@ class Layer:
 
     number: int = 0
     expert_count: int = 8
+
+    @property
+    def checkpoint(self) -> SimpleNamespace:
+        return SimpleNamespace(check_layers=lambda _: None)
 
 
 def activity(counts: list[int]) -> Activity:

@@ -45,7 +45,7 @@ def sources(tmp_path_factory):
 def layers(source: Checkpoint, **options) -> Layers[Quantized]:
     """Every layer, quantised when it is asked for."""
     return Layers(
-        {layer.number: partial(lambda one: quantize(one.experts(), **options), layer) for layer in source.layers()}
+        {layer.number: partial(lambda one: quantize(one.experts(), one, **options), layer) for layer in source.layers()}
     )
 
 
@@ -168,7 +168,7 @@ def test_values_are_the_nearest_of_the_scheme(scheme, group, bound, dtype):
 
 def test_dequantised_experts_serve_the_next_layer(sources):
     source, ids = sources("olmoe"), samples(2, 9)
-    value = quantize(source.layer(0).experts(), scheme="int8")
+    value = quantize(source.layer(0).experts(), source.layer(0), scheme="int8")
     model = StreamedModel(source)
     hidden = model.embed(ids)
     with model.loaded(0, dequantize(value, CPU)):
@@ -180,7 +180,8 @@ def test_dequantised_experts_serve_the_next_layer(sources):
 
 
 def test_an_artifact_comes_back_from_the_store(sources, tmp_path):
-    value = quantize(sources("olmoe").layer(0).experts(), scheme="fp8")
+    layer = sources("olmoe").layer(0)
+    value = quantize(layer.experts(), layer, scheme="fp8")
     value.save(tmp_path / "one")
     back = Quantized.load(tmp_path / "one")
     assert (back.scheme, back.group, back.route, back.count) == ("fp8", None, None, 8)
@@ -193,13 +194,13 @@ ROUTE = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
 def merged(source: Checkpoint, **options) -> Layers[Quantized]:
     """The first four experts in place of all, quantised."""
     few = {layer.number: replace(first_four(layer.experts()), route=ROUTE) for layer in source.layers()}
-    return Layers({number: quantize(experts, **options) for number, experts in few.items()})
+    return Layers({number: quantize(experts, source.layer(number), **options) for number, experts in few.items()})
 
 
 def repeated(source: Checkpoint, **options) -> Layers[Quantized]:
     """The same for readers without routes."""
     all_ = {layer.number: repeat(first_four(layer.experts()), ROUTE) for layer in source.layers()}
-    return Layers({number: quantize(experts, **options) for number, experts in all_.items()})
+    return Layers({number: quantize(experts, source.layer(number), **options) for number, experts in all_.items()})
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -263,7 +264,9 @@ def test_pruned_experts_quantised(sources, family, tmp_path):
     route, kept = torch.tensor([-1, 0, 1, -1, 2, -1, -1, 3]), [1, 2, 4, 7]
     few = {n: Reduced(e.gate_up[kept], e.down[kept], route=route, groups=[[i] for i in kept])
            for n, e in ((layer.number, layer.experts()) for layer in source.layers())}  # fmt: skip
-    quantized = Layers({number: quantize(experts, scheme="int4", group=32) for number, experts in few.items()})
+    quantized = Layers(
+        {number: quantize(experts, source.layer(number), scheme="int4", group=32) for number, experts in few.items()}
+    )
     saved = save(source, quantized, None, PROVENANCE, to=tmp_path / "out")
     assert (saved.figures["needs_moefold"], saved.figures["kinds"]) == (False, {"pruned": len(quantized)})
     read = {number: dequantize(quantized[number], CPU) for number in quantized}
@@ -294,7 +297,7 @@ def repeat(experts: Experts, route: torch.Tensor) -> Experts:
 )
 def test_sizes_that_do_not_divide(sources, options, message):
     with pytest.raises(InputError if "drop" in message else FormatError, match=message):
-        quantize(sources("qwen3_moe").layer(0).experts(), **options)
+        quantize(sources("qwen3_moe").layer(0).experts(), sources("qwen3_moe").layer(0), **options)
 
 
 def test_no_group_works():
@@ -312,12 +315,18 @@ def test_weights_that_are_not_finite():
 def test_fused_experts_with_biases_are_refused(tmp_path):
     source = Checkpoint.open(str(tiny("gpt_oss", tmp_path / "source", num_hidden_layers=2)))
     with pytest.raises(InputError, match="biases"):
-        quantize(source.layer(0).experts(), scheme="fp8")
+        quantize(source.layer(0).experts(), source.layer(0), scheme="fp8")
+
+
+def test_fused_experts_are_refused_before_save(tmp_path):
+    source = Checkpoint.open(str(tiny("granitemoe", tmp_path / "source", num_local_experts=8, num_hidden_layers=2)))
+    with pytest.raises(InputError, match="all experts of a layer in one tensor"):
+        quantize(source.layer(0).experts(), source.layer(0), scheme="fp8")
 
 
 def test_layers_in_different_schemes_are_refused(sources, tmp_path):
     source = sources("olmoe")
-    one, two = (quantize(source.layer(n).experts(), scheme=s) for n, s in ((0, "fp8"), (1, "int8")))
+    one, two = (quantize(source.layer(n).experts(), source.layer(n), scheme=s) for n, s in ((0, "fp8"), (1, "int8")))
     for mixed in (Layers({0: one}), Layers({0: one, 1: two})):
         with pytest.raises(FormatError, match="quantise all layers alike"):
             save(source, mixed, None, PROVENANCE, to=tmp_path / "out")

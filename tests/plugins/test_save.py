@@ -215,6 +215,21 @@ def test_what_moefold_did_not_write_is_not_replaced(sources, tmp_path):
         save(source, packings(source), None, PROVENANCE, to=foreign)
 
 
+def test_a_target_that_cannot_be_is_refused_before_anything_runs(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("years of work")
+    assert save.reads is not None
+    for name, message in {
+        "file": "is no directory of its own",
+        "folder": "moefold did not write it",
+        "file/out": r"file/out cannot be made: .*file is no directory; choose another",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            save.reads(**save.options(to=tmp_path / name).model_dump())
+    assert save.reads(**save.options(to=tmp_path / "a" / "b").model_dump()) is None
+
+
 def test_ours_is_replaced_only_by_a_whole_one(sources, tmp_path, monkeypatch):
     source = sources("olmoe")
     target = tmp_path / "out"
@@ -222,7 +237,7 @@ def test_ours_is_replaced_only_by_a_whole_one(sources, tmp_path, monkeypatch):
     (target / "marker").write_text("first")
     with monkeypatch.context() as broken:
         broken.setattr(saving, "_copy_others", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(StageError, match=r"out was not written \(disk full\); make room"):
             save(source, packings(source), None, PROVENANCE, to=target)
     assert (target / "marker").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]

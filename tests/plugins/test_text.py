@@ -58,9 +58,27 @@ def test_lines_of_jsonl(checkpoint, tmp_path: Path):
         text_files(checkpoint, files=[str(file)], samples=2, length=30)
 
 
+def test_lines_that_json_allows(checkpoint, tmp_path: Path):
+    """U+2028 inside a string, empty lines, a byte order mark, lines that end in CR LF; brackets in a file's name."""
+    file = tmp_path / "a[1].jsonl"
+    text = ["one\u2028two " * 3, "three " * 6]
+    lines = "\r\n\n".join(json.dumps({"text": one}, ensure_ascii=False) for one in text)
+    file.write_bytes(("\ufeff" + lines + "\n").encode())
+    found = text_files(checkpoint, files=[str(file)], samples=1, length=40)
+    assert found.sources[0]["documents"] == 2
+    for line in ('{"text": null}', '{"text": ["a"]}', "[1]"):
+        file.write_text(line)
+        with pytest.raises(TextError, match=r"jsonl:1: (the field 'text' is .*, not text|not a JSON object)"):
+            text_files(checkpoint, files=[str(file)], samples=1, length=4)
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfabcd")
+    assert text_files(checkpoint, files=[str(tmp_path / "b.txt")], samples=1, length=4).bytes == 4
+
+
 def test_bad_files(checkpoint, tmp_path: Path):
     with pytest.raises(TextError, match="no file matches"):
         text_files(checkpoint, files=[str(tmp_path / "*.none")])
+    with pytest.raises(TextError, match=r"is a directory; write which of its files, such as '.*/\*\*/\*.txt'"):
+        text_files(checkpoint, files=[str(tmp_path)])
     (tmp_path / "short.txt").write_text("x")
     with pytest.raises(TextError, match="do not fill one sample of 2048"):
         text_files(checkpoint, files=[str(tmp_path / "short.txt")])

@@ -202,7 +202,9 @@ def unpack(codec: Codec, packed: Packed, layer: Layer, device: torch.device) -> 
         return _unpack_merged(codec, packed, device)
     own = layer.experts(device)
     _decode(codec, packed, own.matrices(), device)
-    return Unpacked(own.gate_up, own.down, own.gate_up_bias, own.down_bias, own.gated)
+    biases = {"gate_up_bias": own.gate_up_bias, "down_bias": own.down_bias}
+    biases |= {name: bias.to(device) for name, bias in packed.biases.items()}
+    return Unpacked(own.gate_up, own.down, gated=own.gated, **biases)
 
 
 def _decode(codec: Codec, packed: Packed, matrices: dict[str, Tensor], device: torch.device) -> None:

@@ -18,7 +18,7 @@ from moefold.errors import FormatError, InputError
 from moefold.layer import Layer
 from moefold.magnitudes import LevelTable
 from moefold.merged_pairs import MergedPairs
-from moefold.replacements import Packed, Unpacked
+from moefold.replacements import Aligned, Packed, Unpacked
 from moefold.stage import Context, Port, Stage, stage
 from moefold_kernels import reference
 
@@ -108,7 +108,7 @@ def pack(codec: Codec, merge: Paired) -> Packed:
         settings=coded.settings,
         counts=coded.counts,
         route=None if merge.experts.route is None else merge.experts.route.tolist(),
-        biases={} if merge.experts.route is None else _biases(merge.experts),
+        biases=_biases(merge.experts),
     )
 
 
@@ -164,6 +164,9 @@ def _encode(
 
 
 def _biases(experts: Experts) -> dict[str, Tensor]:
+    """Those that are not the source's own."""
+    if experts.route is None and not isinstance(experts, Aligned):
+        return {}
     found = {"gate_up_bias": experts.gate_up_bias, "down_bias": experts.down_bias}
     return {name: bias.cpu() for name, bias in found.items() if bias is not None}
 

@@ -163,6 +163,7 @@ class Merge:
         self.stacks = {"gate_up": _Stack(experts.gate_up), "down": _Stack(experts.down)}
         self.tokens: dict[str, int] = {}
         self.output: list[list[float]] = []
+        self.matched: list[bool] = []
         biases = {"gate_up_bias": experts.gate_up_bias, "down_bias": experts.down_bias}
         self.biases = {name: bias.clone() for name, bias in biases.items() if bias is not None}
         paired = as_index([expert for pair in pairs.members for expert in pair])
@@ -199,8 +200,11 @@ class Merge:
         bias = None if all_biases is None else all_biases[index]
         found = Experts(self.experts.gate_up[index], self.experts.down[index], bias, gated=self.experts.gated)
         if self.rules.neurons == "natural":
+            self.matched += [False] * (len(members) // 2)
             return found, seen
         orders = matched(found, seen, usage)
+        natural = torch.arange(found.inner, device=orders.device)
+        self.matched += (orders != natural).any(dim=1).view(-1, 2).any(dim=1).tolist()
         for row, order in enumerate(orders):
             reorder(found, row, order)
         if all_biases is not None and bias is not None:
@@ -280,11 +284,16 @@ class Merge:
         }
 
     def _figures(self) -> dict[str, Json]:
-        """By stack and expert; `raised`: how often damping had to be raised tenfold."""
+        """By stack, expert or pair.
+
+        `damage`: see `_Stack`; `output` is mean g^2 |f - f'|^2 of each expert's output, gate, up and down in one.
+        `raised`: how often damping had to be raised tenfold. `matched`: pairs whose neurons were put in another order.
+        """
         return {
             "tokens": self.tokens,
             "unseen": [int(expert) for expert, count in self.tokens.items() if not count],
             "damage": {name: stack.damage for name, stack in self.stacks.items()} | {"output": self.output},
+            "matched": self.matched,
             "raised": {name: stack.raised for name, stack in self.stacks.items()},
             "clipped": {name: stack.clipped for name, stack in self.stacks.items()},
         }

@@ -4,10 +4,13 @@ Another order of an expert's neurons changes nothing that it computes, whatever 
 So which neurons of two experts are merged with each other is free. Merging two of them costs the best of three choices
 for every weight (pair_coding), with what a squared error costs by the diagonal of the moments. The neurons of one
 expert by falling energy and those of the other by rising energy are cut into blocks, the busiest of one against the
-rarest of the other; in each block the assignment is the one of least cost.
+rarest of the other; in each block the assignment is the one of least cost. Where experts are alike neuron by neuron, as
+upcycled ones may be, their own order costs less, and is kept.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,46 +38,69 @@ def reorder(experts: Experts, expert: int, order: Tensor) -> None:
         experts.gate_up_bias[expert] = parts[:, order].flatten()
 
 
+class Neurons(NamedTuple):
+    """Some neurons' weights, and what a squared error of each costs: `row` times `column`."""
+
+    size: Tensor  # [..., neuron, matrix, hidden], of the weights' dtype
+    row: Tensor  # [..., neuron, matrix]
+    column: Tensor  # [..., matrix, hidden]
+
+    def cost(self) -> Tensor:
+        """[..., neuron, matrix, hidden]."""
+        return self.row[..., None] * self.column[..., None, :, :]
+
+
+def ranked(experts: Experts, seen: Inputs) -> Tensor:
+    """Each expert's neurons by what they add to the output, mean g^2 |D_r h_r|^2, the most first: [expert, inner]."""
+    energy = experts.down.float().square().sum(dim=1) * seen.activity
+    return energy.argsort(dim=1, descending=True, stable=True)
+
+
+def gathered(experts: Experts, expert: int, neurons: Tensor, seen: Inputs, rows: Tensor, usage: Tensor) -> Neurons:
+    """Neurons of one expert, by `rows` [expert, rows], the weights of rows, and `usage` [expert], those of experts."""
+    parts = {name: weights[expert] for name, weights in experts.matrices().items()}
+    size = [(w[:, neurons].T if name == "down_proj" else w[neurons]).abs() for name, w in parts.items()]
+    row = [part[neurons] for part in rows[expert].view(-1, experts.inner)] + [seen.activity[expert, neurons]]
+    inputs = seen.x[expert].diagonal()
+    column = [inputs] * (len(size) - 1) + [torch.ones_like(inputs)]
+    return Neurons(torch.stack(size, dim=1), torch.stack(row, dim=1) * usage[expert], torch.stack(column))
+
+
 def matched(experts: Experts, seen: Inputs, usage: Tensor) -> Tensor:
     """Orders of the neurons of experts in pairs, 0 and 1, 2 and 3, ... in which merging them costs little.
 
     `usage` [expert] is how much an expert's errors count. Returns [expert, inner] int64.
     """
-    rows = row_weights(experts, seen)
-    energy = experts.down.float().square().sum(dim=1) * seen.activity  # mean g^2 |D_r h_r|^2
-    orders = energy.argsort(dim=1, descending=True, stable=True)
+    rows, orders = row_weights(experts, seen), ranked(experts, seen)
     orders[1::2] = orders[1::2].flip(1)
+    natural = torch.arange(experts.inner, device=orders.device)
     for first in range(0, len(orders), 2):
+        pair, cost, known = (first, first + 1), 0.0, 0.0
         for start in range(0, experts.inner, BLOCK):
             some = slice(start, start + BLOCK)
-            one, other = (
-                _of(experts, expert, orders[expert, some], seen, rows[expert], usage[expert])
-                for expert in (first, first + 1)
-            )
-            orders[first + 1, some] = orders[first + 1, some][_assigned(_costs(*one, *other)).to(orders.device)]
+            costs = _costs(*(gathered(experts, e, orders[e, some], seen, rows, usage) for e in pair))
+            assigned = _assigned(costs).to(orders.device)
+            orders[first + 1, some] = orders[first + 1, some][assigned]
+            cost += float(costs.gather(1, assigned[:, None]).sum())
+            known += float(total(*(gathered(experts, e, natural[some], seen, rows, usage) for e in pair)))
+        if known <= cost:
+            orders[first : first + 2] = natural
     return orders
 
 
-def _of(
-    experts: Experts, expert: int, neurons: Tensor, seen: Inputs, rows: Tensor, usage: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The sizes of some neurons' weights, and what a squared error of each costs: both [neuron, weight]."""
-    matrices = {name: weights[expert] for name, weights in experts.matrices().items()}
-    sizes = [(w[:, neurons].T if name == "down_proj" else w[neurons]).float().abs() for name, w in matrices.items()]
-    columns = seen.x[expert].diagonal()
-    costs = [part[neurons, None] * columns for part in rows.view(-1, experts.inner)]
-    costs.append(seen.activity[expert, neurons, None].expand_as(sizes[-1]))
-    return torch.cat(sizes, dim=1), torch.cat(costs, dim=1) * usage
+def total(one: Neurons, other: Neurons) -> Tensor:
+    """What merging neurons one by one costs in all: [...]."""
+    costs = least_cost(one.size.float(), other.size.float(), one.cost(), other.cost())
+    return costs.sum(dim=(-3, -2, -1))
 
 
-def _costs(size: Tensor, cost: Tensor, other_size: Tensor, other_cost: Tensor) -> Tensor:
-    """What merging every two neurons costs, from what `_of` gives of each expert: [neuron, neuron]."""
-    step = max(1, AT_ONCE // (len(size) * len(other_size)))
-    parts = [
-        least_cost(a[:, None], b[None], c[:, None], d[None]).sum(dim=2)
-        for a, b, c, d in zip(*(each.split(step, dim=1) for each in (size, other_size, cost, other_cost)), strict=True)
-    ]
-    return torch.stack(parts).sum(dim=0)
+def _costs(one: Neurons, other: Neurons) -> Tensor:
+    """What merging every neuron of one with every one of another costs: [neuron, neuron]."""
+    values = (one.size.float(), other.size.float(), one.cost(), other.cost())
+    step = max(1, AT_ONCE // (len(one.size) * len(other.size)))
+    pieces = zip(*(value.flatten(1).split(step, dim=1) for value in values), strict=True)
+    sums = [least_cost(a[:, None], b[None], c[:, None], d[None]).sum(dim=2) for a, b, c, d in pieces]
+    return torch.stack(sums).sum(dim=0)
 
 
 def _assigned(costs: Tensor) -> Tensor:

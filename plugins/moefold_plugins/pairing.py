@@ -11,10 +11,11 @@ from pydantic import Field
 from torch import Tensor
 
 from moefold import Activity, Context, Experts, Groups, Layer, Reduced, Routed, Similarity, Stage, hookimpl, stage
-from moefold_plugins.compensated import Blend, Weigh, chunks, usages
+from moefold_plugins.compensated import Blend, Weigh, chunks
 from moefold_plugins.matching import matchings
 from moefold_plugins.moments import Calibration
 from moefold_plugins.neurons import Neurons, gathered, ranked, total
+from moefold_plugins.pair_merging import usages
 from moefold_plugins.targets import row_weights
 
 AT_ONCE = 1 << 26

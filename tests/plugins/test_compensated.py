@@ -15,11 +15,12 @@ from moefold.errors import InputError, StageError
 from moefold_kernels import layout_pairs
 from moefold_plugins import compensated as stage
 from moefold_plugins.codecs import Exponent
-from moefold_plugins.compensated import Merge, Rules, compensated
+from moefold_plugins.compensated import compensated
 from moefold_plugins.compensation import Walk, factor
 from moefold_plugins.moments import Calibration
 from moefold_plugins.pair_codecs import Pair4, Pair6
 from moefold_plugins.pair_coding import PairCoder, Window
+from moefold_plugins.pair_merging import Merge, Rules
 
 ANY = Window(0.0, 3e38)
 

@@ -10,10 +10,13 @@ from torch import Tensor
 from models import tiny
 from moefold import Checkpoint, Context, Experts, Groups, Layer, Layers, Provenance, Reduced, Routed, StreamedModel
 from moefold.codec import pack, unpack
+from moefold_plugins.align import align
+from moefold_plugins.calibrate import observe
 from moefold_plugins.codecs import Exponent
 from moefold_plugins.compensated import compensated
 from moefold_plugins.neurons import reorder
 from moefold_plugins.pairing import pair_by_error
+from moefold_plugins.puzzlemoe import puzzlemoe
 from moefold_plugins.save import save
 
 CONTEXT = Context(torch.device("cpu"), torch.Generator())
@@ -178,3 +181,15 @@ def test_experts_merged_before_keep_their_route(source):
     assert sum(merge.figures["tokens"].values()) <= 2 * len(routed.tokens)
     off = outputs(layer, read, routed) - outputs(layer, before, routed)
     assert float(off.square().sum()) < 0.35 * float(outputs(layer, before, routed).square().sum())
+
+
+def test_aligned_experts_keep_their_biases_when_packed(source):
+    """By the published rule, too: neurons in another order are nothing without their biases."""
+    layer, routed = source("gpt_oss").layers()[0], tokens_to(chosen(400, 8, 2))
+    own, pairs = layer.experts(), Groups([[0, 3], [5, 1]], [2, 4, 6, 7])
+    aligned = align(own, pairs, CONTEXT)
+    assert not torch.equal(aligned.gate_up_bias, own.gate_up_bias)
+    merge = puzzlemoe(aligned, pairs, observe(layer, routed, aligned, CONTEXT))
+    read = unpack(Exponent(), pack(Exponent(), merge), layer, CONTEXT.device)
+    assert torch.equal(read.gate_up_bias, aligned.gate_up_bias)
+    assert pack(Exponent(), puzzlemoe(own, pairs, observe(layer, routed, own, CONTEXT))).biases == {}

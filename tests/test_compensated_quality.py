@@ -17,7 +17,7 @@ FEW_BITS = COMPENSATED.replace("{uses: puzzlemoe", "{uses: levels}\n  - {uses: p
     "{uses: puzzlemoe.compensated}", "{uses: puzzlemoe.compensated, with: {format: FORMAT}}"
 )
 OBSERVED, SAVED = quality.PIPELINE.index("  - {uses: observe}"), quality.PIPELINE.index("  - {uses: save")
-GPTQ = quality.PIPELINE[:OBSERVED] + "  - {uses: gptq, with: {bits: 3}}\n" + quality.PIPELINE[SAVED:]
+GPTQ = quality.PIPELINE[:OBSERVED] + "  - {uses: gptq, with: {bits: BITS}}\n" + quality.PIPELINE[SAVED:]
 
 
 @pytest.fixture(scope="module")
@@ -33,37 +33,31 @@ def increase(quality_bench: Bench) -> Callable[..., Losses]:
 
 
 @pytest.fixture(scope="module")
-def published(increase) -> Callable[[int], Losses]:
-    """The mean of the published rule with three seeds' random pairs, by the number of calibration samples."""
-
-    def measured(samples: int) -> Losses:
-        found = [increase(quality.PIPELINE, "pair.random", f"calibration.samples={samples}", seed) for seed in SEEDS]
-        return {text: mean(each[text] for each in found) for text in found[0]}
-
-    return measured
+def published(increase) -> Losses:
+    """The mean of the published rule with three seeds' random pairs."""
+    found = [increase(quality.PIPELINE, "pair.random", seed) for seed in SEEDS]
+    return {text: mean(each[text] for each in found) for text in found[0]}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("pair", "samples", "code", "prose"),
-    [("pair.by_error", 64, 0.33, 0.37), ("pair.by_error", 128, 0.32, 0.36), ("pair.by_usage", 64, 0.42, 0.40)],
-)
-def test_it_loses_a_third_of_what_the_published_rule_does(increase, published, pair, samples, code, prose):
-    found, known = increase(COMPENSATED, pair, f"calibration.samples={samples}"), published(samples)
-    assert 0 < found["stdlib evaluate"] <= code * known["stdlib evaluate"]
-    assert 0 < found["prose"] <= prose * known["prose"]
+@pytest.mark.parametrize("pair", ["pair.by_error", "pair.by_usage"])
+def test_it_loses_a_quarter_of_what_the_published_rule_does(increase, published, pair):
+    """0.25 and 0.26 in the domain, 0.20 and 0.23 outside it."""
+    found = increase(COMPENSATED, pair)
+    assert all(0 < found[text] <= 0.3 * published[text] for text in published)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
-def test_random_pairs_lose_less_than_half(increase, published, seed):
-    found, known = increase(COMPENSATED, "pair.random", seed), published(64)
-    assert all(0 < found[text] <= 0.45 * known[text] for text in known)
+def test_random_pairs_lose_less_than_two_fifths(increase, published, seed):
+    found = increase(COMPENSATED, "pair.random", seed)
+    assert all(0 < found[text] <= 0.4 * published[text] for text in published)
 
 
 @pytest.mark.slow
-def test_three_bits_lose_less_than_three_bits_of_gptq(increase):
-    """pair6 takes 3.125 bits a weight with its scales, GPTQ 3.5."""
-    pair6 = FEW_BITS.replace("FORMAT", "pair6").replace("pack.exponent", "pack.pair6")
-    found, known = increase(pair6, "pair.by_error"), increase(GPTQ, "")
-    assert all(0 < found[text] < known[text] for text in known)
+@pytest.mark.parametrize(("format", "bits", "share"), [("pair6", 3, 1.0), ("pair4", 2, 0.7)])
+def test_few_bits_lose_less_than_as_many_bits_of_gptq(increase, format, bits, share):
+    """pair6 takes 3.125 bits a weight with its scales, GPTQ 3.5; pair4 2.125, GPTQ 2.5."""
+    few = FEW_BITS.replace("FORMAT", format).replace("pack.exponent", f"pack.{format}")
+    found, known = increase(few, "pair.by_error"), increase(GPTQ.replace("BITS", str(bits)), "")
+    assert all(0 < found[text] < share * known[text] for text in known)

@@ -18,7 +18,7 @@ from moefold.errors import FormatError, InputError
 from moefold.layer import Layer
 from moefold.magnitudes import LevelTable
 from moefold.merged_pairs import MergedPairs
-from moefold.replacements import Packed, Unpacked
+from moefold.replacements import Aligned, Packed, Unpacked
 from moefold.stage import Context, Port, Stage, stage
 from moefold_kernels import reference
 
@@ -127,7 +127,7 @@ def pack(codec: Codec, merge: Paired) -> Packed:
         counts=coded.counts,
         pair_counts=coded.pair_counts or {},
         route=None if merge.experts.route is None else merge.experts.route.tolist(),
-        biases={} if merge.experts.route is None else _biases(merge.experts),
+        biases=_biases(merge.experts),
     )
 
 
@@ -183,6 +183,9 @@ def _encode(
 
 
 def _biases(experts: Experts) -> dict[str, Tensor]:
+    """Those that are not the source's own."""
+    if experts.route is None and not isinstance(experts, Aligned):
+        return {}
     found = {"gate_up_bias": experts.gate_up_bias, "down_bias": experts.down_bias}
     return {name: bias.cpu() for name, bias in found.items() if bias is not None}
 
@@ -221,7 +224,9 @@ def unpack(codec: Codec, packed: Packed, layer: Layer, device: torch.device) -> 
         return _unpack_merged(codec, packed, device)
     own = layer.experts(device)
     _decode(codec, packed, own.matrices(), device)
-    return Unpacked(own.gate_up, own.down, own.gate_up_bias, own.down_bias, own.gated)
+    biases = {"gate_up_bias": own.gate_up_bias, "down_bias": own.down_bias}
+    biases |= {name: bias.to(device) for name, bias in packed.biases.items()}
+    return Unpacked(own.gate_up, own.down, gated=own.gated, **biases)
 
 
 def _decode(codec: Codec, packed: Packed, matrices: dict[str, Tensor], device: torch.device) -> None:

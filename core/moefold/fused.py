@@ -71,12 +71,32 @@ def biases_in_own_layout(module: Any, gate_up: Tensor | None, down: Tensor | Non
 
 def activate(module: Any, experts: Experts, expert: int, tokens: Tensor) -> Tensor:
     """The hidden activations h_e(x) of one expert, `[token, inner]`, through the module's own gate."""
+    return _gated(module, _before(experts, expert, tokens))
+
+
+def slopes(module: Any, experts: Experts, expert: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """h_e(x) `[token, inner]`, and how it changes with each row of `W x + b`, gate before up, `[token, rows]`; float32.
+
+    Every gate works neuron by neuron, so that one derivative of the sum over neurons is all of them.
+    """
+    before = _before(experts, expert, tokens)
+    with torch.inference_mode(False), torch.enable_grad():
+        free = before.float().clone().requires_grad_()  # a clone: what was made in inference mode takes no gradient
+        inner = _gated(module, free)
+        (found,) = torch.autograd.grad(inner.sum(), free)
+    return inner.detach(), found
+
+
+def _before(experts: Experts, expert: int, tokens: Tensor) -> Tensor:
     bias = None if experts.gate_up_bias is None else experts.gate_up_bias[expert]
-    out = nn.functional.linear(tokens, experts.gate_up[expert], bias)  # [token, 2 * inner]
+    return nn.functional.linear(tokens, experts.gate_up[expert], bias)  # [token, 2 * inner]
+
+
+def _gated(module: Any, before: Tensor) -> Tensor:
     if not module.has_gate:
-        activated: Tensor = module.act_fn(out)
+        activated: Tensor = module.act_fn(before)
         return activated
-    gated: Tensor = module._apply_gate(_interleaved(out) if _interleaves(module) else out)
+    gated: Tensor = module._apply_gate(_interleaved(before) if _interleaves(module) else before)
     return gated
 
 

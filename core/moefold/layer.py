@@ -77,6 +77,10 @@ class Layer:
         """Hidden activations h_e(x), `[token, inner]`, of one of `experts`, with the family's own gate and biases."""
         return self.checkpoint.skeleton.activate(self.number, experts, expert, tokens)
 
+    def slopes(self, experts: Experts, expert: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """h_e(x) `[token, inner]`, and how it changes with each row of gate and up `[token, rows]`: both float32."""
+        return self.checkpoint.skeleton.slopes(self.number, experts, expert, tokens)
+
     def output(self, experts: Experts, expert: int, tokens: Tensor) -> Tensor:
         """What one of `experts` gives before its gate weight, f_e(x): `[token, hidden]`."""
         bias = None if experts.down_bias is None else experts.down_bias[expert]

@@ -35,7 +35,7 @@ class MergedPairs(Paired):
     route: list[int] | None = None
     """The expert that router output i means, where experts were merged before (None: expert i)."""
     biases: dict[str, Tensor] = field(default_factory=dict)
-    """`gate_up_bias` and `down_bias` of experts that were merged before."""
+    """`gate_up_bias` and `down_bias` where experts have them, in the order of the neurons."""
     figures: dict[str, Json] = field(default_factory=dict)
     """What its maker measured, for the report."""
 

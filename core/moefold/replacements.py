@@ -41,7 +41,8 @@ class Packed(Replacement):
     route: list[int] | None = None
     """The expert that router output i means, where experts were merged before (None: expert i)."""
     biases: dict[str, Tensor] = field(default_factory=dict)
-    """`gate_up_bias` and `down_bias` of experts that were merged before; the source's own stay where they are."""
+    """`gate_up_bias` and `down_bias` of experts that were merged before or whose neurons are in another order; else the
+    source's own stay where they are."""
     pair_counts: dict[str, list[int]] = field(default_factory=dict)
     """`counts` of each pair by itself; empty where all pairs were packed in one pass, which counts them together."""
 

@@ -86,6 +86,10 @@ class Skeleton:
         """Hidden activations h_e(x), `[token, inner]`, of one expert through the module's own gate and biases."""
         return fused.activate(self.module(self.experts[number]), experts, expert, tokens)
 
+    def slopes(self, number: int, experts: Experts, expert: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """h_e(x), and its derivatives by the rows of `W x + b`: `[token, inner]` and `[token, rows]`, float32."""
+        return fused.slopes(self.module(self.experts[number]), experts, expert, tokens)
+
     def narrow(self, count: int) -> Narrow:
         """The same model with `count` experts in every layer; raises InputError where its router cannot do with them.
 

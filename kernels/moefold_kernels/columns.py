@@ -8,8 +8,9 @@ For the merge that makes up for errors column by column. For column k of a strip
     only slot 0    m = |w_0|                            read_0 = m, read_1 = 0
     only slot 1    m = |w_1|                            read_0 = 0, read_1 = m
 
-with m rounded to what the format has; the first of those whose `sum_s cost_s (|w_s| - read_s)^2` is least, with the
-signs of w. Who has no GPU does the same in torch, column by column (tests hold the kernel to it).
+with m rounded to what the format has; the first of those whose `sum_s c_s (|w_s| - read_s)^2` is least, with the signs
+of w. An error costs c_s = cost_s[k] weight_s[row], and share_s = c_s / (c_0 + c_1). Who has no GPU does the same in
+torch, column by column (tests hold the kernel to it).
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ def can_code(device: torch.device) -> tuple[bool, str]:
 
 
 def code_strip(
-    target: Tensor, whole: Tensor, follow: Tensor, cost: Tensor, share: Tensor, rounding: Rounding
+    target: Tensor, whole: Tensor, follow: Tensor, cost: Tensor, weight: Tensor, rounding: Rounding
 ) -> Tensor:
     """What both slots read, [pair, 2, columns, rows] float32 (bf16 numbers); overwrites `target`, as said above.
 
-    `target` and `whole` are [pair, 2, columns, rows], `follow` [pair, 2, columns, columns], `cost` and `share`
-    [pair, 2, columns]; all float32. Raises FormatError for other shapes or types.
+    `target` and `whole` are [pair, 2, columns, rows], `follow` [pair, 2, columns, columns], `cost` [pair, 2, columns]
+    and `weight` [pair, 2, rows], positive; all float32. Raises FormatError for other shapes or types.
     """
     from moefold_kernels.triton.columns import code
 
-    return code(target, whole, follow, cost, share, rounding)
+    return code(target, whole, follow, cost, weight, rounding)

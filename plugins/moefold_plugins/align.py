@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from moefold import Aligned, Context, Experts, Groups, Stage, hookimpl, stage
+from moefold_plugins.neurons import reorder
 
 
 @stage("align", keep="never")
@@ -33,7 +34,7 @@ def align(
     for first, *others in groups.members:
         for expert in others:
             agreement = neurons(found, first, expert)
-            _permute(found, expert, best_sum(agreement) if method == "hungarian" else best_first(agreement))
+            reorder(found, expert, best_sum(agreement) if method == "hungarian" else best_first(agreement))
     return found
 
 
@@ -70,15 +71,6 @@ def best_first(agreement: Tensor) -> Tensor:
         left[agreed] = -torch.inf
         left[:, column[agreed]] = -torch.inf
     return order
-
-
-def _permute(experts: Experts, expert: int, order: Tensor) -> None:
-    order = order.to(experts.down.device)
-    for name, weights in experts.matrices().items():
-        weights[expert] = weights[expert][:, order] if name == "down_proj" else weights[expert][order]
-    if experts.gate_up_bias is not None:
-        parts = experts.gate_up_bias[expert].view(-1, experts.inner)  # gate, then up
-        experts.gate_up_bias[expert] = parts[:, order].flatten()
 
 
 @hookimpl

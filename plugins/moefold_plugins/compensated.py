@@ -2,45 +2,30 @@
 
 The pair format has one magnitude for two weights. Here each element takes the best of three choices (pair_coding), and
 what it gets wrong in a column is made up for in the other columns of each expert, by that expert's own second moments
-(compensation, moments). Bits and kernels are those of the published merge.
+(compensation, moments). Down is coded for the hidden activations that coded gate and up give (targets), and the neurons
+of a pair are put beside each other so that they are cheap to merge (neurons). Bits and kernels are those of the
+published merge.
 
-Memory: for each expert in hand 8 bytes of an entry of the larger of its moment matrices, 4 of the other, and 12 of an
-entry of its larger weight matrix. Pairs are taken in chunks that fit a budget (half of what a GPU has free), each of
-which goes over the calibration tokens once. DeepSeek-V3 (7168, 2048): 0.78 GB an expert, 200 GB for all 256 at once.
+Memory: for each expert in hand 8 bytes of an entry of its inputs' moments, or 12 of its hidden activations' where that
+is more, 12 of an entry of its larger weight matrix, and two copies of its weights. Pairs are taken in chunks that fit a
+budget (half of what a GPU has free), each of which goes over the calibration tokens twice. DeepSeek-V3 (7168, 2048):
+0.94 GB an expert, 240 GB for all 256 at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from moefold import (
-    Context,
-    Experts,
-    Groups,
-    Json,
-    Layer,
-    Levels,
-    LevelTable,
-    MergedPairs,
-    Routed,
-    Stage,
-    hookimpl,
-    stage,
-)
-from moefold.artifacts import as_index
+from moefold import Context, Experts, Groups, Layer, LevelTable, MergedPairs, Routed, Stage, hookimpl, stage
 from moefold.errors import InputError
-from moefold_kernels import layout, layout_pairs
+from moefold_kernels import layout
 from moefold_plugins.averaging import check_groups
-from moefold_plugins.compensation import Walk, damp, factor
-from moefold_plugins.moments import Calibration, Moments
-from moefold_plugins.pair_codecs import sample
-from moefold_plugins.pair_coding import Grid, Leveled, PairCoder, Window
+from moefold_plugins.moments import Calibration
+from moefold_plugins.pair_merging import Merge, Rules
 
 BUDGET = 4 * 2**30
 """Bytes of moments and weights held at a time where there is no GPU."""
@@ -53,27 +38,22 @@ Blend = Annotated[
 Sweeps = Annotated[int, Field(ge=0, description="how often to code every column again, given all others")]
 Weigh = Annotated[
     Literal["equal", "usage"],
-    Field(description="whose errors count: those of both experts alike, or each one's by its routed tokens"),
+    Field(
+        description="whose errors count: both experts' alike, or by tokens routed to them and what rows do to outputs"
+    ),
 ]
 Order = Annotated[
     Literal["natural", "activation"],
     Field(description="columns as they are, or those first in which errors cost most (exponent only)"),
 ]
+Neurons = Annotated[
+    Literal["matched", "natural"],
+    Field(description="which neurons of a pair are merged with each other: those that cost least, or by number"),
+]
 Format = Literal["exponent", "pair8", "pair6", "pair5", "pair4"]
 
 
-class Rules(NamedTuple):
-    """The stage's options."""
-
-    weigh: str = "usage"
-    damping: float = 0.01
-    block: int = 128
-    order: str = "natural"
-    sweeps: int = 2
-    format: str = layout.EXPONENT
-
-
-@stage("puzzlemoe.compensated", version=2, keep="until read")
+@stage("puzzlemoe.compensated", version=3, keep="until read")
 def compensated(
     layer: Layer,
     routed: Routed,
@@ -86,11 +66,12 @@ def compensated(
         Format | None, Field(description="whose magnitudes to round to (default: the plan's, or exponent)")
     ] = None,
     weigh: Weigh = "usage",
-    blend: Blend = 256.0,
+    blend: Blend = 1024.0,
     damping: Damping = 0.01,
     sweeps: Sweeps = 2,
     block: Block = 128,
     order: Order = "natural",
+    neurons: Neurons = "matched",
 ) -> MergedPairs:
     """Merge each pair element by element, making up for each column's error in the others, by what experts see."""
     if any(len(pair) != 2 for pair in pairs.members):
@@ -100,11 +81,11 @@ def compensated(
         raise InputError(f"puzzlemoe.compensated: {target} has scales for columns in their order; write order: natural")
     check_groups(pairs.all(), experts.count)
     experts = experts.to(context.device)
-    merge = Merge(experts, pairs, Rules(weigh, damping, block, order, sweeps, target), levels)
+    merge = Merge(experts, pairs, Rules(weigh, damping, block, order, neurons, sweeps, target), levels)
     if pairs.members:
         calibration = Calibration(layer, routed, experts, blend)
         for chunk in chunks(pairs.members, experts):
-            merge.add(chunk, calibration.moments([expert for pair in chunk for expert in pair]))
+            merge.add(chunk, calibration)
     return merge.done()
 
 
@@ -118,139 +99,14 @@ def _format(layer: Layer, pairs: Groups, asked: Format | None) -> str:
 def chunks(pairs: list[list[int]], experts: Experts) -> Iterator[list[list[int]]]:
     """The pairs, as many at a time as fit the budget."""
     hidden, inner = experts.down.shape[1:]
-    weights = max(experts.gate_up[0].numel(), experts.down[0].numel())
-    each = 4 * (hidden**2 + inner**2 + max(hidden, inner) ** 2 + 3 * weights)
+    up, down = experts.gate_up[0].numel(), experts.down[0].numel()
+    moments = max(2 * hidden**2, 3 * inner**2)
+    each = 4 * (moments + 3 * max(up, down)) + 2 * experts.down.element_size() * (up + down)
     device = experts.down.device
     budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else BUDGET
     size = max(1, budget // (2 * each))
     for start in range(0, len(pairs), size):
         yield pairs[start : start + size]
-
-
-@dataclass
-class _Stack:
-    """Gate and up as one, or down, and what has been merged of them: chunks of [pair, rows, columns]."""
-
-    weights: Tensor  # [expert, rows, columns]
-    magnitude: list[Tensor] = field(default_factory=list)
-    flags: list[Tensor] = field(default_factory=list)
-    scale: list[Tensor] = field(default_factory=list)
-    damage: list[list[float]] = field(default_factory=list)
-    """What merging costs the experts of each pair: tr((W - Q) H (W - Q)^T), H with its damping."""
-    raised: dict[str, int] = field(default_factory=dict)
-    clipped: int = 0
-
-
-class Merge:
-    """A layer's pairs, merged chunk by chunk."""
-
-    def __init__(self, experts: Experts, pairs: Groups, rules: Rules, table: LevelTable | None = None) -> None:
-        self.experts, self.pairs, self.rules = experts, pairs, rules
-        self.stacks = {"gate_up": _Stack(experts.gate_up), "down": _Stack(experts.down)}
-        self.tokens: dict[str, int] = {}
-        paired = as_index([expert for pair in pairs.members for expert in pair])
-        some = {name: stack.weights[paired] for name, stack in self.stacks.items()} if len(paired) else {}
-        self.windows: dict[str, Window] = {}
-        self.levels: dict[str, Levels] = {}
-        if rules.format == layout.EXPONENT:
-            self.windows = {name: Window.over(weights) for name, weights in some.items()}
-            return
-        bits = layout_pairs.magnitude_bits(rules.format)
-        for name, weights in some.items():
-            self.levels[name] = table.levels(bits) if table else Levels.learn(sample(weights), bits)
-
-    def add(self, chunk: list[list[int]], moments: Moments) -> None:
-        """Merge some pairs; `moments` are of their experts in order, and are overwritten."""
-        members = [expert for pair in chunk for expert in pair]
-        self.tokens |= dict(zip(map(str, members), moments.tokens, strict=True))
-        usage = torch.tensor([float(max(n, 1)) if self.rules.weigh == "usage" else 1.0 for n in moments.tokens])
-        usage = usage.to(moments.x.device)
-        self._code("gate_up", members, moments.x, usage)
-        self._code("down", members, moments.h, usage)
-
-    def _code(self, name: str, members: list[int], moment: Tensor, usage: Tensor) -> None:
-        """Merge one stack of the members."""
-        stack, rules = self.stacks[name], self.rules
-        columns = stack.weights[as_index(members)].unflatten(0, (-1, 2)).mT  # [pair, 2, columns, rows]
-        moment, usage = moment.unflatten(0, (-1, 2)), usage.unflatten(0, (-1, 2))
-        order = costly_first(moment) if rules.order == "activation" else None  # [pair, columns]
-        if order is not None:
-            columns = columns.take_along_dim(order[:, None, :, None], 2)
-            moment = moment.take_along_dim(order[:, None, :, None], 2).take_along_dim(order[:, None, None], 3)
-        again = moment.clone() if rules.sweeps else None
-        factors = factor(moment.contiguous(), rules.damping)
-        grid = self._grid(name, columns.device)
-        walk = Walk(columns, PairCoder(grid, usage), rules.block, torch.bfloat16)
-        damage = walk.first(factors)
-        if again is not None:
-            damp(again, rules.damping, factors.raised)
-            for _ in range(rules.sweeps):
-                damage = walk.again(again)
-        back = None if order is None else order.argsort(dim=1)[:, None, :, None]
-        read = walk.read if back is None else walk.read.take_along_dim(back, 2)  # [pair, 2, columns, rows]
-        magnitude = read.abs().amax(dim=1)
-        stack.magnitude.append(magnitude.mT.contiguous())
-        stack.flags.append(MergedPairs.flag(read < 0, read != 0).mT.contiguous())
-        stack.scale += [grid.scales()] if isinstance(grid, Leveled) else []
-        stack.clipped += grid.clipped(magnitude)
-        stack.damage += damage.tolist()
-        stack.raised |= {str(e): count for e, count in zip(members, factors.raised, strict=True) if count}
-
-    def _grid(self, name: str, device: torch.device) -> Grid:
-        return self.windows[name] if name in self.windows else Leveled(self.levels[name], device)
-
-    def done(self) -> MergedPairs:
-        """All pairs, and the experts left alone."""
-        experts, alone = self.experts, self.pairs.alone
-        left = {name: weights[as_index(alone)].cpu() for name, weights in experts.matrices().items()} if alone else {}
-        biases = {"gate_up_bias": experts.gate_up_bias, "down_bias": experts.down_bias}
-        route = None if experts.route is None else experts.route.tolist()
-        settings = {name: {"levels": list(levels.values)} for name, levels in self._by_matrix(self.levels).items()}
-        return MergedPairs(
-            format=self.rules.format,
-            pairs=self.pairs.members,
-            alone=alone,
-            magnitude=self._matrices({name: stack.magnitude for name, stack in self.stacks.items()}),
-            flags=self._matrices({name: stack.flags for name, stack in self.stacks.items()}),
-            experts=left,
-            scale=self._matrices({name: stack.scale for name, stack in self.stacks.items()}),
-            settings=settings,
-            route=route,
-            biases={} if route is None else {name: bias.cpu() for name, bias in biases.items() if bias is not None},
-            figures=self._figures(),
-        )
-
-    def _by_matrix(self, values: dict[str, Any]) -> dict[str, Any]:
-        """What there is of a stack, by the names of its matrices."""
-        if not values:
-            return {}
-        return {name: values["down" if name == "down_proj" else "gate_up"] for name in self.experts.matrices()}
-
-    def _matrices(self, parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-        """Chunks of stacks as the matrices that they hold."""
-        inner = self.experts.inner
-        rows = {"gate_proj": slice(inner), "up_proj": slice(-inner, None), "down_proj": slice(None)}
-        return {
-            name: torch.cat([part[:, rows[name]] for part in chunks])
-            for name, chunks in self._by_matrix(parts).items()
-            if chunks
-        }
-
-    def _figures(self) -> dict[str, Json]:
-        """By stack and expert; `raised`: how often damping had to be raised tenfold."""
-        return {
-            "tokens": self.tokens,
-            "unseen": [int(expert) for expert, count in self.tokens.items() if not count],
-            "damage": {name: stack.damage for name, stack in self.stacks.items()},
-            "raised": {name: stack.raised for name, stack in self.stacks.items()},
-            "clipped": {name: stack.clipped for name, stack in self.stacks.items()},
-        }
-
-
-def costly_first(moment: Tensor) -> Tensor:
-    """Columns by both experts' second moments [pair, 2, columns, columns], largest sum first: [pair, columns]."""
-    diagonal = moment.diagonal(dim1=-2, dim2=-1)  # [pair, 2, columns]
-    return diagonal.sum(dim=1).argsort(dim=1, descending=True, stable=True)
 
 
 @hookimpl

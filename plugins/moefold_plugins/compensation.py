@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -82,10 +83,16 @@ def factor(moments: Tensor, damping: float) -> Factors:
     return Factors(moments, cost.view(moments.shape[:-1]), raised)
 
 
-def damp(moments: Tensor, damping: float, raised: list[int]) -> None:
-    """Add to the moments, in place, what `factor` added to them."""
-    for moment, count in zip(moments.view(-1, *moments.shape[-2:]), raised, strict=True):
-        moment.diagonal().add_(_added(float(moment.diagonal().mean()), damping, count))
+@contextmanager
+def damped(moments: Tensor, damping: float, raised: list[int]) -> Iterator[None]:
+    """Add to the moments, in place and while inside, what `factor` added to them."""
+    each = list(zip(moments.view(-1, *moments.shape[-2:]), raised, strict=True))
+    added = [_added(float(moment.diagonal().mean()), damping, count) for moment, count in each]
+    for (moment, _), value in zip(each, added, strict=True):
+        moment.diagonal().add_(value)
+    yield
+    for (moment, _), value in zip(each, added, strict=True):
+        moment.diagonal().sub_(value)
 
 
 def _added(mean: float, damping: float, count: int) -> float:

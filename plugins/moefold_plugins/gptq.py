@@ -13,9 +13,11 @@ from pydantic import Field
 from torch import Tensor
 
 from moefold import Context, Experts, Json, Layer, Reduced, Routed, Stage, hookimpl, stage
+from moefold.errors import InputError
 from moefold_plugins.compensated import Blend, Block, Damping, chunks
 from moefold_plugins.compensation import Walk, factor
-from moefold_plugins.moments import Calibration
+from moefold_plugins.moments import Calibration, Changed
+from moefold_plugins.targets import pulled
 
 SIDE = 32
 """Bits that a group takes beside its weights: a scale and a zero."""
@@ -64,11 +66,16 @@ def gptq(
     compensate: Annotated[
         bool, Field(description="make up for each column's error in later ones; false: round to nearest")
     ] = True,
+    asymmetric: Annotated[
+        bool, Field(description="code down for what coded gate and up give, as puzzlemoe.compensated does; not GPTQ's")
+    ] = False,
     blend: Blend = 256.0,
     damping: Damping = 0.01,
     block: Block = 128,
 ) -> Reduced:
     """Round every expert to few bits, as dense experts again: the reference for merges at known bits, not a format."""
+    if asymmetric and not compensate:
+        raise InputError("gptq: nothing is made up for with compensate: false; drop asymmetric")
     experts = experts.to(context.device)
     done = {"gate_up": torch.empty_like(experts.gate_up), "down": torch.empty_like(experts.down)}
     raised: dict[str, dict[str, int]] = {name: {} for name in done}
@@ -79,7 +86,11 @@ def gptq(
         for name, weights in (("gate_up", experts.gate_up), ("down", experts.down)):
             columns = weights[members][:, None].mT  # [expert, 1, columns, rows]
             moment = None if moments is None else (moments.x if name == "gate_up" else moments.h)[:, None]
-            read, counts = coded(columns, moment, GroupCoder(bits, group, columns.dtype), damping, block)
+            changed = None
+            if asymmetric and calibration and name == "down":
+                changed = calibration.changed(members, _some(experts, members), done["gate_up"][members])
+                moment = changed.h[:, None]
+            read, counts = coded(columns, moment, GroupCoder(bits, group, columns.dtype), damping, block, changed)
             done[name][members] = read[:, 0].mT
             raised[name] |= {str(e): count for e, count in zip(members, counts, strict=True) if count}
     figures: Json = {"bits_per_weight": bits + SIDE / group, "bits": bits, "group": group, "raised": raised}
@@ -95,18 +106,29 @@ def gptq(
     )
 
 
+def _some(experts: Experts, members: list[int]) -> Experts:
+    bias = None if experts.gate_up_bias is None else experts.gate_up_bias[members]
+    return Experts(experts.gate_up[members], experts.down[members], bias, gated=experts.gated)
+
+
 def coded(
-    columns: Tensor, moment: Tensor | None, coder: GroupCoder, damping: float, block: int
+    columns: Tensor,
+    moment: Tensor | None,
+    coder: GroupCoder,
+    damping: float,
+    block: int,
+    changed: Changed | None = None,
 ) -> tuple[Tensor, list[int]]:
     """What matrices [batch, slot, columns, rows] read, in their dtype, and how often damping was raised for each.
 
-    Without moments every weight is rounded to nearest.
+    Without moments every weight is rounded to nearest. `changed`: down is coded for other hidden activations.
     """
     if moment is None:
         eye = torch.eye(columns.shape[2], device=columns.device)
         moment = eye.expand(*columns.shape[:2], -1, -1).contiguous()
     factors = factor(moment, damping)
-    walk = Walk(columns, coder, block, columns.dtype)
+    target = columns if changed is None else pulled(columns, changed.cross[:, None], factors)
+    walk = Walk(target, coder, block, columns.dtype)
     walk.first(factors)
     return walk.read, factors.raised
 

@@ -1,6 +1,6 @@
 """A column of two experts as one magnitude, two signs, and who keeps it: the best of three choices, element by element.
 
-With costs c_i, c_j of an error in this column, and a = |w|, the candidates are
+With costs c_i, c_j of an error in this column and row, and a = |w|, the candidates are
 
     shared    m = (c_i a_i + c_j a_j) / (c_i + c_j)    costs c_i (a_i - m)^2 + c_j (a_j - m)^2
     only i    m = a_i                                   costs c_i (a_i - m)^2 + c_j a_j^2
@@ -120,17 +120,16 @@ class Leveled:
 class PairCoder:
     """Codes columns of many pairs at once."""
 
-    def __init__(self, grid: Grid, usage: Tensor) -> None:
-        """`usage` [pair, 2]: how much an expert's errors count."""
-        self.grid, self.usage = grid, usage
-        self.kept = torch.tensor(KEPT, device=usage.device)[None, :, :, None]  # [1, 3, 2, 1]
-        self.cost = self.share = torch.empty(0)
-        self.at_once = can_code(usage.device)[0]
+    def __init__(self, grid: Grid, weight: Tensor) -> None:
+        """`weight` [pair, 2, rows]: how much the errors in an expert's rows count, positive."""
+        self.grid, self.weight = grid, weight
+        self.kept = torch.tensor(KEPT, device=weight.device)[None, :, :, None]  # [1, 3, 2, 1]
+        self.cost = torch.empty(0)
+        self.at_once = can_code(weight.device)[0]
 
     def weigh(self, cost: Tensor) -> None:
-        """Take what a squared error in a column costs each expert: [pair, 2, columns]."""
-        self.cost = (cost * self.usage[:, :, None]).mT[..., None].contiguous()  # [pair, columns, 2, 1]
-        self.share = self.cost / self.cost.sum(dim=2, keepdim=True)
+        """Take what a squared error in a column costs each expert, in a row of weight 1: [pair, 2, columns]."""
+        self.cost = cost
 
     @property
     def group(self) -> int | None:
@@ -144,15 +143,16 @@ class PairCoder:
             return
         size = columns.abs().movedim(1, 2)  # [pair, column, 2, rows]
         some = slice(start, start + size.shape[1])
-        values = _candidates(size, self.share[:, some])
-        chosen, _ = self._choose(size, values, self.cost[:, some])
+        cost = self.cost[:, :, some].mT[..., None] * self.weight[:, None]  # [pair, column, 2, rows]
+        values = _candidates(size, cost)
+        chosen, _ = self._choose(size, values, cost)
         self.grid.open(start, values.gather(2, chosen[:, :, None])[:, :, 0])
 
     def code(self, number: int, column: Tensor) -> Tensor:
         """What both experts read: [pair, 2, rows]."""
-        size = column.abs()
-        values = self.grid.round(_candidates(size, self.share[:, number]))
-        chosen, reads = self._choose(size, values, self.cost[:, number])
+        size, cost = column.abs(), self.cost[:, :, number, None] * self.weight
+        values = self.grid.round(_candidates(size, cost))
+        chosen, reads = self._choose(size, values, cost)
         read = reads.gather(1, chosen[:, None, None].expand(-1, 1, 2, -1))[:, 0]
         return read.copysign_(column)
 
@@ -160,9 +160,8 @@ class PairCoder:
         """What both experts read of some columns: [pair, 2, columns, rows]; None where there is no kernel for it."""
         if not self.at_once:
             return None
-        some = slice(start, start + target.shape[2])
-        cost, share = (values[:, some, :, 0].mT.contiguous() for values in (self.cost, self.share))
-        return code_strip(target, whole, follow, cost, share, self.grid.rounding())
+        cost = self.cost[:, :, start : start + target.shape[2]].contiguous()
+        return code_strip(target, whole, follow, cost, self.weight, self.grid.rounding())
 
     def _choose(self, size: Tensor, values: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
         """The cheapest candidate [..., rows], and what both would read of each, [..., 3, 2, rows]."""
@@ -171,6 +170,13 @@ class PairCoder:
         return costs.argmin(dim=-2), reads
 
 
-def _candidates(size: Tensor, share: Tensor) -> Tensor:
-    """Shared, only the first's, only the second's: [..., 3, rows] of sizes [..., 2, rows]."""
+def least_cost(first: Tensor, second: Tensor, cost: Tensor, other: Tensor) -> Tensor:
+    """What the best of the three choices costs, without rounding, of sizes |w_i|, |w_j| and costs c_i, c_j > 0."""
+    shared = (first - second).square_().mul_(cost * other / (cost + other))
+    return torch.minimum(torch.minimum(shared, cost * first.square()), other * second.square())
+
+
+def _candidates(size: Tensor, cost: Tensor) -> Tensor:
+    """Shared, only the first's, only the second's: [..., 3, rows] of sizes and costs [..., 2, rows]."""
+    share = cost / cost.sum(dim=-2, keepdim=True)
     return torch.cat([(size * share).sum(dim=-2, keepdim=True), size], dim=-2)

@@ -12,10 +12,12 @@ from pydantic import Field
 from torch import Tensor
 
 from moefold import Activity, Context, Experts, Groups, Layer, Reduced, Routed, Similarity, Stage, hookimpl, stage
-from moefold_plugins.compensated import Blend, Damping, Weigh, chunks
-from moefold_plugins.compensation import factor
+from moefold_plugins.compensated import Blend, Weigh, chunks
 from moefold_plugins.matching import matchings
 from moefold_plugins.moments import Calibration
+from moefold_plugins.neurons import Neurons, gathered, ranked, total
+from moefold_plugins.pair_merging import usages
+from moefold_plugins.targets import row_weights
 
 AT_ONCE = 1 << 26
 """Elements of pairs whose errors are computed together."""
@@ -98,62 +100,64 @@ def pair_by_error(
     experts: Experts,
     context: Context,
     *,
-    rows: Annotated[
-        int, Field(ge=1, description="of each matrix, evenly spaced, that stand for all: bounds the time")
-    ] = 256,
+    sample: Annotated[
+        int,
+        Field(ge=1, description="neurons of each expert, evenly spaced, that stand for all: bounds the time"),
+    ] = 128,
     weigh: Weigh = "usage",
-    blend: Blend = 256.0,
-    damping: Damping = 0.01,
+    blend: Blend = 1024.0,
     fraction: Fraction = 1.0,
     skip: Skip = [],  # noqa: B006
 ) -> Groups:
     """The perfect matching whose compensated merges are predicted to cost least; the cheapest pairs first.
 
-    For puzzlemoe.compensated, with the same `weigh`, `blend` and `damping`. An error in column k of expert e costs
-    n_e / (H_e^-1)_kk: what is left of it when all other columns make up for it as well as they can (GPTQ, arXiv
-    2210.17323, equation 2). A pair's cost is the sum over elements of the least of sharing their mean and keeping one.
+    For puzzlemoe.compensated, with the same `weigh` and `blend`. A pair's cost is that of the best of three choices,
+    summed over weights, with what a squared error costs by the diagonal of the moments (neurons), where the busiest
+    neurons of one expert are merged with the rarest of the other, or all in their own order where that costs less.
+    With the diagonal of the inverse instead (GPTQ, arXiv 2210.17323, equation 2), which says what is left once other
+    columns have made up for an error, pairs were no better.
     """
     if _skips(layer, skip) or experts.count < 2:
         return _pairs([], experts.count, fraction, skipped=True)
     experts = experts.to(context.device)
-    costs = _column_costs(Calibration(layer, routed, experts, blend), experts, damping, weigh)
-    total = torch.zeros(experts.count, experts.count, dtype=torch.float64)
-    for weights, cost in zip((experts.gate_up, experts.down), costs, strict=True):
-        some = weights[:, :: max(1, weights.shape[1] // rows)]
-        total += _errors(some, cost) * (weights.shape[1] / some.shape[1])
+    total = _errors(experts, Calibration(layer, routed, experts, blend), sample, weigh)
     pairs = sorted(matchings(total, range(experts.count))[0], key=lambda pair: (float(total[pair]), pair))
     return replace(_pairs(pairs, experts.count, fraction, skipped=False), costs=total.float())
 
 
-def _column_costs(calibration: Calibration, experts: Experts, damping: float, weigh: str) -> tuple[Tensor, Tensor]:
-    """What a squared error in a column of gate and up, and of down, costs once it is made up for: [expert, columns]."""
-    found: tuple[list[Tensor], list[Tensor]] = [], []
-    for chunk in chunks([[expert] for expert in range(experts.count)], experts):
-        moments = calibration.moments([expert for part in chunk for expert in part])
-        usage = [float(max(n, 1)) if weigh == "usage" else 1.0 for n in moments.tokens]
-        for costs, moment in zip(found, (moments.x, moments.h), strict=True):
-            factors = factor(moment, damping)
-            for unit, cost, share in zip(factors.unit, factors.cost, usage, strict=True):
-                eye = torch.eye(len(unit), device=unit.device)
-                inverse = torch.linalg.solve_triangular(unit, eye, upper=True, unitriangular=True)
-                costs.append(share / (inverse.square() / cost[:, None]).sum(dim=0))
-    return torch.stack(found[0]), torch.stack(found[1])
-
-
-def _errors(weights: Tensor, cost: Tensor) -> Tensor:
-    """The least cost of every two experts, from weights [expert, rows, columns]: [expert, expert] on the CPU."""
-    count, size = len(weights), weights.float().abs()
-    alone = size.square() * cost[:, None]
-    found = torch.zeros(count, count, dtype=torch.float64, device=weights.device)
-    step = max(1, AT_ONCE // size[0].numel())
-    for first in range(count):
-        for start in range(first + 1, count, step):
+def _errors(experts: Experts, calibration: Calibration, sample: int, weigh: str) -> Tensor:
+    """The predicted cost of every two experts: [expert, expert] on the CPU."""
+    natural, falling, rising = _neurons(experts, calibration, sample, weigh)
+    found = torch.zeros(experts.count, experts.count, dtype=torch.float64, device=experts.down.device)
+    step = max(1, AT_ONCE // falling.size[0].numel())
+    for first in range(experts.count - 1):
+        for start in range(first + 1, experts.count, step):
             some = slice(start, start + step)
-            both = cost[first] * cost[some] / (cost[first] + cost[some])  # an error of the best mean
-            shared = (size[some] - size[first]).square_() * both[:, None]
-            least = torch.minimum(torch.minimum(shared, alone[some]), alone[first]).sum(dim=(1, 2))
-            found[first, some] = found[some, first] = least.double()
+            orders = (natural, natural), (falling, rising)
+            ways = [total(_part(one, first), _part(other, some)) for one, other in orders]
+            found[first, some] = found[some, first] = torch.minimum(*ways).double()
     return found.cpu()
+
+
+def _part(neurons: Neurons, some: int | slice) -> Neurons:
+    return Neurons(neurons.size[some], neurons.row[some], neurons.column[some])
+
+
+def _neurons(experts: Experts, calibration: Calibration, sample: int, weigh: str) -> list[Neurons]:
+    """Some neurons of every expert: in their own order, by falling energy, by rising energy."""
+    found: tuple[list[Neurons], ...] = [], [], []
+    natural = torch.arange(experts.inner, device=experts.down.device)
+    spaced = natural[:: max(1, experts.inner // sample)]
+    for chunk in chunks([[expert] for expert in range(experts.count)], experts):
+        members = [expert for part in chunk for expert in part]
+        seen = calibration.inputs(members)
+        some = Experts(experts.gate_up[members], experts.down[members], gated=experts.gated)
+        usage = usages(seen.tokens, calibration.blend, weigh).to(seen.x.device)
+        rows, orders = row_weights(some, seen), ranked(some, seen)
+        for place in range(len(members)):
+            for each, order in zip(found, (natural, orders[place], orders[place].flip(0)), strict=True):
+                each.append(gathered(some, place, order[spaced], seen, rows, usage))
+    return [Neurons(*map(torch.stack, zip(*each, strict=True))) for each in found]
 
 
 @hookimpl

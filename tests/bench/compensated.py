@@ -9,6 +9,7 @@ counted. Before anything is timed, one small layer is merged on the GPU and on t
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import sys
 import tempfile
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import samples, tiny
 from moefold import Checkpoint, Context, Experts, Groups, Layer, Routed, Text
 from moefold_plugins import compensated as stage
+from moefold_plugins import pair_merging
 from moefold_plugins.calibrate import forward, observe
 from moefold_plugins.compensation import Walk
 from moefold_plugins.moments import Calibration
@@ -147,7 +149,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = torch.device(args.device)
-    found: dict[str, Any] = {"tokens": args.tokens, "torch": torch.__version__, "device": "cpu"}
+    found: dict[str, Any] = {"date": datetime.date.today().isoformat(), "tokens": args.tokens}
+    found |= {"torch": torch.__version__, "device": "cpu"}
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name()
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
@@ -158,9 +161,12 @@ def main() -> None:
         if not close:
             sys.exit(f"merged on {device} and on the CPU, one layer differs; nothing was timed")
         clock = Clock(device)
-        clock.on(stage, "factor", "cholesky")
+        clock.on(pair_merging, "factor", "cholesky")
         clock.on(Calibration, "__init__", "moments")
-        clock.on(Calibration, "moments", "moments")
+        clock.on(Calibration, "inputs", "moments")
+        clock.on(Calibration, "changed", "moments, changed")
+        clock.on(pair_merging, "matched", "neurons")
+        clock.on(pair_merging, "pulled", "targets")
         clock.on(Walk, "first", "columns, first")
         clock.on(Walk, "again", "columns, again")
         for name in args.shapes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,11 +15,12 @@ from moefold.errors import InputError, StageError
 from moefold_kernels import layout_pairs
 from moefold_plugins import compensated as stage
 from moefold_plugins.codecs import Exponent
-from moefold_plugins.compensated import Merge, Rules, compensated
+from moefold_plugins.compensated import compensated
 from moefold_plugins.compensation import Walk, factor
-from moefold_plugins.moments import Moments
+from moefold_plugins.moments import Calibration
 from moefold_plugins.pair_codecs import Pair4, Pair6
 from moefold_plugins.pair_coding import PairCoder, Window
+from moefold_plugins.pair_merging import Merge, Rules
 
 ANY = Window(0.0, 3e38)
 
@@ -38,7 +41,7 @@ def pair() -> tuple[Tensor, Tensor]:
 
 
 def walked(weights: Tensor, moments: Tensor, block: int = 16, sweeps: int = 0) -> tuple[Walk, list[Tensor]]:
-    walk = Walk(weights, PairCoder(ANY, torch.ones(weights.shape[:2])), block, torch.bfloat16)
+    walk = Walk(weights, PairCoder(ANY, torch.ones(*weights.shape[:2], weights.shape[3])), block, torch.bfloat16)
     damages = [walk.first(factor(moments.clone(), 1e-9))]
     return walk, damages + [walk.again(moments) for _ in range(sweeps)]
 
@@ -174,10 +177,10 @@ def test_few_bits_are_laid_out_exactly(layer, routed, codec, table):
     spread = torch.tensor(values if bits == 3 else [0.5, 1.5]).bfloat16().tolist()
     levels, experts = LevelTable({str(bits): spread}) if table else None, layer.experts()
     if not table:  # enough weights to learn levels from
-        wide = torch.randn(4, 2 * 64, 64), torch.randn(4, 64, 64)
+        wide = torch.randn(4, 2 * 64, 64).bfloat16(), torch.randn(4, 64, 64).bfloat16()
         merge = Merge(Experts(*wide), Groups([[0, 1], [2, 3]], []), Rules(format=codec.name))
-        moments = Moments(*(torch.stack([correlated(64, s) for s in range(4)]) for _ in range(2)), [5, 0, 7, 9])
-        merge.add([[0, 1], [2, 3]], moments)
+        index = routed.top_k_index % 4
+        merge.add([[0, 1], [2, 3]], Calibration(layer, replace(routed, top_k_index=index), Experts(*wide), 256.0))
         packed = pack(codec(), merge.done())
         assert packed.counts["clipped"] == 0
         return
@@ -222,7 +225,7 @@ def test_usage_gives_the_busy_expert_its_way(layer, routed):
 
 def test_order_by_activation_merges_the_same_positions(layer, routed):
     natural, other = (
-        compensated(layer, routed, layer.experts(), PAIRS, None, CONTEXT, order=order)
+        compensated(layer, routed, layer.experts(), PAIRS, None, CONTEXT, order=order, neurons="natural")
         for order in ("natural", "activation")
     )
     for matrix, weights in layer.experts().matrices().items():

@@ -26,8 +26,8 @@ class ByColumn(PairCoder):
 class AtOnce(PairCoder):
     """With the kernel, interpreted where there is no GPU."""
 
-    def __init__(self, grid: Grid, usage: torch.Tensor) -> None:
-        super().__init__(grid, usage)
+    def __init__(self, grid: Grid, weight: torch.Tensor) -> None:
+        super().__init__(grid, weight)
         self.at_once = True
 
 
@@ -39,18 +39,18 @@ def grid(bits: int) -> Grid:
 
 
 def problem(pairs: int, width: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weights, moments and usage of correlated inputs."""
+    """Weights, moments of correlated inputs, and what errors in rows weigh."""
     generator = torch.Generator().manual_seed(width)
     inputs = torch.randn(pairs, 2, 300, width, generator=generator)
     inputs += 2 * torch.randn(pairs, 2, 300, 3, generator=generator) @ torch.randn(3, width, generator=generator)
     weights = torch.randn(pairs, 2, width, rows, generator=generator).bfloat16()
-    usage = torch.rand(pairs, 2, generator=generator) + 0.1
-    return weights.to(DEVICE), (inputs.mT @ inputs / 300).to(DEVICE), usage.to(DEVICE)
+    rows_weigh = torch.rand(pairs, 2, rows, generator=generator) ** 4 + 0.01
+    return weights.to(DEVICE), (inputs.mT @ inputs / 300).to(DEVICE), rows_weigh.to(DEVICE)
 
 
 def walked(kind: type[PairCoder], bits: int, problem: tuple[torch.Tensor, ...]) -> tuple[Walk, list[torch.Tensor]]:
-    weights, moments, usage = problem
-    walk = Walk(weights, kind(grid(bits), usage), 64, torch.bfloat16)
+    weights, moments, weight = problem
+    walk = Walk(weights, kind(grid(bits), weight), 64, torch.bfloat16)
     return walk, [walk.first(factor(moments.clone(), 1e-6)), walk.again(moments)]
 
 
@@ -67,8 +67,8 @@ def test_strips_at_once_are_columns_one_by_one(bits, shape):
 
 @pytest.mark.parametrize("bits", [0, 3])
 def test_one_column_is_the_same_bit_by_bit(bits):
-    weights, _, usage = problem(2, 1, 500)
-    coders = [kind(grid(bits), usage) for kind in (ByColumn, AtOnce)]
+    weights, _, weight = problem(2, 1, 500)
+    coders = [kind(grid(bits), weight) for kind in (ByColumn, AtOnce)]
     reads = []
     for coder in coders:
         coder.weigh(torch.tensor([[[1.0], [3.0]], [[0.5], [0.25]]], device=DEVICE))
@@ -81,8 +81,8 @@ def test_one_column_is_the_same_bit_by_bit(bits):
 
 
 def test_other_operands_are_refused():
-    weights, moments, usage = problem(1, 33, 4)
-    coder = AtOnce(grid(0), usage)
+    weights, moments, weight = problem(1, 33, 4)
+    coder = AtOnce(grid(0), weight)
     coder.weigh(moments.diagonal(dim1=-2, dim2=-1))
     with pytest.raises(FormatError, match="at most 32"):
         coder.strip(0, weights.float(), weights.float(), moments)

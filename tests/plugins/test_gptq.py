@@ -8,6 +8,7 @@ from torch import Tensor
 
 from models import tiny
 from moefold import Checkpoint, Context, Layers, Provenance, Routed
+from moefold.errors import InputError
 from moefold_plugins.gptq import GroupCoder, coded, gptq
 from moefold_plugins.save import save
 
@@ -96,3 +97,21 @@ def test_the_stage_gives_dense_experts_that_can_be_saved(tmp_path, compensate):
     again = Checkpoint.open(str(tmp_path / "out")).layers()[0].experts()
     assert torch.equal(again.gate_up, made[0].gate_up)
     assert torch.equal(again.down, made[0].down)
+
+
+def test_asymmetric_down_loses_less_of_the_output(tmp_path):
+    """Of each expert, over its own tokens."""
+    layer = Checkpoint.open(str(tiny("gpt_oss", tmp_path / "source", num_hidden_layers=2))).layers()[0]
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randn(600, 64, generator=generator).bfloat16()
+    index = torch.rand(600, 8, generator=generator).argsort(dim=1)[:, :2]
+    routed = Routed(tokens[None], tokens, index, torch.rand(600, 2, generator=generator))
+    context, own = Context(torch.device("cpu"), torch.Generator()), layer.experts()
+    errors = []
+    for asymmetric in (False, True):
+        made = gptq(layer, routed, own, context, bits=2, group=32, asymmetric=asymmetric)
+        off = [layer.output(made, e, tokens).float() - layer.output(own, e, tokens).float() for e in range(8)]
+        errors.append([float(each[(index == e).any(dim=1)].square().mean()) for e, each in enumerate(off)])
+    assert torch.tensor(errors[1]).sum() < 0.97 * torch.tensor(errors[0]).sum()
+    with pytest.raises(InputError, match="drop asymmetric"):
+        gptq(layer, routed, own, context, compensate=False, asymmetric=True)

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from models import tiny
-from moefold import Activity, Checkpoint, Context, Experts, Routed, Similarity
-from moefold_plugins import pairing
+from moefold import Activity, Checkpoint, Context, Experts, Groups, Routed, Similarity
+from moefold_plugins import neurons, pairing
+from moefold_plugins.compensated import compensated
 from moefold_plugins.moments import Calibration
 from moefold_plugins.pairing import pair_by_error, pair_by_usage, pair_random, pair_similar
 from moefold_plugins.similarity import similarity_weights
+from moefold_plugins.targets import row_weights
 
 
 @dataclass(frozen=True)
@@ -112,33 +114,51 @@ def test_least_error_pairs_alike_magnitudes(calibrated):
     costs = {tuple(pair): float(groups.costs[tuple(pair)]) for pair in groups.members}
     assert groups.costs.shape == (8, 8), "what the choice was made by, for the report"
     assert set(sorted(costs, key=costs.__getitem__)[:2]) == {(1, 6), (2, 4)}
-    half = pair_by_error(*calibrated, context, fraction=0.5, rows=7)
+    half = pair_by_error(*calibrated, context, fraction=0.5, sample=7)
     assert half.members == [[1, 6], [2, 4]]
     assert pair_by_error(*calibrated, context, skip=[calibrated[0].number]).alone == list(range(8))
 
 
-def test_the_column_costs_are_those_of_the_inverse(calibrated):
+def test_experts_that_are_alike_neuron_by_neuron_keep_their_order(calibrated, monkeypatch):
+    """In blocks that are not the whole expert busy neurons meet rare ones only, which are not alike."""
+    monkeypatch.setattr(neurons, "BLOCK", 8)
     layer, routed, experts = calibrated
-    calibration = Calibration(layer, routed, experts, 256.0)
-    moments = calibration.moments(range(8))
-    costs = pairing._column_costs(calibration, experts, 0.01, "usage")
-    for cost, moment in zip(costs, (moments.x, moments.h), strict=True):
-        for expert in range(8):
-            damped = moment[expert].double()
-            damped = damped + 0.01 * damped.diagonal().mean() * torch.eye(len(damped))
-            expected = moments.tokens[expert] / torch.linalg.inv(damped).diagonal()
-            torch.testing.assert_close(cost[expert].double(), expected, rtol=1e-3, atol=0)
+    context = Context(torch.device("cpu"), torch.Generator())
+    merge = compensated(layer, routed, experts, Groups([[1, 6], [0, 3]], [2, 4, 5, 7]), None, context)
+    assert merge.figures["matched"] == [False, True]
+    assert max(merge.figures["damage"]["output"][0]) < 0.1 * max(merge.figures["damage"]["output"][1])
 
 
-def test_an_errors_table_is_the_least_of_three_choices(monkeypatch):
-    weights, cost = torch.randn(5, 3, 4), torch.rand(5, 4) + 0.1
-    monkeypatch.setattr(pairing, "AT_ONCE", 24)  # two experts at a time
-    found = pairing._errors(weights, cost)
-    for i in range(5):
-        for j in range(i):
-            a, b, c, d = weights[i].abs(), weights[j].abs(), cost[i], cost[j]
-            mean = (c * a + d * b) / (c + d)
-            shared = c * (a - mean) ** 2 + d * (b - mean) ** 2
-            least = torch.minimum(torch.minimum(shared, c * a**2), d * b**2).sum()
-            assert float(found[i, j]) == pytest.approx(float(least), rel=1e-4)
-            assert found[i, j] == found[j, i]
+@pytest.mark.parametrize("sample", [5, 1000])
+def test_an_errors_table_is_the_least_of_three_choices_in_the_better_order(calibrated, monkeypatch, sample):
+    layer, routed, experts = calibrated
+    monkeypatch.setattr(pairing, "AT_ONCE", 2 * 3 * 64 * 32)  # two experts at a time
+    calibration = Calibration(layer, routed, experts, 1024.0)
+    found = pairing._errors(experts, calibration, sample, "usage")
+    seen = calibration.inputs(range(8))
+    rows = row_weights(experts, seen).view(8, 2, 32)
+    energy = experts.down.float().square().sum(dim=1) * seen.activity
+    spaced = torch.arange(0, 32, max(1, 32 // sample))
+
+    def cost(i: int, j: int, one: torch.Tensor, other: torch.Tensor) -> float:
+        total = 0.0
+        for a, b in zip(one[spaced].tolist(), other[spaced].tolist(), strict=True):
+            for part in range(3):
+                stack = experts.gate_up.view(8, 2, 32, 64)[:, part] if part < 2 else experts.down.mT
+                x, y = stack[i, a].float().abs(), stack[j, b].float().abs()
+                c, d = (
+                    (seen.tokens[e] + 1024.0)
+                    * (rows[e, part, n] * seen.x[e].diagonal() if part < 2 else seen.activity[e, n].expand(64))
+                    for e, n in ((i, a), (j, b))
+                )
+                mean = (c * x + d * y) / (c + d)
+                shared = c * (x - mean) ** 2 + d * (y - mean) ** 2
+                total += float(torch.minimum(torch.minimum(shared, c * x**2), d * y**2).sum())
+        return total
+
+    for i, j in ((0, 3), (1, 6), (5, 7)):
+        busy, rare = (energy[e].argsort(descending=True, stable=True) for e in (i, j))
+        rare = rare.flip(0)
+        least = min(cost(i, j, torch.arange(32), torch.arange(32)), cost(i, j, busy, rare))
+        assert float(found[i, j]) == pytest.approx(least, rel=1e-3)
+        assert found[i, j] == found[j, i]

@@ -43,7 +43,7 @@ def _as_bf16(magnitude):
 
 @triton.jit
 def _code(
-    target, whole, read, follow, cost, share, scales, levels, bounds, smallest, largest, columns, rows, target_stride,
+    target, whole, read, follow, cost, weight, scales, levels, bounds, smallest, largest, columns, rows, target_stride,
     whole_stride, scale_stride, LEVELS: tl.constexpr, STRIP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(1).to(tl.int64)
@@ -58,7 +58,9 @@ def _code(
     whole_0 = whole + 2 * pair * whole_stride + row
     read_0 = read + 2 * pair * columns * rows + row
     follow_0 = follow + 2 * pair * columns * columns
-    cost_0, share_0 = cost + 2 * pair * columns, share + 2 * pair * columns
+    cost_0 = cost + 2 * pair * columns
+    weight_0 = tl.load(weight + 2 * pair * rows + row, mask=inside, other=1.0)
+    weight_1 = tl.load(weight + (2 * pair + 1) * rows + row, mask=inside, other=1.0)
     off_0 = tl.zeros([STRIP, ROWS], tl.float32)
     off_1 = tl.zeros([STRIP, ROWS], tl.float32)
     for k in range(columns):
@@ -70,9 +72,9 @@ def _code(
         w_1 += tl.sum(pushed_1[:, None] * off_1, 0)
         tl.store(target_0 + k * rows, w_0, mask=inside)
         tl.store(target_0 + target_stride + k * rows, w_1, mask=inside)
-        c_0, c_1 = tl.load(cost_0 + k), tl.load(cost_0 + columns + k)
+        c_0, c_1 = tl.load(cost_0 + k) * weight_0, tl.load(cost_0 + columns + k) * weight_1
         a_0, a_1 = tl.abs(w_0), tl.abs(w_1)
-        both = a_0 * tl.load(share_0 + k) + a_1 * tl.load(share_0 + columns + k)
+        both = a_0 * tl.div_rn(c_0, c_0 + c_1) + a_1 * tl.div_rn(c_1, c_0 + c_1)
         both = _round(both, scale, levels, bounds, smallest, largest, LEVELS)
         first = _round(a_0, scale, levels, bounds, smallest, largest, LEVELS)
         second = _round(a_1, scale, levels, bounds, smallest, largest, LEVELS)
@@ -93,14 +95,14 @@ def _code(
         off_1 = tl.where(now, left_1[None, :], off_1)
 
 
-def code(target: Tensor, whole: Tensor, follow: Tensor, cost: Tensor, share: Tensor, rounding: Rounding) -> Tensor:
+def code(target: Tensor, whole: Tensor, follow: Tensor, cost: Tensor, weight: Tensor, rounding: Rounding) -> Tensor:
     """`moefold_kernels.columns.code_strip`, on a GPU or interpreted."""
     pairs, _, columns, rows = target.shape
     read = torch.empty(target.shape, dtype=torch.float32, device=target.device)
     _check(target, {"target": (target, target.shape), "whole": (whole, target.shape)}, dense=False)
     before = follow.mT.contiguous()  # [.., k, j]: what column k takes from those before it lies in a row
     operands: dict[str, tuple[Tensor, tuple[int, ...]]] = {"follow": (before, (pairs, 2, columns, columns))}
-    operands |= {"cost": (cost, (pairs, 2, columns)), "share": (share, (pairs, 2, columns))}
+    operands |= {"cost": (cost, (pairs, 2, columns)), "weight": (weight, (pairs, 2, rows))}
     levels = bounds = scale = cost
     count, stride = 0, 0
     if rounding.levels is not None and rounding.bounds is not None and rounding.scale is not None:
@@ -114,7 +116,7 @@ def code(target: Tensor, whole: Tensor, follow: Tensor, cost: Tensor, share: Ten
         launch = cast(Any, _code)  # its type has no launch options
         with torch.cuda.device_of(target):
             launch[(triton.cdiv(rows, ROWS), pairs)](
-                target, whole, read, before, cost, share, scale, levels, bounds, float(rounding.smallest),
+                target, whole, read, before, cost, weight, scale, levels, bounds, float(rounding.smallest),
                 float(rounding.largest), columns, rows, target.stride(1), whole.stride(1), stride,
                 LEVELS=count, STRIP=STRIP, ROWS=ROWS, num_warps=WARPS,
             )  # fmt: skip

@@ -1,0 +1,205 @@
+"""Merging a layer's pairs chunk by chunk: neurons in order, gate and up coded, then down for what they have become."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moefold import Experts, Groups, Json, Levels, LevelTable, MergedPairs
+from moefold.artifacts import as_index
+from moefold_kernels import layout, layout_pairs
+from moefold_plugins.compensation import Walk, damped, factor
+from moefold_plugins.moments import Calibration, Changed, Inputs
+from moefold_plugins.neurons import matched, reorder
+from moefold_plugins.pair_codecs import sample
+from moefold_plugins.pair_coding import Grid, Leveled, PairCoder, Window
+from moefold_plugins.targets import left, pulled, row_weights
+
+
+class Rules(NamedTuple):
+    """The stage's options."""
+
+    weigh: str = "usage"
+    damping: float = 0.01
+    block: int = 128
+    order: str = "natural"
+    neurons: str = "matched"
+    sweeps: int = 2
+    format: str = layout.EXPONENT
+
+
+@dataclass
+class _Stack:
+    """Gate and up as one, or down, and what has been merged of them: chunks of [pair, rows, columns]."""
+
+    weights: Tensor  # [expert, rows, columns]
+    magnitude: list[Tensor] = field(default_factory=list)
+    flags: list[Tensor] = field(default_factory=list)
+    scale: list[Tensor] = field(default_factory=list)
+    damage: list[list[float]] = field(default_factory=list)
+    """What coding costs the experts of each pair: tr((W - Q) H (W - Q)^T), H with its damping; of down, W is D*."""
+    raised: dict[str, int] = field(default_factory=dict)
+    clipped: int = 0
+
+
+class Merge:
+    """A layer's pairs, merged chunk by chunk."""
+
+    def __init__(self, experts: Experts, pairs: Groups, rules: Rules, table: LevelTable | None = None) -> None:
+        self.experts, self.pairs, self.rules = experts, pairs, rules
+        self.stacks = {"gate_up": _Stack(experts.gate_up), "down": _Stack(experts.down)}
+        self.tokens: dict[str, int] = {}
+        self.output: list[list[float]] = []
+        self.matched: list[bool] = []
+        biases = {"gate_up_bias": experts.gate_up_bias, "down_bias": experts.down_bias}
+        self.biases = {name: bias.clone() for name, bias in biases.items() if bias is not None}
+        paired = as_index([expert for pair in pairs.members for expert in pair])
+        some = {name: stack.weights[paired] for name, stack in self.stacks.items()} if len(paired) else {}
+        self.windows: dict[str, Window] = {}
+        self.levels: dict[str, Levels] = {}
+        if rules.format == layout.EXPONENT:
+            self.windows = {name: Window.over(weights) for name, weights in some.items()}
+            return
+        bits = layout_pairs.magnitude_bits(rules.format)
+        for name, weights in some.items():
+            self.levels[name] = table.levels(bits) if table else Levels.learn(sample(weights), bits)
+
+    def add(self, chunk: list[list[int]], calibration: Calibration) -> None:
+        """Merge some pairs: gate and up, then down for what they have become."""
+        members = [expert for pair in chunk for expert in pair]
+        seen = calibration.inputs(members)
+        self.tokens |= dict(zip(map(str, members), seen.tokens, strict=True))
+        by_use = self.rules.weigh == "usage"
+        usage = usages(seen.tokens, calibration.blend, self.rules.weigh).to(seen.x.device)
+        experts, seen = self._members(members, seen, usage)
+        usage = usage[:, None]
+        weight = usage * row_weights(experts, seen) if by_use else usage.expand(-1, experts.gate_up.shape[1])
+        read = self._code("gate_up", members, experts.gate_up, weight, seen.x, None)
+        del seen
+        changed = calibration.changed(members, experts, read.to(experts.gate_up.dtype))
+        weight = usage.expand(-1, experts.down.shape[1])
+        read = self._code("down", members, experts.down, weight, changed.h, changed)
+        self.output += left(experts.down, read, changed).view(-1, 2).tolist()
+
+    def _members(self, members: list[int], seen: Inputs, usage: Tensor) -> tuple[Experts, Inputs]:
+        """The members alone, their neurons in the order in which they are merged; and what was seen, in that order."""
+        index, all_biases = as_index(members), self.biases.get("gate_up_bias")
+        bias = None if all_biases is None else all_biases[index]
+        found = Experts(self.experts.gate_up[index], self.experts.down[index], bias, gated=self.experts.gated)
+        if self.rules.neurons == "natural":
+            self.matched += [False] * (len(members) // 2)
+            return found, seen
+        orders = matched(found, seen, usage)
+        natural = torch.arange(found.inner, device=orders.device)
+        self.matched += (orders != natural).any(dim=1).view(-1, 2).any(dim=1).tolist()
+        for row, order in enumerate(orders):
+            reorder(found, row, order)
+        if all_biases is not None and bias is not None:
+            all_biases[index] = bias
+        slope = seen.slope.unflatten(1, (-1, found.inner)).take_along_dim(orders[:, None], 2).flatten(1)
+        return found, seen._replace(activity=seen.activity.gather(1, orders), slope=slope)
+
+    def _code(
+        self, name: str, members: list[int], weights: Tensor, weight: Tensor, moment: Tensor, changed: Changed | None
+    ) -> Tensor:
+        """Merge one stack [member, rows, columns] under `moment` by its rows' `weight`; returns how it reads."""
+        stack, rules = self.stacks[name], self.rules
+        columns = weights.unflatten(0, (-1, 2)).mT  # [pair, 2, columns, rows]
+        moment, weight = moment.unflatten(0, (-1, 2)), weight.unflatten(0, (-1, 2)).contiguous()
+        order = costly_first(moment) if rules.order == "activation" else None  # [pair, columns]
+        if order is not None:
+            columns, moment = columns.take_along_dim(order[:, None, :, None], 2), _in_order(moment, order)
+        factors = factor(moment.clone(), rules.damping)
+        target = columns
+        if changed is not None:
+            cross = changed.cross.unflatten(0, (-1, 2))
+            target = pulled(columns, cross if order is None else _in_order(cross, order), factors)
+        grid = self._grid(name, columns.device)
+        walk = Walk(target, PairCoder(grid, weight), rules.block, torch.bfloat16)
+        damage = walk.first(factors)
+        with damped(moment, rules.damping, factors.raised):
+            for _ in range(rules.sweeps):
+                damage = walk.again(moment)
+        back = None if order is None else order.argsort(dim=1)[:, None, :, None]
+        read = walk.read if back is None else walk.read.take_along_dim(back, 2)  # [pair, 2, columns, rows]
+        magnitude = read.abs().amax(dim=1)
+        stack.magnitude.append(magnitude.mT.contiguous())
+        stack.flags.append(MergedPairs.flag(read < 0, read != 0).mT.contiguous())
+        stack.scale += [grid.scales()] if isinstance(grid, Leveled) else []
+        stack.clipped += grid.clipped(magnitude)
+        stack.damage += damage.tolist()
+        stack.raised |= {str(e): count for e, count in zip(members, factors.raised, strict=True) if count}
+        return read.mT.flatten(0, 1)
+
+    def _grid(self, name: str, device: torch.device) -> Grid:
+        return self.windows[name] if name in self.windows else Leveled(self.levels[name], device)
+
+    def done(self) -> MergedPairs:
+        """All pairs, and the experts left alone."""
+        experts, alone = self.experts, self.pairs.alone
+        left = {name: weights[as_index(alone)].cpu() for name, weights in experts.matrices().items()} if alone else {}
+        route = None if experts.route is None else experts.route.tolist()
+        settings = {name: {"levels": list(levels.values)} for name, levels in self._by_matrix(self.levels).items()}
+        return MergedPairs(
+            format=self.rules.format,
+            pairs=self.pairs.members,
+            alone=alone,
+            magnitude=self._matrices({name: stack.magnitude for name, stack in self.stacks.items()}),
+            flags=self._matrices({name: stack.flags for name, stack in self.stacks.items()}),
+            experts=left,
+            scale=self._matrices({name: stack.scale for name, stack in self.stacks.items()}),
+            settings=settings,
+            route=route,
+            biases={name: bias.cpu() for name, bias in self.biases.items()},
+            figures=self._figures(),
+        )
+
+    def _by_matrix(self, values: dict[str, Any]) -> dict[str, Any]:
+        """What there is of a stack, by the names of its matrices."""
+        if not values:
+            return {}
+        return {name: values["down" if name == "down_proj" else "gate_up"] for name in self.experts.matrices()}
+
+    def _matrices(self, parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        """Chunks of stacks as the matrices that they hold."""
+        inner = self.experts.inner
+        rows = {"gate_proj": slice(inner), "up_proj": slice(-inner, None), "down_proj": slice(None)}
+        return {
+            name: torch.cat([part[:, rows[name]] for part in chunks])
+            for name, chunks in self._by_matrix(parts).items()
+            if chunks
+        }
+
+    def _figures(self) -> dict[str, Json]:
+        """By stack, expert or pair.
+
+        `damage`: see `_Stack`; `output` is mean g^2 |f - f'|^2 of each expert's output, gate, up and down in one.
+        `raised`: how often damping had to be raised tenfold. `matched`: pairs whose neurons were put in another order.
+        """
+        return {
+            "tokens": self.tokens,
+            "unseen": [int(expert) for expert, count in self.tokens.items() if not count],
+            "damage": {name: stack.damage for name, stack in self.stacks.items()} | {"output": self.output},
+            "matched": self.matched,
+            "raised": {name: stack.raised for name, stack in self.stacks.items()},
+            "clipped": {name: stack.clipped for name, stack in self.stacks.items()},
+        }
+
+
+def usages(tokens: list[int], blend: float, weigh: str) -> Tensor:
+    """How much each expert's errors count: by its tokens, those that blending added among them, or alike."""
+    return torch.tensor([max(count + blend, 1.0) if weigh == "usage" else 1.0 for count in tokens])
+
+
+def _in_order(matrix: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns of [pair, 2, columns, columns] in an order [pair, columns]."""
+    return matrix.take_along_dim(order[:, None, :, None], 2).take_along_dim(order[:, None, None], 3)
+
+
+def costly_first(moment: Tensor) -> Tensor:
+    """Columns by both experts' second moments [pair, 2, columns, columns], largest sum first: [pair, columns]."""
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)  # [pair, 2, columns]
+    return diagonal.sum(dim=1).argsort(dim=1, descending=True, stable=True)

@@ -38,8 +38,8 @@ def puzzlemoe(workbench: Workbench) -> dict[str, Figure]:
 
 @benchmark("quality.compensated")
 def compensated(workbench: Workbench) -> dict[str, Figure]:
-    """Pairs whose errors are made up for column by column, packed."""
-    stages = "  - uses: pair.by_usage\n  - uses: puzzlemoe.compensated\n  - uses: pack.exponent\n"
+    """Pairs chosen by predicted error, whose errors are made up for column by column, packed."""
+    stages = "  - uses: pair.by_error\n  - uses: puzzlemoe.compensated\n  - uses: pack.exponent\n"
     return workbench.quality(_calibrated(stages))
 
 

@@ -30,7 +30,8 @@ Skip = Annotated[list[int], Field(description="decoder layers that stay as they 
 
 def _skips(layer: Layer, skip: list[int]) -> bool:
     """Whether the layer stays as it is; raises InputError where `skip` names one that has no experts."""
-    layer.checkpoint.check_layers(skip)
+    if skip:
+        layer.checkpoint.check_layers(skip)
     return layer.number in skip
 
 

@@ -167,7 +167,7 @@ def test_kernels_run_them_and_who_gets_none_is_told_why(format, device, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("capability", "remark"), [((9, 0), ""), ((8, 0), "by plain kernels, as those for it are for")]
+    ("capability", "remark"), [((9, 0), ""), ((8, 0), "by plain kernels, not by the fast ones: they are for")]
 )
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_gpu_gets_kernels_and_an_older_one_is_told_which(format, capability, remark, monkeypatch):

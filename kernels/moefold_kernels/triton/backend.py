@@ -106,7 +106,7 @@ def _few_bit(need: Need) -> str:
     from moefold_kernels.triton.portability import plain_because
 
     why = plain_because(need.device)
-    return f"; {need.format} by plain kernels, as those for it {why.removeprefix('they ')}" if why else ""
+    return f"; {need.format} by plain kernels, not by the fast ones: {why}" if why else ""
 
 
 def _weights(packed: PackedExperts) -> Weights:

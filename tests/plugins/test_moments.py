@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from calibrated import first_layer, routed_to
 from torch import Tensor
 
-from models import tiny
-from moefold import Checkpoint, Routed
+from moefold import Routed
 from moefold.errors import InputError
 from moefold_plugins import visits as going
 from moefold_plugins.moments import Calibration
@@ -15,17 +15,13 @@ from moefold_plugins.moments import Calibration
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss", "deepseek_v3"])
 def layer(request, tmp_path_factory: pytest.TempPathFactory):
-    path = tiny(request.param, tmp_path_factory.mktemp("tiny") / "m", num_hidden_layers=2)
-    return Checkpoint.open(str(path)).layers()[0]
+    return first_layer(request.param, tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
 def routed() -> Routed:
     """No token reaches experts 6 and 7 of 8."""
-    generator = torch.Generator().manual_seed(4)
-    tokens = torch.randn(200, 64, generator=generator).bfloat16()
-    index = torch.rand(200, 6, generator=generator).argsort(dim=1)[:, :2]
-    return Routed(tokens[None], tokens, index, torch.rand(200, 2, generator=generator))
+    return routed_to(6, tokens=200)
 
 
 def expected(layer, routed: Routed, expert: int, blend: float) -> tuple[Tensor, Tensor, int]:

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from calibrated import first_layer, routed_to
 from torch import Tensor
 
-from models import tiny
-from moefold import Checkpoint, Experts, Routed
+from moefold import Experts, Routed
 from moefold_plugins import neurons
 from moefold_plugins.moments import Calibration
 from moefold_plugins.neurons import matched, reorder
@@ -17,16 +17,12 @@ from moefold_plugins.neurons import matched, reorder
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss"])
 def layer(request, tmp_path_factory: pytest.TempPathFactory):
-    path = tiny(request.param, tmp_path_factory.mktemp("tiny") / "m", num_hidden_layers=2)
-    return Checkpoint.open(str(path)).layers()[0]
+    return first_layer(request.param, tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
 def routed() -> Routed:
-    generator = torch.Generator().manual_seed(4)
-    tokens = torch.randn(400, 64, generator=generator).bfloat16()
-    index = torch.rand(400, 8, generator=generator).argsort(dim=1)[:, :2]
-    return Routed(tokens[None], tokens, index, torch.rand(400, 2, generator=generator))
+    return routed_to(8, tokens=400)
 
 
 def shuffled(experts: Experts, expert: int, seed: int) -> tuple[Experts, Tensor]:

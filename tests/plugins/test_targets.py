@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from calibrated import first_layer, routed_to
 from torch import Tensor
 
-from models import tiny
-from moefold import Checkpoint, Experts, Routed
+from moefold import Experts, Routed
 from moefold_plugins.compensation import factor
 from moefold_plugins.moments import Calibration
 from moefold_plugins.targets import left, pulled, row_weights
@@ -19,17 +19,13 @@ MEMBERS = [2, 7, 0]
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss", "deepseek_v3"])
 def layer(request, tmp_path_factory: pytest.TempPathFactory):
-    path = tiny(request.param, tmp_path_factory.mktemp("tiny") / "m", num_hidden_layers=2)
-    return Checkpoint.open(str(path)).layers()[0]
+    return first_layer(request.param, tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
 def routed() -> Routed:
     """No token reaches experts 6 and 7 of 8."""
-    generator = torch.Generator().manual_seed(4)
-    tokens = torch.randn(300, 64, generator=generator).bfloat16()
-    index = torch.rand(300, 6, generator=generator).argsort(dim=1)[:, :2]
-    return Routed(tokens[None], tokens, index, torch.rand(300, 2, generator=generator))
+    return routed_to(6, tokens=300)
 
 
 def some(experts: Experts) -> Experts:

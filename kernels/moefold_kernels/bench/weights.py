@@ -6,11 +6,19 @@ from collections.abc import Mapping
 
 import torch
 
-from moefold_kernels import layout, layout_pairs
+from moefold_kernels import eighths, layout, layout_pairs
 from moefold_kernels.bench.cases import Shape
 from moefold_kernels.reference import PackedExperts, encode
 from moefold_kernels.reference_pairs import LeveledExperts
 
+_SIX = [eighths.value(byte) for byte in range(32)]
+LEVELS = {
+    "pair4": [0.5625, 1.875],
+    "pair5": [0.3125, 0.75, 1.25, 1.875],
+    "pair6": [0.125, 0.375, 0.625, 0.875, 1.125, 1.375, 1.625, 1.875],
+    "pair8": [32 * level for level in (_SIX[1] * eighths.SMALLEST, *_SIX[1:])],
+}
+"""Levels as models have them: numbers of eighths.py."""
 OWN = 0.26
 """Share of positions that one expert keeps alone; the other as many, and the rest is shared (Gaussians at tau 0.4)."""
 
@@ -55,7 +63,7 @@ def _random_levels(
     shape: Shape, format: str, sizes: Mapping[str, tuple[int, int]], generator: torch.Generator
 ) -> LeveledExperts:
     """Any bits are words of the few-bit formats: all states and levels as often as one another."""
-    device, bits = generator.device, layout_pairs.magnitude_bits(format)
+    device = generator.device
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, (rows, columns) in sizes.items():
         for part, width in layout_pairs.planes(format, columns).items():
@@ -66,6 +74,6 @@ def _random_levels(
             else:
                 made = torch.randint(-(2**31), 2**31, size, generator=generator, device=device, dtype=torch.int32)
             parts.setdefault(part, {})[name] = made
-    levels = {name: [2.0 * (i + 1) / (1 << bits) for i in range(1 << bits)] for name in sizes}
+    levels = dict.fromkeys(sizes, LEVELS[format])
     rest = format, parts.get("low", {}), parts["scale"], levels, {name: size[1] for name, size in sizes.items()}
     return LeveledExperts(parts["words"], {}, {}, _pairs(shape, generator), (), *rest)

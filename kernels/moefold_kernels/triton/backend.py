@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moefold_kernels import activation, layout, layout_pairs, reference
 from moefold_kernels.backend import Need
+from moefold_kernels.levels import coded as levels_coded
 from moefold_kernels.levels import layer_tables
 from moefold_kernels.places import tables
 from moefold_kernels.reference import PackedExperts
@@ -131,7 +132,8 @@ def leveled(packed: LeveledExperts) -> Leveled:
     wide = Planes(fused(packed.words), fused(low) if low else None, fused(packed.scale))
     narrow = Planes(packed.words["down_proj"], low["down_proj"] if low else None, packed.scale["down_proj"])
     levels = layer_tables(packed.format, packed.levels).to(narrow.words.device)
-    return Leveled(packed.format, contiguous(wide), contiguous(narrow), levels, "gate_proj" in packed.words)
+    coded = levels_coded(packed.format, packed.levels)
+    return Leveled(packed.format, contiguous(wide), contiguous(narrow), levels, "gate_proj" in packed.words, coded)
 
 
 def _projections(matrices: Mapping[str, Tensor], packed: PackedExperts) -> Projections | None:

@@ -23,7 +23,7 @@ from moefold_kernels import layout, layout_pairs
 from moefold_kernels.bench.cases import Shape
 from moefold_kernels.errors import BenchmarkError
 from moefold_kernels.levels import INTEGERS
-from moefold_kernels.triton import layer
+from moefold_kernels.triton import e4m3_launch, layer
 from moefold_kernels.triton.plans import Plan
 from moefold_kernels.triton.weights import Leveled, Planes, Projections, Weights
 
@@ -152,6 +152,7 @@ def _run(job: Job) -> None:
         layer.gate_up(weights, x, shape.top_k, tables, plan)
     if job.part != "first":
         x = torch.zeros(index.numel(), shape.inner, dtype=torch.bfloat16, device=job.device)
+        x = layer.Mixed(e4m3_launch.between(x), x) if plan.second.terms else x
         layer.down(weights, x, index, scales, tables, plan, torch.bfloat16)
 
 
@@ -187,4 +188,4 @@ def empty(shape: Shape, format: str, device: torch.device) -> Leveled:
 
     levels = torch.zeros(3, INTEGERS, dtype=torch.int32, device=device)
     wide, narrow = planes(2 * shape.inner, shape.hidden), planes(shape.hidden, shape.inner)
-    return Leveled(format, wide, narrow, levels, gated=True)
+    return Leveled(format, wide, narrow, levels, gated=True, coded=True)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from moefold_kernels import layout, layout_pairs
 from moefold_kernels.levels import FACTOR
-from moefold_kernels.triton import joined, project
+from moefold_kernels.triton import e4m3_launch, joined, project
 from moefold_kernels.triton.configs import Shape, choose
+from moefold_kernels.triton.e4m3_launch import Terms
 from moefold_kernels.triton.plans import Plan, Tile
 from moefold_kernels.triton.portability import Target, blocks, launch, power_of_two
 from moefold_kernels.triton.routing import Tables, Tiles, route
@@ -62,7 +63,8 @@ def forward(
     to bfloat16 once. Entries whose expert does not exist contribute nothing. `plan` is for measuring.
     """
     plan = plan or plan_for(weights, *top_k_index.shape)
-    plan = plan if joins(weights, activation, plan.first) else apart(plan)
+    plan = plan if joins(weights, activation, plan.first) else replace(plan, joined=False)
+    plan = plan if activation.name in ACTIVATIONS and e4m3_launch.takes(weights, plan) else in_bf16(plan)
     top_k_index = top_k_index.contiguous()  # here, as `combine` reads it before the kernel in front of it has ended
     x = hidden.to(torch.bfloat16)
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -83,8 +85,17 @@ def joins(weights: Weights, activation: Activation, tile: Tile) -> bool:
 
 
 def apart(plan: Plan) -> Plan:
-    """The plan with a launch for each projection."""
-    return replace(plan, joined=False)
+    """The plan with a launch for each projection, and bf16 rows between them."""
+    return in_bf16(replace(plan, joined=False))
+
+
+def in_bf16(plan: Plan) -> Plan:
+    """The plan with bf16 operands."""
+
+    def plain(tile: Tile) -> Tile:
+        return replace(tile, terms=0, registers=0, tokens=max(tile.tokens, 8)) if tile.terms else tile
+
+    return replace(plan, first=plain(plan.first), second=plain(plan.second))
 
 
 def route_for(weights: Weights, top_k_index: Tensor, plan: Plan) -> Tables:
@@ -123,15 +134,24 @@ def both(
     return parts
 
 
+class Mixed(NamedTuple):
+    """Activations of a layer whose pairs are done in terms: theirs, and the rows of experts alone."""
+
+    terms: Terms
+    rows: Tensor
+
+
 def gate_up(
     weights: Weights, x: Tensor, top_k: int, tables: Tables, plan: Plan, activation: Activation = SILU
-) -> Tensor:
-    """The hidden activations [entry in order, inner] of `x` [token, hidden]."""
+) -> Tensor | Mixed:
+    """The hidden activations [entry in order, inner] of `x` [token, hidden]; Mixed for a plan in terms."""
     inner, hidden, gated = weights.any.inner, weights.any.hidden, weights.any.gated
     fused = ACTIVATIONS.get(activation.name) if gated else None
-    out = x.new_empty(len(tables.order), inner if fused or not gated else 2 * inner)
     target, tile, biases = Target.of(x), plan.first, weights.biases
+    entries = 0 if tile.terms and weights.alone is None else len(tables.order)
+    out = x.new_empty(entries, inner if fused or not gated else 2 * inner)
     bias = None if biases is None else (biases.gate if biases.gate is not None else biases.up)
+    terms = e4m3_launch.empty(len(tables.order), inner, x, inner // layout_pairs.GROUP) if tile.terms else None
     for kind, mode, first, table in _kinds(weights, tables.first, tile):
         shared = {
             "hidden": hidden, "inner": inner, "top_k": top_k, "capacity": table.shape[1], "x_row": x.stride(0),
@@ -141,6 +161,14 @@ def gate_up(
         } | _cut(tile, target)  # fmt: skip
         lists = (out, tables.order, tables.offsets, table, weights.experts, bias)
         grid = (_programs(table, mode) * blocks(inner, tile.rows),)
+        if terms and isinstance(kind, Leveled):
+            assert fused
+            e4m3_launch.gate_up(
+                grid, e4m3_launch.prepared(x), kind, terms,
+                (tables.order, tables.offsets, table, weights.experts, bias),
+                _narrow(shared, tile, "x_row") | {"FORMAT": kind.format, "ACTIVATION": fused, "STAGES": tile.stages, "HALVES": e4m3_launch.halves(tile, hidden)},
+            )  # fmt: skip
+            continue
         if isinstance(kind, Leveled):
             planes, low, more = _planes(kind, kind.wide)
             if fused and _decodes_fast(tile, target, kind, x, 2):
@@ -169,25 +197,26 @@ def gate_up(
     if fused is None:
         assert activation.function is not None
         out = activation.function(out).to(x.dtype).contiguous()
-    return out
+    return Mixed(terms, out) if terms else out
 
 
 def down(
     weights: Weights,
-    x: Tensor,
+    x: Tensor | Mixed,
     top_k_index: Tensor,
     top_k_weights: Tensor,
     tables: Tables,
     plan: Plan,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The output [token, hidden] of the hidden activations `x` [entry in order, inner]."""
+    """The output [token, hidden] of the hidden activations `x` [entry in order, inner], as `gate_up` returns them."""
     hidden, inner = weights.any.hidden, weights.any.inner
-    tile, target = plan.second, Target.of(x)
+    rows = x.rows if isinstance(x, Mixed) else x
+    tile, target = plan.second, Target.of(rows)
     step = max(tile.columns, STEP) if isinstance(weights.packed, Leveled) else tile.columns
     part = blocks(blocks(inner, tile.splits), step) * step
     splits = blocks(inner, part)
-    parts = x.new_empty(splits, len(tables.order), hidden, dtype=torch.float32 if splits > 1 else torch.bfloat16)
+    parts = rows.new_empty(splits, len(tables.order), hidden, dtype=torch.float32 if splits > 1 else torch.bfloat16)
     gates, top_k_index = top_k_weights.contiguous(), top_k_index.contiguous()
     bias = None if weights.biases is None else weights.biases.down
     for kind, mode, first, table in _kinds(weights, tables.second, tile):
@@ -197,22 +226,42 @@ def down(
         } | _cut(tile, target)  # fmt: skip
         lists = (parts, tables.order, tables.offsets, table, weights.experts, gates, bias)
         programs = _programs(table, mode) * blocks(hidden, tile.rows)
+        if isinstance(x, Mixed) and isinstance(kind, Leveled):
+            e4m3_launch.down(
+                (programs, splits), x.terms, kind, parts,
+                (tables.order, tables.offsets, table, weights.experts, gates, bias),
+                _narrow(shared, tile)
+                | {"FORMAT": kind.format, "part": part, "out_split": parts.stride(0), "STAGES": tile.stages, "HALVES": e4m3_launch.halves(tile, inner)},
+            )  # fmt: skip
+            continue
         if isinstance(kind, Leveled):
             planes, low, more = _planes(kind, kind.narrow)
-            if _decodes_fast(tile, target, kind, x, 1):
+            if _decodes_fast(tile, target, kind, rows, 1):
                 launch(
-                    _leveled().project_out, (programs, splits), x, *_paired(planes), *lists,
+                    _leveled().project_out, (programs, splits), rows, *_paired(planes), *lists,
                     **_narrow(shared, tile), **more, part=part, out_split=parts.stride(0), shift=LEVELED / FACTOR,
                     STAGES=tile.stages, **_registers(tile),
                 )  # fmt: skip
                 continue
-            base, operands, shift = kind.narrow.words, (x, *planes, *lists), LEVELED
+            base, operands, shift = kind.narrow.words, (rows, *planes, *lists), LEVELED
         else:
-            base, operands, low, shift = kind.down, (x, kind.down, None, None, None, *lists), -1, _shift(kind.tops[2])
+            base, operands, low, shift = (
+                kind.down,
+                (rows, kind.down, None, None, None, *lists),
+                -1,
+                _shift(kind.tops[2]),
+            )
         shared |= {"w_unit": base.stride(0), "w_row": base.stride(1)}
-        if low < 0 and splits == 1 and mode != project.DENSE.value and _overlaps(tile, target, base, x):
+        if low < 0 and splits == 1 and mode != project.DENSE.value and _overlaps(tile, target, base, rows):
             launch(
-                _overlapped(tile).project_out, (programs,), x, base, *lists, **shared, shift=shift, STAGES=tile.stages
+                _overlapped(tile).project_out,
+                (programs,),
+                rows,
+                base,
+                *lists,
+                **shared,
+                shift=shift,
+                STAGES=tile.stages,
             )
             continue
         launch(
@@ -303,11 +352,11 @@ def _paired(planes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return words, low, scale.view(torch.int32), levels
 
 
-def _narrow(shared: dict[str, Any], tile: Tile) -> dict[str, Any]:
-    """What leveled.py takes of these."""
-    return {name: value for name, value in shared.items() if name not in ("COLUMNS", "EXTRA")} | {
-        "PAIRED": tile.paired, "LOOKED": tile.looked_up,
-    }  # fmt: skip
+def _narrow(shared: dict[str, Any], tile: Tile, *but: str) -> dict[str, Any]:
+    """What leveled.py and e4m3.py take of these."""
+    taken = {name: value for name, value in shared.items() if name not in ("COLUMNS", "EXTRA", *but)}
+    decoding = _registers(tile) if tile.terms else {"LOOKED": tile.looked_up}
+    return taken | {"PAIRED": tile.paired} | decoding
 
 
 def _registers(tile: Tile) -> dict[str, int]:

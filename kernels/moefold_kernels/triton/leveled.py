@@ -51,7 +51,7 @@ FIRST = gl.constexpr(256)
 
 
 @gluon.jit
-def _rows_in(first_row, inner, w_up, ROWS: gl.constexpr, layout: gl.constexpr):
+def rows_in(first_row, inner, w_up, ROWS: gl.constexpr, layout: gl.constexpr):
     """Gate and up rows by eights, and where the up rows are: (row, rows to skip)."""
     stacked = gl.arange(0, 2 * ROWS, gl.SliceLayout(1, layout))
     row = (first_row + stacked // 16 * 8 + stacked % 8) % inner
@@ -59,16 +59,16 @@ def _rows_in(first_row, inner, w_up, ROWS: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _rows_out(first_row, hidden, ROWS: gl.constexpr, layout: gl.constexpr):
+def rows_out(first_row, hidden, ROWS: gl.constexpr, layout: gl.constexpr):
     return (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))) % hidden
 
 
 @gluon.jit
-def _plane(plane, unit, row, rows, words, skipped, WORDS: gl.constexpr, layout: gl.constexpr):
+def plane_at(plane, unit, row, rows, words, skipped, WORDS: gl.constexpr, layout: gl.constexpr):
     """Pointers to the first WORDS words, from `skipped` on, of some rows of a unit; a plane is contiguous."""
     start = (unit.to(gl.int64) * rows + row) * words + skipped
     if WORDS > 1:
-        start = gl.multiple_of(start, 4)  # whole steps: 16 bytes
+        start = gl.multiple_of(start, min(WORDS, 4))  # whole steps: 16 bytes
     return plane + start[:, None] + gl.arange(0, WORDS, gl.SliceLayout(0, layout))[None, :]
 
 
@@ -151,7 +151,7 @@ def _products(
 
 
 @gluon.jit
-def _entries(offsets, unit, slot, skipped, PAIRED: gl.constexpr):
+def entries_of(offsets, unit, slot, skipped, PAIRED: gl.constexpr):
     """(begin, end) of the first place's entries in a tile, and of the second's."""
     place = 2 * unit + (0 if PAIRED else slot)
     begin0, end0 = gl.load(offsets + place) + skipped, gl.load(offsets + place + 1)
@@ -187,7 +187,7 @@ def project_in(
     if unit < 0:
         return
     skipped = gl.load(tiles + capacity + tile) * TOKENS
-    place, begin0, end0, begin1, end1 = _entries(offsets, unit, slot, skipped, PAIRED)
+    place, begin0, end0, begin1, end1 = entries_of(offsets, unit, slot, skipped, PAIRED)
     if not PAIRED and begin0 >= end0:
         return
     buffers = buffers_of(2 * ROWS, TOKENS, STAGES, FORMAT, PAIRED, LOOKED)
@@ -195,13 +195,15 @@ def project_in(
     wide: gl.constexpr = plane_layout(words_held(apart), gl.num_warps())
     lows: gl.constexpr = plane_layout(low_held(FORMAT, apart), gl.num_warps())
     one: gl.constexpr = plane_layout(1, gl.num_warps())
-    row_w = _rows_in(first_row, inner, w_up, ROWS, wide)
-    row_l = _rows_in(first_row, inner, w_up, ROWS, lows)
-    row_s = _rows_in(first_row, inner, w_up, ROWS, one)
+    row_w = rows_in(first_row, inner, w_up, ROWS, wide)
+    row_l = rows_in(first_row, inner, w_up, ROWS, lows)
+    row_s = rows_in(first_row, inner, w_up, ROWS, one)
     planes = (
-        _plane(words, unit, row_w, 2 * inner, hidden // 8, 0, words_held(apart), wide),
-        _plane(low, unit, row_l, 2 * inner, hidden * low_words(FORMAT, STEP) // STEP, 0, low_held(FORMAT, apart), lows),
-        _plane(scale, unit, row_s, 2 * inner, hidden // STEP, 0, 1, one),
+        plane_at(words, unit, row_w, 2 * inner, hidden // 8, 0, words_held(apart), wide),
+        plane_at(
+            low, unit, row_l, 2 * inner, hidden * low_words(FORMAT, STEP) // STEP, 0, low_held(FORMAT, apart), lows
+        ),
+        plane_at(scale, unit, row_s, 2 * inner, hidden // STEP, 0, 1, one),
     )
     steps = hidden // STEP
     planes = begin_words(buffers, planes, steps, STAGES, FORMAT, apart)
@@ -243,7 +245,7 @@ def project_out(
     if unit < 0:
         return
     skipped = gl.load(tiles + capacity + tile) * TOKENS
-    place, begin0, end0, begin1, end1 = _entries(offsets, unit, slot, skipped, PAIRED)
+    place, begin0, end0, begin1, end1 = entries_of(offsets, unit, slot, skipped, PAIRED)
     if not PAIRED and begin0 >= end0:
         return
     begin = gl.program_id(1) * part
@@ -254,15 +256,15 @@ def project_out(
     lows: gl.constexpr = plane_layout(low_held(FORMAT, apart), gl.num_warps())
     one: gl.constexpr = plane_layout(1, gl.num_warps())
     planes = (
-        _plane(
-            words, unit, _rows_out(first_row, hidden, ROWS, wide), hidden, inner // 8, begin // 8, words_held(apart),
+        plane_at(
+            words, unit, rows_out(first_row, hidden, ROWS, wide), hidden, inner // 8, begin // 8, words_held(apart),
             wide,
         ),
-        _plane(
-            low, unit, _rows_out(first_row, hidden, ROWS, lows), hidden, inner * low_words(FORMAT, STEP) // STEP,
+        plane_at(
+            low, unit, rows_out(first_row, hidden, ROWS, lows), hidden, inner * low_words(FORMAT, STEP) // STEP,
             begin * low_words(FORMAT, STEP) // STEP, low_held(FORMAT, apart), lows,
         ),
-        _plane(scale, unit, _rows_out(first_row, hidden, ROWS, one), hidden, inner // STEP, begin // STEP, 1, one),
+        plane_at(scale, unit, rows_out(first_row, hidden, ROWS, one), hidden, inner // STEP, begin // STEP, 1, one),
     )  # fmt: skip
     steps = gl.minimum(inner - begin, part) // STEP
     planes = begin_words(buffers, planes, steps, STAGES, FORMAT, apart)

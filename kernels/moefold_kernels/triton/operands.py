@@ -39,6 +39,8 @@ class Operands(NamedTuple):
     gate_up_scale: Tensor | None = None  # [pair, 2 * inner, groups] int16
     down_scale: Tensor | None = None
     levels: Tensor | None = None  # [3, INTEGERS] int32: levels.py, of gate, up and down
+    coded: bool = False
+    """Whether all levels are e4m3 numbers times a factor (levels.coded)."""
 
 
 def sample(operands: Operands) -> tuple[Tensor, Tensor]:
@@ -138,7 +140,7 @@ def _leveled(gate_up: Tensor | None, down: Tensor | None, operands: Operands) ->
     if gate_up is None or down is None or not len(down) or wide is None or narrow is None or levels is None:
         return None
     above, below = Planes(gate_up, operands.gate_up_low, wide), Planes(down, operands.down_low, narrow)
-    return Leveled(operands.format, contiguous(above), contiguous(below), levels, operands.gated)
+    return Leveled(operands.format, contiguous(above), contiguous(below), levels, operands.gated, operands.coded)
 
 
 def _projections(gate_up: Tensor | None, down: Tensor | None, operands: Operands) -> Projections | None:

@@ -44,6 +44,7 @@ def experts(
     gate_up_scale: Tensor | None,
     down_scale: Tensor | None,
     levels: Tensor | None,
+    coded: bool,
     activation: str,
     limit: float,
     alpha: float,
@@ -84,6 +85,7 @@ def gate_up(
     gate_up_scale: Tensor | None,
     down_scale: Tensor | None,
     levels: Tensor | None,
+    coded: bool,
 ) -> Tensor:
     """What the first projection gives, bias included: [token * top_k, 2 * inner] bfloat16 (or inner), gate before up.
 
@@ -121,6 +123,7 @@ def down(
     gate_up_scale: Tensor | None,
     down_scale: Tensor | None,
     levels: Tensor | None,
+    coded: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     """The output [token, hidden] in `dtype` of activated rows [token * top_k, inner] in the order of `gate_up`.

@@ -8,6 +8,9 @@ from moefold_kernels import layout, layout_pairs
 from moefold_kernels.errors import FormatError
 from moefold_kernels.levels import ENTRIES
 
+GROUP = layout_pairs.GROUP
+"""Rows of gate and up in terms come in so many: they are columns of down, with a factor for a group."""
+PER_WARP = 16
 MODES = ("pair", "slot", "overlapped_pair", "overlapped")
 
 
@@ -34,13 +37,18 @@ class Tile:
     """Cache lines of each row of words that a program asks for while the kernel before it ends (project.py)."""
     looked_up: int = 0
     """Few-bit formats on Hopper: how many quarters of the positions are decoded by a table in shared memory; and"""
+    terms: int = 0
+    """Or 2: by e4m3 operands, each token's value being a sum of two (e4m3.py); with it, tokens may be 4, and"""
     registers: int = 0
     """the most registers of a thread, where that lets more programs run at once (0: as many as the compiler likes)."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise FormatError(f"there is no mode {self.mode!r}; there are: {', '.join(MODES)}")
-        sizes = {"tokens": 8 if self.overlapped else 16, "rows": 16, "columns": 16, "warps": 1, "ahead": 1} | (
+        if self.terms not in (0, 2) or (self.terms and (not self.overlapped or self.looked_up or self.extra)):
+            raise FormatError(f"terms is {self.terms!r}, and must be 0, or 2 in an overlapped mode with nothing extra")
+        least = 4 if self.terms else 8 if self.overlapped else 16
+        sizes = {"tokens": least, "rows": 16, "columns": 16, "warps": 1, "ahead": 1} | (
             {"extra": 16} if self.extra else {}
         )
         for name, least in sizes.items():
@@ -60,6 +68,7 @@ class Tile:
         entries = f"{self.tokens}+{self.extra}" if self.extra else f"{self.tokens}"
         more = f" g{self.group}" * (self.group > 1) + f" k{self.splits}" * (self.splits > 1)
         more += f" a{self.ahead}" * (self.ahead != 4) + f" t{self.looked_up}" * (self.looked_up > 0)
+        more += f" e{self.terms}" * (self.terms > 0)
         more += f" r{self.registers}" * (self.registers > 0)
         return f"{self.mode} {entries} {self.rows}x{self.columns} w{self.warps} s{self.stages}{more}"
 
@@ -91,6 +100,17 @@ class Plan:
     """One launch does both (joined.py), where a layer allows it; the tiles then are alike, of `2 * first.rows` rows."""
 
     def __post_init__(self) -> None:
+        first, second = self.first, self.second
+        if bool(first.terms) != bool(second.terms):
+            raise FormatError(f"{first} and {second}: what one leaves in terms the other has to take so")
+        if first.terms and not (
+            first.rows % GROUP == 0
+            and all(tile.warps % 4 == 0 for tile in (first, second))
+            and min(2 * first.rows // first.warps, second.rows // second.warps) >= PER_WARP
+        ):
+            raise FormatError(
+                f"{first} and {second}: in terms, gate and up need whole groups of {GROUP} rows, and a warp 16 of either"
+            )
         able = not self.first.overlapped and self.first.splits == 1
         if self.joined and not (able and self.second == _below(self.first)):
             raise FormatError(f"{self.first} and {self.second} cannot be joined in one launch")
@@ -116,8 +136,10 @@ def fits(plan: Plan, memory: int, format: str = layout.EXPONENT) -> bool:
 def tile_fits(tile: Tile, gated: bool, memory: int, format: str = layout.EXPONENT) -> bool:
     """The same of one tile, which has twice its rows where there is a gate; some stages need a little less."""
     rows, entries = tile.rows * (2 if gated else 1), tile.entries * (2 if tile.paired else 1)
-    if tile.looked_up and format != layout.EXPONENT and leveled_bytes(tile, gated, format) > memory:
+    if (tile.looked_up or tile.terms) and format != layout.EXPONENT and leveled_bytes(tile, gated, format) > memory:
         return False
+    if tile.terms:
+        return True
     return 2 * (rows + entries) * tile.columns * tile.stages <= memory + 16384
 
 
@@ -128,6 +150,9 @@ def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
     """
     rows, entries = tile.rows * (2 if gated else 1), tile.entries * (2 if tile.paired else 1)
     bits = layout_pairs.magnitude_bits(format) + layout_pairs.STATE_BITS
+    if tile.terms:  # planes, two terms of each token, and factors of both groups
+        wide = 2 if tile.columns > 128 else 1
+        return wide * ((tile.stages - 1) * rows * (16 * bits + 4) + tile.stages * entries * (256 + 16)) + 4096
     staged = tile.stages * (rows * (16 * bits + 4) + 256 * entries) + 1024
     table = 128 * ENTRIES[format] if tile.looked_up else 0
     return staged + table if staged + table <= 48 * 1024 or not table else max(staged, 49 * 1024) + table

@@ -51,6 +51,8 @@ class Leveled(NamedTuple):
     narrow: Planes  # down
     levels: Tensor  # [3, INTEGERS] int32: of gate, up and down, as levels.py has them
     gated: bool
+    coded: bool = False
+    """Whether all levels are e4m3 numbers times a factor (levels.coded)."""
 
     @property
     def inner(self) -> int:

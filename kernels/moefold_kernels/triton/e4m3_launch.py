@@ -1,0 +1,90 @@
+"""Launches of e4m3.py for a layer's pairs: which layers it takes, and what goes between its kernels."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moefold_kernels.triton.plans import GROUP, Plan, Tile
+from moefold_kernels.triton.portability import Target, launch, power_of_two
+from moefold_kernels.triton.weights import Leveled, Weights
+
+STEP = 128
+"""e4m3_stage.STEP, without importing Gluon."""
+ALIGNED = 16
+
+
+class Terms(NamedTuple):
+    """Rows as e4m3_tokens.py stores them."""
+
+    values: Tensor  # [row, 2 * columns] float8_e4m3fn
+    factors: Tensor  # [row] float32, or [row, groups of 64 columns]
+
+
+def takes(weights: Weights, plan: Plan) -> bool:
+    """Whether e4m3.py does a layer's pairs: on Hopper, for levels that are e4m3 numbers, in whole steps of columns."""
+    kind = weights.packed
+    if not plan.first.terms or not isinstance(kind, Leveled) or not (kind.coded and kind.gated):
+        return False
+    planes = [part for matrix in (kind.wide, kind.narrow) for part in matrix if part is not None]
+    aligned = all(part.is_contiguous() and part.data_ptr() % ALIGNED == 0 for part in planes)
+    return aligned and Target.of(weights.places).overlap and not (kind.hidden % STEP or kind.inner % STEP)
+
+
+def halves(tile: Tile, columns: int) -> int:
+    """Of a step of this tile: two are 256 columns."""
+    return 2 if tile.columns >= 2 * STEP and columns % (2 * STEP) == 0 else 1
+
+
+def prepared(x: Tensor) -> Terms:
+    """The terms of `x` [row, columns] bfloat16, columns being a number of groups; one factor a row."""
+    from moefold_kernels.triton import e4m3_tokens
+
+    rows, columns = x.shape
+    made = empty(rows, columns, x, 1)
+    if rows:
+        chain = Target.of(x).chain
+        size = power_of_two(columns)
+        launch(
+            e4m3_tokens.prepare, (rows,), x, *made, columns, x.stride(0), COLUMNS=size, CHAIN=chain,
+            num_warps=max(1, min(8, size // 512)), **({"launch_pdl": True} if chain else {}),
+        )  # fmt: skip
+    return made
+
+
+def empty(rows: int, columns: int, like: Tensor, factors: int) -> Terms:
+    """Room for the terms of so many rows, with so many factors each (one: no dimension for them)."""
+    values = like.new_empty(rows, 2 * columns, dtype=torch.float8_e4m3fn)
+    return Terms(values, like.new_empty((rows,) if factors == 1 else (rows, factors), dtype=torch.float32))
+
+
+def between(x: Tensor) -> Terms:
+    """The terms of activations [entry, inner] as the first projection leaves them: a factor for each group."""
+    values, factors = prepared(x)
+    return Terms(values, factors[:, None].expand(-1, x.shape[1] // GROUP).contiguous())
+
+
+def gate_up(
+    grid: tuple[int, ...], tokens: Terms, kind: Leveled, out: Terms, tables: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    """`tables`: order, offsets, tiles, experts and bias; `options`: numbers and constants of the kernel."""
+    from moefold_kernels.triton import e4m3
+
+    launch(e4m3.project_in, grid, *tokens, *_planes(kind, 0), *out, *tables, w_up=kind.inner, **options)
+
+
+def down(
+    grid: tuple[int, ...], rows: Terms, kind: Leveled, out: Tensor, tables: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    """The same, with the gate weights before the bias."""
+    from moefold_kernels.triton import e4m3
+
+    launch(e4m3.project_out, grid, *rows, *_planes(kind, 1), out, *tables, **options)
+
+
+def _planes(kind: Leveled, number: int) -> tuple[Tensor, ...]:
+    matrix = (kind.wide, kind.narrow)[number]
+    low = matrix.words if matrix.low is None else matrix.low
+    return matrix.words, low, matrix.scale.view(torch.int32), kind.levels

@@ -1,0 +1,93 @@
+"""Tokens as sums of two e4m3 numbers, for products with e4m3 weights.
+
+A token's values x are scaled by a power of two that brings the largest one to 128 or more, below 256, and then are
+e4m3(x) + e4m3(x - e4m3(x)): rounding takes at most 2^-8 of a value, or 2^-17 of the largest. Measured on normal values
+the error is 6e-4 of their norm, where bf16 itself rounds by 1.7e-3.
+
+Stored are, for each group of 64 columns, 64 first terms and then 64 second ones, each in the order that a product of
+e4m3_operands.py wants: column 16 t + 8 s + 4 u + j is number 32 s + 16 u + 4 t + j. Beside them is what to multiply sums
+with: one number a token before the first projection, one for each group of 64 between the projections.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.experimental.gluon as gluon
+import triton.language as tl
+from triton.experimental.gluon import language as gl
+
+from moefold_kernels.triton.portability import after_the_one_before
+
+@triton.jit
+def split_terms(values, largest):
+    """First and second terms of float32 `values` whose absolute values are `largest` at most, and the factor.
+
+    The largest gets the exponent 7; it counts as 2 ** -111 at least, so that no scale overflows. Rounding is written out
+    (to four significant bits, below 2 ** -6 to steps of 2 ** -9) and not read back from the e4m3 numbers: ptxas 12.8 to
+    13.0 took the wrong half of a register for every other two of those.
+    """
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 16)
+    scale = ((261 - exponent) << 23).to(tl.float32, bitcast=True)
+    scaled = values * scale
+    bits = scaled.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + (bits >> 20 & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    rounded = tl.where(tl.abs(scaled) < 2.0**-6, scaled + 24576.0 - 24576.0, normal)
+    first, second = rounded.to(tl.float8e4nv), (scaled - rounded).to(tl.float8e4nv)
+    return first, second, ((exponent - 7) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def prepare(x, out, factors, hidden, x_row, COLUMNS: tl.constexpr, CHAIN: tl.constexpr):
+    """One token: `x` [token, hidden] bf16 to `out` [token, group, 2, 64] e4m3 and `factors` [token] float32."""
+    after_the_one_before(CHAIN)
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, COLUMNS)
+    number = at % 64
+    column = at // 64 * 64 + number // 4 % 4 * 16 + number // 32 * 8 + number // 16 % 2 * 4 + number % 4
+    values = tl.load(x + token * x_row + column, mask=at < hidden, other=0.0).to(tl.float32)
+    first, second, factor = split_terms(values, tl.max(tl.abs(values), axis=0))
+    to = out + token * (2 * hidden) + at // 64 * 128 + number
+    tl.store(to, first, mask=at < hidden)
+    tl.store(to + 64, second, mask=at < hidden)
+    tl.store(factors + token, factor)
+
+
+@gluon.constexpr_function
+def _layout(rows, warps):
+    """[rows, tokens]: a thread has four rows, which lie side by side in memory."""
+    across = min(rows // 4, 32)
+    return gl.BlockedLayout([4, 1], [across, 32 // across], [1, warps], [0, 1])
+
+
+@gluon.jit
+def write_terms(
+    value, out, factors, begin, end, first_row, inner, ROWS: gl.constexpr, TOKENS: gl.constexpr
+):  # fmt: skip
+    """Float32 activations [ROWS (whole groups), TOKENS] to `out` [entry, group, 2, 64] and `factors` [entry, group]."""
+    layout: gl.constexpr = _layout(ROWS, gl.num_warps())
+    value = gl.convert_layout(value, layout)
+    groups: gl.constexpr = ROWS // 64
+    largest = gl.max(gl.abs(gl.reshape(value, (groups, 64, TOKENS))), axis=1)
+    exponent = gl.maximum(largest.to(gl.int32, bitcast=True) >> 23, 16)  # as split_terms
+    factor = ((exponent - 7) << 23).to(gl.float32, bitcast=True)
+    scale = ((261 - exponent) << 23).to(gl.float32, bitcast=True)
+    three = gl.reshape(value, (groups, 64, TOKENS))
+    scaled = gl.reshape(three * gl.expand_dims(scale, 1), (ROWS, TOKENS))
+    scaled = gl.convert_layout(scaled, layout)
+    bits = scaled.to(gl.int32, bitcast=True)  # rounded as in split_terms
+    normal = ((bits + 0x7FFFF + (bits >> 20 & 1)) & -0x100000).to(gl.float32, bitcast=True)
+    rounded = gl.where(gl.abs(scaled) < 2.0**-6, scaled + 24576.0 - 24576.0, normal)
+    first, second = rounded.to(gl.float8e4nv), (scaled - rounded).to(gl.float8e4nv)
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    entry = begin + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
+    column = row % 64
+    number = column // 8 % 2 * 32 + column // 4 % 2 * 16 + column // 16 * 4 + column % 4
+    at = (first_row + row) // 64 * 128 + number
+    to = out + entry.to(gl.int64)[None, :] * (2 * inner) + at[:, None]
+    live = (first_row + row < inner)[:, None] & (entry < end)[None, :]
+    gl.store(to, first, mask=live)
+    gl.store(to + 64, second, mask=live)
+    group = first_row // 64 + gl.arange(0, groups, gl.SliceLayout(1, factor.type.layout))
+    entry = begin + gl.arange(0, TOKENS, gl.SliceLayout(0, factor.type.layout))
+    to = factors + entry.to(gl.int64)[None, :] * (inner // 64) + group[:, None]
+    gl.store(to, factor, mask=(group < inner // 64)[:, None] & (entry < end)[None, :])

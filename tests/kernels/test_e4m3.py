@@ -1,0 +1,107 @@
+"""e4m3 operands against the definition: the assembly by a few instructions of PTX in Python, tokens' terms in Triton."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from leveled import FORMATS, matrix
+from ptx import run
+from torch import Tensor
+
+from moefold_kernels import layout_pairs, reference_pairs
+from moefold_kernels.bench.weights import LEVELS
+from moefold_kernels.levels import E4M3, coded, row_tables
+
+pytest.importorskip("triton", reason="needs triton")
+from moefold_kernels.triton import e4m3_decode
+from moefold_kernels.triton.e4m3_launch import between, prepared
+
+ROWS, COLUMNS, GROUP = 6, 192, 64
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def test_levels_of_other_numbers_are_not_coded():
+    assert coded("pair4", {"up_proj": LEVELS["pair4"], "down_proj": [1.125, 3.75]})
+    assert not coded("pair4", {"up_proj": LEVELS["pair4"], "down_proj": [1.0, 1.9921875]})
+    assert not coded("pair4", {})
+    assert row_tables("pair4", [1.0, 1.9921875])[E4M3:] == [0] * 28
+
+
+def low_of(format: str, plane: Tensor, thread: int, step: int) -> list[int]:
+    """A thread's word of `low` [words] for eight columns of a group, moved as the kernel moves it."""
+    if format == "pair8":
+        return [int(plane[2 * thread + step])]
+    if format == "pair6":
+        return [int(plane[thread]) >> 2 * step]
+    return [int(plane[thread // 2]) >> 2 * (thread % 2) + step]
+
+
+def operands(format: str, planes: dict[str, Tensor], row: int, group: int, slots: int, slot: int) -> Tensor:
+    """e4m3 [slots, GROUP] of a row as the threads' registers lie in a product, as float64."""
+    table = row_tables(format, LEVELS[format])[E4M3:]
+    own = [table[4 * number] for number in range(e4m3_decode.TABLES[format])]
+    states = [table[8 + 8 * each + 4 * half] for each in range(2) for half in range(2)]
+    made = torch.zeros(slots, GROUP, dtype=torch.uint8)
+    each = GROUP * layout_pairs.low_bits(format) // 32
+    low = planes["low"][row, each * group : each * (group + 1)] if "low" in planes else torch.empty(0)
+    for thread in range(4):
+        for step in range(2):
+            word = [int(planes["words"][row, 8 * group + 2 * thread + step])]
+            moved = low_of(format, low, thread, step) if "low" in planes else []
+            given = [*word, *moved, *own, *(states if slots == 2 else states[2 * slot : 2 * slot + 2])]
+            found = run(e4m3_decode.assembly(format, slots), 2 * slots, given)
+            for number, register in enumerate(found):
+                at = 32 * step + 16 * (number % 2) + 4 * thread
+                made[number // 2, at : at + 4] = torch.tensor(list(register.to_bytes(4, "little")), dtype=torch.uint8)
+    return made.view(torch.float8_e4m3fn).double()
+
+
+@pytest.mark.parametrize("slots, slot", [(2, 0), (1, 0), (1, 1)])
+@pytest.mark.parametrize("format", FORMATS)
+def test_products_of_groups_are_the_definitions(format, slots, slot):
+    """Threads' registers times prepared tokens, in the product's order; then scales and factors."""
+    level, scale, negative, keep = matrix(format, ROWS, COLUMNS)
+    planes = reference_pairs.encode(format, level, scale, negative, keep)
+    planes["words"] = planes["words"].clone()
+    x = torch.randn(3, COLUMNS, generator=torch.Generator().manual_seed(1)).bfloat16()
+    values, factors = (part.cpu() for part in prepared(x.to(DEVICE)))
+    terms = values.view(3, COLUMNS // GROUP, 2, GROUP).double().sum(dim=2)
+    factor = torch.tensor([row_tables(format, LEVELS[format])[E4M3 + 24]]).to(torch.int32).view(torch.float32).item()
+    for number in range(slots):
+        total = torch.zeros(3, ROWS, dtype=torch.float64)
+        for row in range(ROWS):
+            for group in range(COLUMNS // GROUP):
+                made = operands(format, planes, row, group, slots, slot)[number]
+                total[:, row] += terms[:, group] @ made * scale[row, group].double()
+        found = total * factor * factors.double()[:, None]
+        right = reference_pairs.decode(format, planes, LEVELS[format], COLUMNS, slot + number).double()
+        wanted = x.double() @ right.T
+        assert ((found - wanted).norm() / wanted.norm()).item() < 4e-3
+        exact = x.double() @ (right.sign() * right.abs()).T
+        assert torch.equal(exact, wanted)
+
+
+def test_terms_are_close_and_the_factor_a_power_of_two():
+    x = torch.randn(5, 512, generator=torch.Generator().manual_seed(2)) * torch.logspace(-30, 30, 5, base=2)[:, None]
+    x[3] = 0
+    x[4, 17] = 1000 * x[4].abs().max()
+    x = x.bfloat16().to(DEVICE)
+    values, factors = prepared(x)
+    assert torch.equal(factors.log2().frac(), torch.zeros_like(factors))
+    order = torch.arange(GROUP)
+    column = order // 4 % 4 * 16 + order // 32 * 8 + order // 16 % 2 * 4 + order % 4
+    back = torch.empty(5, 8, GROUP, dtype=torch.float64, device=DEVICE)
+    back[..., column] = values.view(5, 8, 2, GROUP).double().sum(dim=2)
+    error = back.flatten(1) * factors.double()[:, None] - x.double()
+    largest = x.double().abs().amax(dim=1, keepdim=True)
+    assert bool((error.norm(dim=1) <= (1e-3 if x.is_cuda else 2e-3) * x.double().norm(dim=1)).all())
+    if x.is_cuda:  # the interpreter's e4m3 numbers are not rounded to nearest
+        assert bool((error.abs() <= (x.double().abs() * 2**-8).clamp(min=largest * 2**-17)).all())
+    assert not back[3].any()
+
+
+def test_activations_have_a_factor_for_each_group():
+    x = torch.randn(4, 256, generator=torch.Generator().manual_seed(3)).bfloat16().to(DEVICE)
+    terms = between(x)
+    assert terms.factors.shape == (4, 4)
+    assert terms.values.shape == (4, 512)

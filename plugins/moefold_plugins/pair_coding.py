@@ -171,9 +171,14 @@ class PairCoder:
 
 
 def least_cost(first: Tensor, second: Tensor, cost: Tensor, other: Tensor) -> Tensor:
-    """What the best of the three choices costs, without rounding, of sizes |w_i|, |w_j| and costs c_i, c_j > 0."""
-    shared = (first - second).square_().mul_(cost * other / (cost + other))
+    """What the best of the three choices costs, without rounding, of sizes |w_i|, |w_j| and costs c_i, c_j >= 0."""
+    shared = (first - second).square_().mul_(cost * other / _positive(cost + other))
     return torch.minimum(torch.minimum(shared, cost * first.square()), other * second.square())
+
+
+def _positive(cost: Tensor) -> Tensor:
+    """Where no error costs anything (a neuron that never fires) anything may be read."""
+    return cost.clamp(min=torch.finfo(cost.dtype).tiny)
 
 
 def _candidates(size: Tensor, cost: Tensor) -> Tensor:

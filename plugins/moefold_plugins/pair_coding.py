@@ -176,6 +176,15 @@ def least_cost(first: Tensor, second: Tensor, cost: Tensor, other: Tensor) -> Te
     return torch.minimum(torch.minimum(shared, cost * first.square()), other * second.square())
 
 
+def read_cost(first: Tensor, second: Tensor, cost: Tensor, other: Tensor) -> Tensor:
+    """What an error as large as what is then read would cost: rounding is a share of it."""
+    both = _positive(cost + other)
+    alone, left = cost * first.square(), other * second.square()
+    shared = (first - second).square_().mul_(cost * other / both)
+    read = torch.where(left <= alone, alone, left)  # the choice that leaves the other out
+    return torch.where(shared <= torch.minimum(alone, left), (cost * first + other * second).square_() / both, read)
+
+
 def _positive(cost: Tensor) -> Tensor:
     """Where no error costs anything (a neuron that never fires) anything may be read."""
     return cost.clamp(min=torch.finfo(cost.dtype).tiny)

@@ -21,6 +21,7 @@ from moefold.checkpoint import Checkpoint
 from moefold.errors import CheckpointError
 from moefold.pruned import kept, renumbered, standing_in
 from moefold.standins import Forward, Stop, Unfit, bare, beside, compare, feed, hidden_of, replaced, rerouted, tupled
+from moefold_kernels.grouped import say
 
 
 class StreamedModel:
@@ -46,6 +47,7 @@ class StreamedModel:
         self.dtype = self._skeleton.dtype
         self.layer_count = len(self._layers)
         self.expert_layers = tuple(self._skeleton.experts)
+        say(self._model)
         self.hidden_size = int(self._model.config.get_text_config().hidden_size)
         self._skeleton.fill(self.device, self._is_shell)
         self._reached = False  # whether the model's own forward came as far as to its decoder layers

@@ -12,6 +12,7 @@ from transformers import initialization as init
 
 from moefold.checkpoint import Checkpoint
 from moefold.errors import CheckpointError
+from moefold_kernels.grouped import fit
 
 SUPPORTED = (
     "moefold reads the ForCausalLM models of transformers whose experts have its fused interface "
@@ -38,6 +39,7 @@ def on_meta(checkpoint: Checkpoint, dtype: torch.dtype, changes: Mapping[str, in
         message = f"{checkpoint.path / 'config.json'}: {kind}: no model can be made of it ({first}); {SUPPORTED}"
         raise CheckpointError(message) from error
     model.train(False)
+    fit(model)
     return model
 
 

@@ -219,8 +219,14 @@ class Skeleton:
         return dict(sorted(experts.items())), trunks.pop()
 
     def _why_no_experts(self) -> str:
-        if any("expert" in key or "moe" in key for key in self.model.config.to_dict()):
+        """By its modules: configurations of families that have both kinds speak of experts in dense models, too."""
+        family = self.name.partition("For")[0]  # JetMoe, whose every module says so
+        modules = self.model.named_modules()
+        kinds = {f"{name.rpartition('.')[2]} {type(part).__name__.removeprefix(family)}" for name, part in modules}
+        if any("expert" in kind.lower() or "moe" in kind.lower() for kind in kinds):
             return "keeps its routed experts in a form of its own, not in transformers' fused interface"
+        if any("expert" in key or "moe" in key for key in self.model.config.to_dict()):
+            return "has no routed experts: config.json makes each of its decoder layers a dense one"
         return "has no routed experts"
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:

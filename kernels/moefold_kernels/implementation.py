@@ -19,6 +19,7 @@ from moefold_kernels import layout
 from moefold_kernels.activation import OTHER, between
 from moefold_kernels.backend import Need
 from moefold_kernels.errors import BackendError
+from moefold_kernels.grouped import runnable
 from moefold_kernels.levels import coded
 from moefold_kernels.module import PackedModule, part_names
 from moefold_kernels.routed import RoutedModule
@@ -45,9 +46,10 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     if module.fallback is None:
         raise BackendError(
             f"experts_implementation={NAME!r} cannot run {module.stock_class.__name__}: {reason}. Name another one: "
-            'model.set_experts_implementation("grouped_mm")'
+            f'model.set_experts_implementation("{runnable(module, "grouped_mm", hidden_states.dtype)}")'
         )
-    _say(f"{module.stock_class.__name__}: {module.fallback} over decoded weights, because {NAME} cannot: {reason}")
+    stock = runnable(module, module.fallback, hidden_states.dtype)
+    _say(f"{module.stock_class.__name__}: {stock} over decoded weights, because {NAME} cannot: {reason}")
     return _stock(module, *batch)
 
 
@@ -127,7 +129,8 @@ def _stock(module: Any, *batch: Tensor) -> Tensor:
         )
     stock: Any = module.stock_class if isinstance(module, RoutedModule) else type(module)
     eager = stock.forward.__wrapped__  # what transformers' decorator has wrapped
-    return ALL_EXPERTS_FUNCTIONS.get_interface(module.fallback, eager)(module, *batch)  # type: ignore[no-any-return]
+    name = runnable(module, str(module.fallback), batch[0].dtype)
+    return ALL_EXPERTS_FUNCTIONS.get_interface(name, eager)(module, *batch)  # type: ignore[no-any-return]
 
 
 def register() -> None:

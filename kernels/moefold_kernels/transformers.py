@@ -25,6 +25,7 @@ from moefold_kernels.checkpoint import METHOD, VERSION, LayerEntry, PackedLayer,
 from moefold_kernels.conversion import Place, converters
 from moefold_kernels.errors import FormatError
 from moefold_kernels.finding import check_tensors, find, headers, renamed, wanted_dtypes
+from moefold_kernels.grouped import fit, say
 from moefold_kernels.module import ENDS, PackedModule, is_experts, pack_module, unpack_module
 from moefold_kernels.quantized import MATRICES, MatrixReader
 from moefold_kernels.routed import MergedModule, RoutedModule, merge_module, unmerge_module
@@ -158,6 +159,8 @@ class MoefoldQuantizer(HfQuantizer):
                 unmerge_module(module, kind)
         stock, named = model.get_correct_experts_implementation(None), model.get_experts_implementation()
         model.set_experts_implementation({k: stock if v == implementation.NAME else v for k, v in named.items()})
+        fit(model)
+        say(model)
         if hasattr(model, "_weight_conversions"):
             del model._weight_conversions  # so that saving takes the stock ones
         return model

@@ -171,9 +171,23 @@ class PairCoder:
 
 
 def least_cost(first: Tensor, second: Tensor, cost: Tensor, other: Tensor) -> Tensor:
-    """What the best of the three choices costs, without rounding, of sizes |w_i|, |w_j| and costs c_i, c_j > 0."""
-    shared = (first - second).square_().mul_(cost * other / (cost + other))
+    """What the best of the three choices costs, without rounding, of sizes |w_i|, |w_j| and costs c_i, c_j >= 0."""
+    shared = (first - second).square_().mul_(cost * other / _positive(cost + other))
     return torch.minimum(torch.minimum(shared, cost * first.square()), other * second.square())
+
+
+def read_cost(first: Tensor, second: Tensor, cost: Tensor, other: Tensor) -> Tensor:
+    """What an error as large as what is then read would cost: rounding is a share of it."""
+    both = _positive(cost + other)
+    alone, left = cost * first.square(), other * second.square()
+    shared = (first - second).square_().mul_(cost * other / both)
+    read = torch.where(left <= alone, alone, left)  # the choice that leaves the other out
+    return torch.where(shared <= torch.minimum(alone, left), (cost * first + other * second).square_() / both, read)
+
+
+def _positive(cost: Tensor) -> Tensor:
+    """Where no error costs anything (a neuron that never fires) anything may be read."""
+    return cost.clamp(min=torch.finfo(cost.dtype).tiny)
 
 
 def _candidates(size: Tensor, cost: Tensor) -> Tensor:

@@ -9,18 +9,12 @@ from typing import Annotated, Any
 import networkx
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from moefold import Activity, Context, Experts, Groups, Layer, Reduced, Routed, Similarity, Stage, hookimpl, stage
-from moefold_plugins.compensated import Blend, Weigh, chunks
+from moefold_plugins.compensated import Blend, Weigh
 from moefold_plugins.matching import matchings
 from moefold_plugins.moments import Calibration
-from moefold_plugins.neurons import Neurons, gathered, ranked, total
-from moefold_plugins.pair_merging import usages
-from moefold_plugins.targets import row_weights
-
-AT_ONCE = 1 << 26
-"""Elements of pairs whose errors are computed together."""
+from moefold_plugins.pair_errors import pair_errors
 
 Fraction = Annotated[
     float, Field(ge=0, le=1, description="share of the layer's experts that take part; the others stay as they are")
@@ -113,52 +107,16 @@ def pair_by_error(
     """The perfect matching whose compensated merges are predicted to cost least; the cheapest pairs first.
 
     For puzzlemoe.compensated, with the same `weigh` and `blend`. A pair's cost is that of the best of three choices,
-    summed over weights, with what a squared error costs by the diagonal of the moments (neurons), where the busiest
-    neurons of one expert are merged with the rarest of the other, or all in their own order where that costs less.
-    With the diagonal of the inverse instead (GPTQ, arXiv 2210.17323, equation 2), which says what is left once other
-    columns have made up for an error, pairs were no better.
+    the neurons in the cheaper of two orders (pair_errors). With the diagonal of the inverse in place of the moments'
+    (GPTQ, arXiv 2210.17323, equation 2), which says what is left once other columns have made up for an error, pairs
+    were no better.
     """
     if _skips(layer, skip) or experts.count < 2:
         return _pairs([], experts.count, fraction, skipped=True)
     experts = experts.to(context.device)
-    total = _errors(experts, Calibration(layer, routed, experts, blend), sample, weigh)
+    total = pair_errors(experts, Calibration(layer, routed, experts, blend), sample, weigh).figures[..., 0]
     pairs = sorted(matchings(total, range(experts.count))[0], key=lambda pair: (float(total[pair]), pair))
     return replace(_pairs(pairs, experts.count, fraction, skipped=False), costs=total.float())
-
-
-def _errors(experts: Experts, calibration: Calibration, sample: int, weigh: str) -> Tensor:
-    """The predicted cost of every two experts: [expert, expert] on the CPU."""
-    natural, falling, rising = _neurons(experts, calibration, sample, weigh)
-    found = torch.zeros(experts.count, experts.count, dtype=torch.float64, device=experts.down.device)
-    step = max(1, AT_ONCE // falling.size[0].numel())
-    for first in range(experts.count - 1):
-        for start in range(first + 1, experts.count, step):
-            some = slice(start, start + step)
-            orders = (natural, natural), (falling, rising)
-            ways = [total(_part(one, first), _part(other, some)) for one, other in orders]
-            found[first, some] = found[some, first] = torch.minimum(*ways).double()
-    return found.cpu()
-
-
-def _part(neurons: Neurons, some: int | slice) -> Neurons:
-    return Neurons(neurons.size[some], neurons.row[some], neurons.column[some])
-
-
-def _neurons(experts: Experts, calibration: Calibration, sample: int, weigh: str) -> list[Neurons]:
-    """Some neurons of every expert: in their own order, by falling energy, by rising energy."""
-    found: tuple[list[Neurons], ...] = [], [], []
-    natural = torch.arange(experts.inner, device=experts.down.device)
-    spaced = natural[:: max(1, experts.inner // sample)]
-    for chunk in chunks([[expert] for expert in range(experts.count)], experts):
-        members = [expert for part in chunk for expert in part]
-        seen = calibration.inputs(members)
-        some = Experts(experts.gate_up[members], experts.down[members], gated=experts.gated)
-        usage = usages(seen.tokens, calibration.blend, weigh).to(seen.x.device)
-        rows, orders = row_weights(some, seen), ranked(some, seen)
-        for place in range(len(members)):
-            for each, order in zip(found, (natural, orders[place], orders[place].flip(0)), strict=True):
-                each.append(gathered(some, place, order[spaced], seen, rows, usage))
-    return [Neurons(*map(torch.stack, zip(*each, strict=True))) for each in found]
 
 
 @hookimpl

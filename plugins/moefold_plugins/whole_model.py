@@ -24,12 +24,16 @@ def quiet() -> Iterator[None]:
 
 
 def whole_model(path: str, device: torch.device) -> Any:
-    """The model of a directory, on one device, in the dtype of its files."""
+    """The model of a directory, on one device, in the dtype of its files, with experts that can run its sizes."""
     import transformers  # as above
 
-    return transformers.AutoModelForCausalLM.from_pretrained(
+    from moefold_kernels.grouped import fit
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype="auto", device_map=str(device), trust_remote_code=False, local_files_only=True
     )
+    fit(model)
+    return model
 
 
 def greedy(model: Any, new: int, *, to_the_end: bool = False) -> Any:

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import samples, tiny
 from moefold import Checkpoint, Context, Experts, Groups, Layer, MergedPairs, Routed, Text
 from moefold_plugins import compensated as stage
-from moefold_plugins import pair_merging, pairing
+from moefold_plugins import pair_errors, pair_merging, pairing
 from moefold_plugins.calibrate import forward
 from moefold_plugins.compensation import Walk
 from moefold_plugins.moments import Calibration
@@ -119,8 +119,8 @@ class Clock:
         self.on(pair_merging, "factor", "cholesky")
         self.on(Walk, "first", "columns, first")
         self.on(Walk, "again", "columns, again")
-        self.on(pairing, "gathered", "neurons")
-        self.on(pairing, "total", "errors of pairs")
+        self.on(pair_errors, "gathered", "neurons")
+        self.on(pair_errors, "total", "errors of pairs")
         self.on(pairing, "matchings", "matching")
 
 

@@ -293,6 +293,22 @@ class TestRefused:
         ):
             Checkpoint.open(str(path)).layers()
 
+    @pytest.mark.parametrize(
+        ("kind", "settings"),
+        [
+            ("qwen3_moe", {"mlp_only_layers": [0, 1, 2]}),
+            ("deepseek_v3", {"first_k_dense_replace": 3}),
+            ("gemma4_text", {"enable_moe_block": False, "intermediate_size": 64, "num_kv_shared_layers": 0}),
+            ("doge", {"is_moe": False, "intermediate_size": 64}),
+        ],
+    )
+    def test_dense_model_of_a_family_that_may_have_experts(
+        self, tmp_path: Path, kind: str, settings: dict[str, Any]
+    ) -> None:
+        path = tiny(kind, tmp_path / kind, **settings)
+        with pytest.raises(CheckpointError, match=r"ForCausalLM has no routed experts: config.json makes each of its"):
+            Checkpoint.open(str(path)).layers()
+
     def test_experts_in_a_form_of_their_own(self, tmp_path: Path) -> None:
         path = tiny(
             "llama4_text", tmp_path / "llama4", intermediate_size=32, intermediate_size_mlp=64, num_local_experts=4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from moefold.checkpoint import Checkpoint
 from moefold.errors import CheckpointError
 from moefold.families import StreamedModel
 from moefold.standins import Unfit, compare
+from moefold_kernels import grouped
 
 IDS = samples(3, 17)
 
@@ -90,6 +92,39 @@ def test_every_layer_is_bit_equal_to_the_stock_model(saved: dict[str, Path], nam
     logits = model.head(hidden)
     assert torch.equal(logits, stock.logits)
     assert logits.float().std() > 0.5
+
+
+ODD = [
+    ("qwen3_moe", {"hidden_size": 36}),
+    ("mixtral", {"intermediate_size": 20}),
+    ("deepseek_v3", {"moe_intermediate_size": 31}),
+    ("gpt_oss", {"intermediate_size": 20}),
+]
+
+
+@pytest.mark.parametrize(("name", "sizes"), ODD)
+def test_sizes_that_the_default_implementation_refuses(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, sizes: dict[str, int]
+) -> None:
+    """torch's grouped product wants rows of whole 16 bytes; the loop over experts is taken, and that is said once."""
+    grouped._say_once.cache_clear()
+    checkpoint = Checkpoint.open(str(tiny(name, tmp_path / name, **sizes)))
+    with pytest.raises(RuntimeError, match="strides"):
+        Stock(checkpoint.path)
+    stock, model = Stock(checkpoint.path, experts_implementation="eager"), StreamedModel(checkpoint)
+    hidden = stream(model)
+    assert torch.equal(hidden, stock.outputs[model.layer_count - 1])
+    assert torch.equal(StreamedModel(checkpoint).head(hidden), stock.logits)
+    (said,) = [record.getMessage() for record in caplog.records if record.name == grouped.__name__]
+    assert re.search(r"one by one \(eager\), because torch's grouped_mm wants multiples of 8 in bfloat16, and", said)
+    assert f" {min(sizes.values())} by 64" in said or "32 by 36" in said
+
+
+def test_other_sizes_keep_the_default_implementation(saved: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    grouped._say_once.cache_clear()
+    model = StreamedModel(Checkpoint.open(str(saved["mixtral"])))
+    assert model._model.config._experts_implementation == "grouped_mm"
+    assert not [record for record in caplog.records if record.name == grouped.__name__]
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.float32])

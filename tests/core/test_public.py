@@ -52,7 +52,7 @@ KERNELS = {
     "experts", "fuse", "read_config", "read_layer", "write_config",
 }  # fmt: skip
 STAGES = {
-    "align": "method", "average": "", "damage.pairs": "rows blend",
+    "align": "method", "average": "", "damage.pairs": "sample blend",
     "dequantize": "", "evaluate.baseline": "batch", "evaluate.layers": "text samples",
     "evaluate.perplexity": "batch", "forward": "batch", "group.by_use": "experts fraction per_layer skip",
     "group.hierarchical": "experts fraction per_layer skip", "group.kmeans": "experts fraction per_layer skip seed",

@@ -38,6 +38,10 @@ def test_a_checkpoint_is_checked_as_it_is(tmp_path):
     check_family(Checkpoint.open(str(tiny("mixtral", tmp_path / "model", num_local_experts=5))))
 
 
+def test_sizes_that_the_default_implementation_refuses_pass():
+    check_family(config("qwen3_moe", moe_intermediate_size=20))
+
+
 class NewConfig(Qwen3MoeConfig):
     model_type = "a_new_one"
 

@@ -123,6 +123,24 @@ def test_by_default_where_kernels_cannot(made, no_kernels, caplog):
     )
 
 
+@pytest.mark.parametrize("sizes", [{"hidden_size": 36}, {"moe_intermediate_size": 20}])
+def test_sizes_that_grouped_mm_refuses(made, no_kernels, caplog, sizes):
+    """The loop over experts stands in for the stock default, which torch would refuse; in the message and in fact."""
+    packed, twin = made("qwen3_moe", 2, **sizes)
+    model, dense = load(packed), load(twin, experts_implementation="eager")
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(logits(model), logits(dense))
+    (said,) = warnings(caplog)
+    assert said.startswith("Qwen3MoeExperts: eager over decoded weights, because moefold cannot: ")
+    named = load(packed, experts_implementation="moefold")
+    with pytest.raises(BackendError, match=r'Name another one: model.set_experts_implementation\("eager"\)'):
+        logits(named)
+    stock = model.dequantize()
+    assert stock.config._experts_implementation == "eager"
+    assert torch.equal(logits(stock), logits(dense))
+    assert torch.equal(logits(model.float()), logits(dense.float()))
+
+
 @pytest.mark.parametrize("name", ["eager", "grouped_mm", "batched_mm"])
 def test_a_named_implementation_is_taken(made, name, caplog):
     packed, twin = made("qwen3_moe", 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from merged_layers import IDS, load, logits, stream
@@ -193,3 +195,20 @@ def test_aligned_experts_keep_their_biases_when_packed(source):
     read = unpack(Exponent(), pack(Exponent(), merge), layer, CONTEXT.device)
     assert torch.equal(read.gate_up_bias, aligned.gate_up_bias)
     assert pack(Exponent(), puzzlemoe(own, pairs, observe(layer, routed, own, CONTEXT))).biases == {}
+
+
+@pytest.mark.parametrize("dead", [9, 32])
+def test_neurons_that_never_fire(source, dead):
+    """As of a ReLU, or padding: no error in their columns of down costs anything, in either expert of a pair."""
+    layer = source("qwen3_moe").layers()[0]
+    own = layer.experts()
+    gate_up = own.gate_up.clone()
+    gate_up[:, :dead] = 0  # rows of gate
+    experts, routed = replace(own, gate_up=gate_up), tokens_to(chosen(300, 8, 2))
+    pairs = pair_by_error(layer, routed, experts, CONTEXT)
+    assert len(pairs.members) == 4
+    assert pairs.costs is not None
+    assert pairs.costs.isfinite().all()
+    merged = compensated(layer, routed, experts, pairs, None, CONTEXT)
+    assert all(bool(part.isfinite().all()) for part in merged.magnitude.values())
+    assert torch.tensor(merged.figures["damage"]["output"]).isfinite().all()

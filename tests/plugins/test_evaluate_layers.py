@@ -169,6 +169,17 @@ def test_samples_are_greedy_and_part_where_they_part(source, tmp_path):
         evaluate_samples(source, made, BASELINE, CONTEXT, prompts=1, length=13)
 
 
+@pytest.mark.parametrize("kind", ["merged", "pruned", "packed"])
+def test_sizes_that_the_default_implementation_refuses(tmp_path, kind):
+    """Whole models are loaded with experts that run whatever their sizes, as layers by themselves do."""
+    odd = Checkpoint.open(str(tiny("qwen3_moe", tmp_path / "odd", moe_intermediate_size=20)))
+    made = saved(odd, tmp_path, kind)
+    assert len(evaluate_samples(odd, made, BASELINE, CONTEXT, prompts=1, length=6, new=3).rows) == 2
+    found = rows(odd, made, samples=1)
+    assert len(found) == 3
+    assert found[-1]["cumulative_error"] > 0
+
+
 def test_speed_is_tokens_over_the_median_time(source, tmp_path, monkeypatch):
     """By a clock of our own: the model as it is takes 2 s, the saved one 1 s; the first round warms up."""
     steps = iter([9, 2, 5, 1, 9, 2, 2, 2, 9, 1, 1, 1, 9, 1, 3, 0.5])

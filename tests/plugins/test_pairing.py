@@ -10,7 +10,8 @@ import torch
 
 from models import tiny
 from moefold import Activity, Checkpoint, Context, Experts, Groups, Routed, Similarity
-from moefold_plugins import neurons, pairing
+from moefold_plugins import neurons
+from moefold_plugins import pair_errors as pair_errors_module
 from moefold_plugins.compensated import compensated
 from moefold_plugins.moments import Calibration
 from moefold_plugins.pairing import pair_by_error, pair_by_usage, pair_random, pair_similar
@@ -132,9 +133,9 @@ def test_experts_that_are_alike_neuron_by_neuron_keep_their_order(calibrated, mo
 @pytest.mark.parametrize("sample", [5, 1000])
 def test_an_errors_table_is_the_least_of_three_choices_in_the_better_order(calibrated, monkeypatch, sample):
     layer, routed, experts = calibrated
-    monkeypatch.setattr(pairing, "AT_ONCE", 2 * 3 * 64 * 32)  # two experts at a time
+    monkeypatch.setattr(pair_errors_module, "AT_ONCE", 2 * 3 * 64 * 32)  # two experts at a time
     calibration = Calibration(layer, routed, experts, 1024.0)
-    found = pairing._errors(experts, calibration, sample, "usage")
+    found = pair_errors_module.pair_errors(experts, calibration, sample, "usage").figures[..., 0]
     seen = calibration.inputs(range(8))
     rows = row_weights(experts, seen).view(8, 2, 32)
     energy = experts.down.float().square().sum(dim=1) * seen.activity

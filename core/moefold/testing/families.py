@@ -18,6 +18,7 @@ from moefold.families import StreamedModel
 from moefold.testing.failures import CheckError, failing, require
 from moefold.testing.model import random_checkpoint
 from moefold.testing.pipelines import run_pipeline
+from moefold_kernels.grouped import fit
 
 SAMPLES, LENGTH = 3, 17
 TOLERANCE = 0.02
@@ -117,6 +118,7 @@ def _runs(checkpoint: Checkpoint, what: str) -> None:
     with failing(what, "transformers cannot run it"):
         with redirect_stderr(StringIO()):  # a progress bar
             whole: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype="auto").eval()
+            fit(whole)  # as layers by themselves are run
         words = min(whole.config.get_text_config().vocab_size, 256)
         ids = torch.randint(words, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(1))
         with stock.listening(whole, checkpoint):

@@ -62,7 +62,7 @@ BLOCK = 1 << 24
 """About so many positions are compared at a time."""
 
 
-@stage("damage.pairs")
+@stage("damage.pairs", version=2)
 def damage_pairs(
     layer: Layer,
     text: Text,

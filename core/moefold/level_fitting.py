@@ -13,13 +13,15 @@ numbers are the wrong ones. More of Lloyd's steps on the grid change nothing: ne
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moefold.errors import FormatError
-from moefold_kernels.eighths import EIGHTHS, LARGEST, SMALLEST, UPPER, value
+from moefold_kernels.eighths import EIGHTHS, LARGEST, UPPER, scaled, value
 
 STEPS = 200
 """At most so many of Lloyd's steps; it has settled long before."""
@@ -41,8 +43,7 @@ class Fitting:
 
     def __init__(self, ordered: Tensor) -> None:
         self.ordered = ordered
-        none = torch.zeros(1, dtype=torch.float64, device="cpu")
-        self.sums = torch.cat([none, ordered.cumsum(0)])
+        self.sums = F.pad(ordered.cumsum(0), (1, 0))
         self.square = ordered.square().sum()
 
     def errors(self, sets: Tensor) -> Tensor:
@@ -74,40 +75,41 @@ class Fitting:
         if count == STRAIGHT:
             return self._straight()
         best = self.lloyd_max(count)
-        return _two(best) if count == 2 else torch.stack([_near(best * each, k) for each in STRETCHES for k in EIGHTHS])
+        return _two(best) if count == 2 else _sets([_near(best * each, k) for each in STRETCHES for k in EIGHTHS])
 
     def _straight(self) -> Tensor:
         """Those of pair8, with their largest anywhere between the root mean square and the largest magnitude."""
-        numbers = NUMBERS[:STRAIGHT].clone()
-        numbers[0] = SMALLEST * numbers[1]
         mean, most = math.sqrt(float(self.square) / len(self.ordered)), float(self.ordered[-1])
-        octaves = range(_octave(mean / float(numbers[-1])), _octave(most / float(numbers[-1])) + 1)
+        largest = value(STRAIGHT - 1)
+        octaves = range(_octave(mean / largest), _octave(most / largest) + 1)
         factors = [math.ldexp(eighths / 8, octave) for octave in octaves for eighths in EIGHTHS]
-        return torch.tensor(factors, dtype=torch.float64, device="cpu")[:, None] * numbers
+        return _sets([scaled(range(STRAIGHT), factor) for factor in factors])
 
     def _cells(self, sets: Tensor) -> tuple[Tensor, Tensor]:
         """How many magnitudes are nearest to each level, and their sums: [set, level]."""
         inside = torch.searchsorted(self.ordered, (sets[:, 1:] + sets[:, :-1]) / 2)
-        ends = torch.nn.functional.pad(inside, (1, 0))
-        ends = torch.nn.functional.pad(ends, (0, 1), value=len(self.ordered))
+        ends = F.pad(F.pad(inside, (1, 0)), (0, 1), value=len(self.ordered))
         return ends.diff(dim=1), self.sums[ends].diff(dim=1)
 
 
 def _two(best: Tensor) -> Tensor:
     """Those of pair4, with the upper one within half an octave of the best and any lower one."""
-    upper, lower = value(UPPER), NUMBERS[1:UPPER]
-    first = float(best[-1]) / upper / math.sqrt(2)
+    first = float(best[-1]) / value(UPPER) / math.sqrt(2)
     factors = [math.ldexp(eighths / 8, _octave(first * 8 / eighths) + 1) for eighths in EIGHTHS]
-    return torch.cat([torch.stack([lower, torch.full_like(lower, upper)], dim=1) * factor for factor in factors])
+    return _sets([scaled((lower, UPPER), factor) for factor in factors for lower in range(1, UPPER)])
 
 
-def _near(levels: Tensor, eighths: int) -> Tensor:
+def _near(levels: Tensor, eighths: int) -> tuple[float, ...]:
     """The nearest fp8 numbers times a factor of so many eighths; what would coincide goes up by one number."""
     factor = math.ldexp(eighths / 8, _octave(float(levels[-1]) * 8 / eighths))
     found: list[int] = []
     for byte in torch.bucketize(levels / factor, (NUMBERS[1:] + NUMBERS[:-1]) / 2).tolist():
         found.append(max(byte, found[-1] + 1 if found else 1))
-    return NUMBERS[found] * factor
+    return scaled(found, factor)
+
+
+def _sets(rows: Sequence[tuple[float, ...]]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 def _octave(number: float) -> int:

@@ -89,9 +89,7 @@ def test_no_level_and_no_factor_beside_the_learnt_ones_is_better(format):
     found = Levels.learn(groups, layout_pairs.magnitude_bits(format))
     numbers, factor = eighths.codes(format, found.values)
     beside = [
-        tuple(factor * each * eighths.value(byte) for byte in changed)
-        for changed in _beside(format, numbers)
-        for each in (1, 0.9375, 1.0625)
+        eighths.scaled(changed, factor * each) for changed in _beside(format, numbers) for each in (1, 0.9375, 1.0625)
     ]
     least = found.on("cpu").error(groups)
     for values in beside:

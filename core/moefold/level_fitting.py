@@ -6,7 +6,7 @@ for pair8.
 
 With scales searched that leaves of free levels' squared error, for b = 1, 2, 3 and 5: of Gaussian weights' merged
 magnitudes 1.000, 0.996, 1.005 and 1.386; of the shipped model's 0.998, 0.995, 1.004 and 1.314; of Student's t with 4
-degrees of freedom 0.993, 1.002, 1.000 and 0.976; of evenly spread weights 1.000, 0.997, 1.006 and 3.18, where pair8's
+degrees of freedom 0.994, 1.002, 1.000 and 0.976; of evenly spread weights 1.000, 0.997, 1.007 and 3.18, where pair8's
 numbers are the wrong ones. More of Lloyd's steps on the grid change nothing: nearly every set is at rest after one.
 """
 

@@ -18,7 +18,7 @@ thousandth of the largest level, where bf16 resolves a 256th of a number.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 from moefold_kernels import layout_pairs
@@ -44,13 +44,18 @@ def value(byte: int) -> float:
     return math.ldexp(8 + fraction, exponent - BIAS - FRACTION_BITS)
 
 
+def scaled(numbers: Iterable[int], factor: float) -> tuple[float, ...]:
+    """The levels of bytes and a factor; where the byte is 0x00, the smallest one, which stands for zero."""
+    return tuple(factor * (value(byte) or SMALLEST * value(1)) for byte in numbers)
+
+
 def codes(format: str, levels: Sequence[float]) -> tuple[tuple[int, ...], float] | None:
     """The bytes of a format's levels, without signs, and the factor; None where the levels are no such numbers.
 
-    `levels[n] == factor * value(bytes[n])`, exactly, for each but level 0 of pair8, which byte 0x00 stands for. Where
-    pair5 or pair6 leave a choice, the largest level has the exponent field 7, or the smallest above it with which all
-    levels are numbers, and then the factor has the fewest eighths. Raises FormatError for what are no levels of the
-    format.
+    `levels[n] == factor * value(bytes[n])`, exactly, for each but level 0 of pair8, whose byte is 0x00 (`scaled` gives
+    all levels back). Where pair5 or pair6 leave a choice, the largest level has the exponent field 7, or the smallest
+    above it with which all levels are numbers, and then the factor has the fewest eighths. Raises FormatError for what
+    are no levels of the format.
     """
     checked = layout_pairs.check_levels(format, levels)
     if format == "pair4":

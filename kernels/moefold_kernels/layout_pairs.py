@@ -2,7 +2,8 @@
 
 A position of a pair of experts is a state of 3 bits, which signs the experts read with and which of them reads it at
 all, and a magnitude of b = 1, 2, 3 or 5 bits, a number of a level. A magnitude is levels[number] times a bf16 scale,
-which 64 consecutive columns of a row share, and so do both experts; there is no zero.
+which 64 consecutive columns of a row share, and so do both experts; there is no zero. Levels are bf16 numbers. Those
+that moefold learns are fp8 numbers times one factor (eighths.py), those of older checkpoints need not be.
 
     state  0 .. 3   both experts read it: bit 0 is the sign of slot 0, bit 1 that of slot 1
            4, 5     slot 0 alone, with the sign in bit 0
@@ -27,7 +28,8 @@ for each slot; and `(low >> w * j) & 0x33333333 | (words >> 1) & 0x44444444` are
 with masks 0x11111111 and (words >> 2) & 0x22222222 for pair5, and 0x11111111 of words >> 3 for pair4. Two look-ups
 give the two bytes of four levels. The 32 levels of pair8 lie on eight straight pieces of four (`pieces`): the upper
 three bits of a number (low >> 2 & 0x33333333 | words >> 1 & 0x44444444) look up where a piece begins and its step,
-and one fused multiply-add with the lower two (low & 0x33333333) gives the level, exactly as stored.
+and one fused multiply-add with the lower two (low & 0x33333333) gives the level, exactly as stored. Levels that are fp8
+numbers, whose bytes are 0 to 31, lie on such pieces.
 
 Rows are padded to whole groups of 64 columns with clear bits, which decode to what nobody asked for: readers cut. So
 each plane's rows are multiples of 8 bytes (the nibble plane's: of 32), and a split between groups cuts no word.

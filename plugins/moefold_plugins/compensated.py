@@ -53,7 +53,7 @@ Neurons = Annotated[
 Format = Literal["exponent", "pair8", "pair6", "pair5", "pair4"]
 
 
-@stage("puzzlemoe.compensated", version=3, keep="until read")
+@stage("puzzlemoe.compensated", version=4, keep="until read")
 def compensated(
     layer: Layer,
     routed: Routed,

@@ -39,7 +39,7 @@ SAMPLE = 1 << 20
 class FewBits(Codec):
     """A pair in few bits a position: a state of 3 and a level of b, with a bf16 scale for 64 columns of a row."""
 
-    version: ClassVar[int] = 2  # counts of each pair, and of what is flushed
+    version: ClassVar[int] = 3  # levels are fp8 numbers times a factor
 
     takes_levels: ClassVar[bool] = True
     levels: Annotated[
@@ -194,7 +194,7 @@ def sample(weights: Tensor, count: int = SAMPLE) -> Tensor:
     return torch.cat(found)
 
 
-@stage("levels")
+@stage("levels", version=2)
 def levels(
     checkpoint: Checkpoint,
     *,

@@ -71,7 +71,7 @@ def pair_planned(layer: Layer, plan: MergePlan) -> Groups:
     return plan.groups(layer.number)
 
 
-@stage("pack.planned", version=2, keep="until read")
+@stage("pack.planned", version=3, keep="until read")
 def pack_planned(layer: Layer, merge: Paired, plan: MergePlan, table: LevelTable | None) -> Packed:
     """Pack merged pairs in the format that a plan names for their layer."""
     name = plan.layer(layer.number)["format"] or layout.EXPONENT

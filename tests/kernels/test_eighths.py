@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from leveled import FORMATS, levels_of
 
 from moefold_kernels import FormatError, layout_pairs
-from moefold_kernels.eighths import HOME, LARGEST, SMALLEST, UPPER, codes
+from moefold_kernels.eighths import HOME, LARGEST, SMALLEST, UPPER, codes, scaled
 
 FP8 = torch.arange(LARGEST + 1, dtype=torch.uint8).view(torch.float8_e4m3fn).double().tolist()
 """What torch reads of the bytes without a sign."""
@@ -26,6 +26,7 @@ def test_all_levels_of_pair4_and_pair8_come_back(factor):
     for lower in range(1, UPPER):
         assert codes("pair4", times(factor, (lower, UPPER))) == ((lower, UPPER), factor)
     assert codes("pair8", times(factor, tuple(range(32)))) == (tuple(range(32)), factor)
+    assert list(scaled(range(LARGEST + 1), factor)) == times(factor, tuple(range(LARGEST + 1)))
 
 
 @settings(max_examples=300, deadline=None)

@@ -2,7 +2,7 @@
 
 The first eight are what triton/leveled_decode.py looks up: the two levels of pair4, each twice; high bytes of eight
 levels, then their low bytes (pair5, pair6); those of the eight pieces' beginnings and steps (pair8). The next 32 are
-the bf16 bits of all levels. Then comes what triton/leveled_lookup.py looks up (`look_up`).
+the bf16 bits of all levels. Then comes what triton/e4m3_decode.py takes (`e4m3_table`).
 """
 
 from __future__ import annotations
@@ -14,19 +14,16 @@ import torch
 from torch import Tensor
 
 from moefold_kernels import eighths, layout, layout_pairs
-from moefold_kernels.layout_pairs import ALONE, NIBBLE, STATE_BITS
+from moefold_kernels.layout_pairs import ALONE
 
-NUMBERS = 40
-"""Integers of a matrix before those of `look_up`."""
-E4M3 = NUMBERS + 512
+E4M3 = 40
 """Where the 28 integers for e4m3 operands begin (`e4m3_table`)."""
-SIGN = 0x80
 INTEGERS = E4M3 + 28
 """Of a matrix in `row_tables`."""
+SIGN = 0x80
+"""The bit of an e4m3 number."""
 FACTOR = 2.0
-"""Of every operand that the kernels for Hopper make: 2 is a bf16 of which the low byte is zero."""
-ENTRIES = {"pair4": 256, "pair5": 32, "pair6": 64, "pair8": 256}
-"""Of a format's table: pair4 looks two positions up by their byte, the others one by all of its bits."""
+"""Of every bf16 operand that leveled.py makes: 2 is a bf16 of which the low byte is zero."""
 
 
 def row_tables(format: str, levels: Sequence[float]) -> list[int]:
@@ -39,35 +36,9 @@ def row_tables(format: str, levels: Sequence[float]) -> list[int]:
         made = [*_bytes(_bits(begins)), *_bytes(_bits(steps))]
     else:
         made = _bytes(bits + [0] * (8 - len(bits)))
-    row = [*made, *[0] * (8 - len(made)), *bits, *[0] * (32 - len(bits)), *look_up(format, levels)]
+    row = [*made, *[0] * (8 - len(made)), *bits, *[0] * (32 - len(bits))]
     row = [*row, *[0] * (E4M3 - len(row)), *e4m3_table(format, levels)]
     return [*row, *[0] * (INTEGERS - len(row))]
-
-
-def look_up(format: str, levels: Sequence[float]) -> list[int]:
-    """The table of what positions read, FACTOR times their level with their sign, or 0: pairs of bf16 numbers.
-
-    pair4: for each byte of `words`, which is two columns, what slot 0 reads there, and what slot 1 does. The others:
-    for each nibble of `words`, with the bits of `low` above it, what slots 0 and 1 read. Multiplied by a scale they are
-    FACTOR times the definition's values, rounded once as those are (where nothing is subnormal).
-    """
-    bits = _bits([FACTOR * level for level in levels])
-    low = layout_pairs.low_bits(format)
-
-    def read(slot: int, code: int) -> int:
-        state, top = code & ALONE * 2 - 1, code >> STATE_BITS & 1
-        if state < ALONE:
-            negative = state >> slot & 1
-        elif (state - ALONE) >> 1 == slot:
-            negative = state & 1
-        else:
-            return 0
-        return bits[top << low | code >> NIBBLE] | negative << 15
-
-    slots, entries = range(layout.SLOTS), range(ENTRIES[format])
-    if low:
-        return [read(0, code) | read(1, code) << 16 for code in entries]
-    return [read(slot, code & 15) | read(slot, code >> NIBBLE) << 16 for code in entries for slot in slots]
 
 
 def state_table(format: str, slot: int) -> tuple[int, int]:
@@ -96,9 +67,7 @@ def e4m3_table(format: str, levels: Sequence[float]) -> list[int]:
     codes, factor = [SIGN | byte for byte in found[0]], found[1]
     if format == "pair4":
         own = [_integer(codes[:1] * 4), 0]
-    elif (
-        format == "pair8"
-    ):  # bytes are numbers: what `prmt` makes 0xFF of where the fifth bit is set; that bit and the sign
+    elif format == "pair8":  # a number is its byte: what `prmt` makes 0xFF where the fifth bit is set; it and the sign
         own = [_integer([0x8F] * 4), _integer([0x90] * 4)]
     else:
         own = [_integer(codes[:4]), _integer(codes[4:])]

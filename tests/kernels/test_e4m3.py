@@ -1,4 +1,4 @@
-"""e4m3 operands against the definition: the assembly by a few instructions of PTX in Python, tokens' terms in Triton."""
+"""e4m3 operands against the definition: the assembly by PTX's instructions in Python, tokens' terms in Triton."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def operands(format: str, planes: dict[str, Tensor], row: int, group: int, slots
     return made.view(torch.float8_e4m3fn).double()
 
 
-@pytest.mark.parametrize("slots, slot", [(2, 0), (1, 0), (1, 1)])
+@pytest.mark.parametrize(("slots", "slot"), [(2, 0), (1, 0), (1, 1)])
 @pytest.mark.parametrize("format", FORMATS)
 def test_products_of_groups_are_the_definitions(format, slots, slot):
     """Threads' registers times prepared tokens, in the product's order; then scales and factors."""

@@ -66,19 +66,20 @@ OVERLAPPED_PAIR: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
 )
 
 LEVELED: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
-    ((32, 64, 4, 3), (32, 64, 4, 4), (32, 64, 4, 6), (64, 64, 8, 3), (64, 64, 8, 4), (64, 64, 8, 5)),
-    ((64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 4, 6), (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 8, 5)),
+    ((64, 64, 8, 3), (64, 64, 8, 4), (64, 64, 4, 4), (128, 64, 8, 3)),
+    ((64, 64, 4, 4), (128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3)),
 )
-"""For the few-bit formats on Hopper (leveled.py), where every step is of 128 columns."""
-LOOKED_UP = {"pair4": (0, 3, 4), "pair5": (4, 2), "pair6": (4, 2, 0), "pair8": (4,)}
-"""Quarters of the positions that a table in shared memory decodes, by format."""
-TWICE = 128
-"""Registers of a thread with which two programs of eight warps run at once; for tiles of three stages with a table."""
-LEVELED_MANY: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
-    ((32, 64, 4, 4), (64, 64, 8, 4), (64, 64, 4, 4), (128, 64, 8, 4), (64, 64, 8, 3), (128, 64, 8, 3)),
-    ((64, 64, 4, 4), (128, 64, 8, 4), (128, 64, 4, 4), (256, 64, 8, 4), (128, 64, 8, 3), (256, 64, 8, 3)),
+"""For the few-bit formats on Hopper with bf16 operands (leveled.py), where every step is of 128 columns."""
+E4M3: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
+    ((64, 256, 8, 3), (64, 256, 4, 3), (64, 128, 8, 4), (64, 256, 8, 4)),
+    ((64, 256, 4, 3), (64, 128, 4, 4), (128, 256, 8, 3), (64, 256, 4, 4)),
 )
-"""The same where a program serves one slot."""
+"""The same with e4m3 operands (e4m3.py), and"""
+E4M3_MANY: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
+    ((64, 128, 8, 4), (64, 128, 4, 4), (64, 128, 8, 3), (64, 128, 4, 3)),
+    ((64, 128, 4, 4), (128, 128, 8, 4), (64, 128, 4, 3), (128, 128, 8, 3)),
+)
+"""from 32 tokens on, which take more of shared memory than words."""
 
 LARGE = 128 * 1024
 """Shared memory of a block from which on NARROW is not tried."""
@@ -97,6 +98,7 @@ class Kind(NamedTuple):
     tokens: int
     extra: int = 0
     few: bool = False
+    terms: int = 0
 
 
 class Regime(NamedTuple):
@@ -145,14 +147,14 @@ REGIMES = (
     ),
 )  # fmt: skip
 LEVELED_REGIMES = (
-    Regime(1, (Kind("overlapped_pair", 8), Kind("overlapped", 8, few=True))),
-    Regime(6, (Kind("overlapped_pair", 8), Kind("overlapped_pair", 16))),
-    Regime(14, (Kind("overlapped_pair", 16), Kind("overlapped_pair", 32))),
-    Regime(26, (Kind("overlapped_pair", 32), Kind("overlapped_pair", 16))),
-    Regime(48, (Kind("overlapped_pair", 32), Kind("overlapped_pair", 64), Kind("overlapped", 64))),
-    Regime(110, (Kind("overlapped_pair", 64), Kind("overlapped", 64), Kind("overlapped", 128)), (1, 4)),
-    Regime(200, (Kind("overlapped", 64), Kind("overlapped", 128), Kind("overlapped", 256)), (2, 8)),
-    Regime(float("inf"), (Kind("overlapped", 128), Kind("overlapped", 256)), (4, 16)),
+    Regime(1, (Kind("overlapped", 4, terms=2), Kind("overlapped_pair", 4, terms=2))),
+    Regime(6, (Kind("overlapped_pair", 8, terms=2), Kind("overlapped_pair", 4, terms=2))),
+    Regime(14, (Kind("overlapped_pair", 16, terms=2), Kind("overlapped_pair", 32, terms=2))),
+    Regime(26, (Kind("overlapped_pair", 32, terms=2), Kind("overlapped_pair", 16, terms=2))),
+    Regime(48, (Kind("overlapped_pair", 32, terms=2), Kind("overlapped", 64, terms=2), Kind("overlapped_pair", 64))),
+    Regime(110, (Kind("overlapped", 64, terms=2), Kind("overlapped_pair", 64), Kind("overlapped", 128)), (1, 4)),
+    Regime(200, (Kind("overlapped", 128, terms=2), Kind("overlapped", 128), Kind("overlapped", 256)), (2, 8)),
+    Regime(float("inf"), (Kind("overlapped", 128, terms=2), Kind("overlapped", 256)), (4, 16)),
 )
 """REGIMES of the few-bit formats."""
 FEW_TOKENS = 4
@@ -197,18 +199,10 @@ def _tiles(shape: Shape, room: Room, side: int) -> Iterator[Tile]:
     for kind in dict.fromkeys(_possible(kind, shape.dense, room) for kind in regime.kinds):
         for rows, columns, warps, stages in _cuts(kind, room, leveled)[side]:
             for group in regime.groups:
-                plain = Tile(kind.mode, kind.tokens, kind.extra, rows, columns, warps, stages, group)
-                for tile in _decoders(plain, shape.format) if leveled else (plain,):
-                    yield tile
-                    if side and (leveled or regime is REGIMES[0]) and _idle(tile, shape, room):
-                        yield from (replace(tile, splits=splits) for splits in (2, 4) if shape.inner >= 512 * splits)
-
-
-def _decoders(tile: Tile, format: str) -> Iterator[Tile]:
-    """The tile with each way to decode that is worth trying; long ones of many entries have products to wait for."""
-    for quarters in LOOKED_UP[format] if tile.tokens < 64 else (0,):
-        capped = quarters and tile.warps == 8 and tile.stages == 3
-        yield replace(tile, looked_up=quarters, registers=TWICE if capped else 0)
+                tile = Tile(kind.mode, kind.tokens, kind.extra, rows, columns, warps, stages, group, terms=kind.terms)
+                yield tile
+                if side and (leveled or regime is REGIMES[0]) and _idle(tile, shape, room):
+                    yield from (replace(tile, splits=splits) for splits in (2, 4) if shape.inner >= 512 * splits)
 
 
 def _possible(kind: Kind, dense: bool, room: Room) -> Kind:
@@ -224,7 +218,7 @@ def _possible(kind: Kind, dense: bool, room: Room) -> Kind:
 
 def _cuts(kind: Kind, room: Room, leveled: bool) -> tuple[Iterable[Cut], Iterable[Cut]]:
     if leveled:
-        return LEVELED if kind.few or kind.mode.endswith("pair") else LEVELED_MANY
+        return LEVELED if not kind.terms else E4M3 if kind.tokens < 32 else E4M3_MANY
     if kind.mode.startswith("overlapped"):
         return OVERLAPPED_PAIR if kind.mode.endswith("pair") else OVERLAPPED
     if kind.few:

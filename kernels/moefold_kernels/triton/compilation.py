@@ -152,8 +152,15 @@ def _run(job: Job) -> None:
         layer.gate_up(weights, x, shape.top_k, tables, plan)
     if job.part != "first":
         x = torch.zeros(index.numel(), shape.inner, dtype=torch.bfloat16, device=job.device)
-        x = layer.Mixed(e4m3_launch.between(x), x) if plan.second.terms else x
-        layer.down(weights, x, index, scales, tables, plan, torch.bfloat16)
+        layer.down(
+            weights,
+            layer.Inner(x, e4m3_launch.between(x) if plan.second.terms else None),
+            index,
+            scales,
+            tables,
+            plan,
+            torch.bfloat16,
+        )
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,14 +1,18 @@
 """The few-bit pair formats on Hopper: the projections with e4m3 operands, and scales applied to sums of 64 columns.
 
-Levels that are a factor times an e4m3 number (moefold_kernels/e4m3.py) need not become bf16: an operand register holds
-four of them instead of two, and making it takes a third of the instructions (e4m3_decode.py). What is lost otherwise is
-made up for: tokens are sums of two e4m3 numbers (e4m3_tokens.py), so two products take the place of one that is half as
-fast; the scale of a row and group multiplies the group's sum, in float32. So a level times its scale is not rounded to
-bf16 first, as the definition has it: half a unit in the last place, 1.1e-3 of the result's norm.
+Levels that are a factor times an e4m3 number (moefold_kernels/eighths.py) need not become bf16: an operand register
+holds four of them instead of two, and making it takes a third of the instructions (e4m3_decode.py). What is lost
+otherwise is made up for: tokens are sums of two e4m3 numbers (e4m3_tokens.py), and two products of these take as long as
+one of bf16; the scale of a row and group multiplies the group's sum, in float32. So a level times its scale is not
+rounded to bf16 first, as the definition has it: half a unit in the last place, 1.1e-3 of the result's norm.
 
-A step is 128 columns, two groups. Products run while the next group is decoded; when it is, their sums are waited for
-and added to the totals, and the next products start.
+A step is 256 columns, or 128 (e4m3_stage.py). Products of a group run while the next one is decoded; when it is, their
+sums are waited for and added to the totals, and the next products start.
 """
+
+# ruff: noqa: RUF005 - the compiler knows tuples' `+`, and no `*given`
+# mypy: disable-error-code=assignment
+# (tuples that grow)
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 
 from moefold_kernels.levels import E4M3, INTEGERS
+from moefold_kernels.triton.decode import RESTORE
 from moefold_kernels.triton.e4m3_operands import decoded, scale_of, scales_of, units_layout, words_of
 from moefold_kernels.triton.e4m3_stage import (
     FACTOR_OF,
@@ -35,7 +40,7 @@ from moefold_kernels.triton.e4m3_stage import (
 from moefold_kernels.triton.e4m3_tokens import write_terms
 from moefold_kernels.triton.leveled import entries_of, plane_at, rows_in, rows_out
 from moefold_kernels.triton.leveled_stage import HALF, STEP, low_words, plane_layout
-from moefold_kernels.triton.overlapped import CLAMPED, RESTORE, after_the_one_before, barrier, share, write_outer
+from moefold_kernels.triton.overlapped import CLAMPED, after_the_one_before, barrier, share, write_outer
 
 TABLE, CODES, FACTOR = (gl.constexpr(number) for number in (INTEGERS, E4M3, 24))
 """Integers of a matrix in `levels`; where those for this file begin; and the factor among them (levels.e4m3_table)."""
@@ -138,7 +143,7 @@ def _products(
     held, held_to = stage, to  # the same of planes, which have a stage less
     for step in range(0, steps):
         async_copy.wait_group(STAGES - 3)
-        barrier()  # this step has come, and nobody reads words of step - 1 any more, or tokens of step - 2: they are next
+        barrier()  # this step has come; nobody reads words of step - 1, or tokens of step - 2, any more: they are next
         ahead = step + STAGES - 2 < steps
         start_words(buffers, (w, low, scale), held_to, ahead, FORMAT, HALVES)
         start_tokens(buffers, (x0, x1), live, (f0, f1), factor_live, to, ahead, PAIRED, FACTORS, HALVES)
@@ -324,7 +329,7 @@ def project_out(
     ROWS: gl.constexpr, TOKENS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, FORMAT: gl.constexpr,
     PAIRED: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
-    """overlapped.project_out of what `project_in` wrote, in splits of `part` columns (a number of STEPs, as `inner`)."""
+    """overlapped.project_out of what `project_in` wrote, in splits of `part` columns (whole steps, as `inner` is)."""
     slot = 0 if PAIRED else gl.program_id(0) % 2
     program = gl.program_id(0) if PAIRED else gl.program_id(0) // 2
     tile, first_row = share(program, gl.cdiv(hidden, ROWS), ROWS, GROUP)

@@ -1,11 +1,11 @@
-"""The few-bit pair formats to e4m3 operands in registers, on Hopper: PTX for one word, which is eight positions of a row.
+"""The few-bit pair formats to e4m3 operands in registers, on Hopper: PTX for a word, which is eight positions of a row.
 
 An operand register is four e4m3 numbers, so four selectors of one `prmt` make one: the nibbles of a word as they lie.
-States look up a sign and a mask of magnitude bits, or nothing, for each slot; a second byte, the same for both slots, is
-the level's magnitude with its highest bit set, and the operand is the AND of the two:
+States look up a sign and a mask of magnitude bits, or nothing, for each slot; a second byte, the same for both slots,
+is the level's magnitude with its highest bit set, and the operand is the AND of the two:
 
-    pair4          `prmt` of (words) repeats a byte's sign where the level's bit, a nibble's fourth, is set: 0xFF, or the
-                   lower level's byte, of which the upper level's (what the states look up) has every bit
+    pair4          `prmt` of (words) repeats a byte's sign where the level's bit, a nibble's fourth, is set: 0xFF; else
+                   it is the lower level's byte, all of whose bits the upper level's (what states look up) has
     pair5, pair6   the levels' bytes are a table of eight, and (low, words) its selectors
     pair8          a level's number is its byte: four bits of (low), and a fifth of (words) as in pair4
 

@@ -33,9 +33,10 @@ def takes(weights: Weights, plan: Plan) -> bool:
     return aligned and Target.of(weights.places).overlap and not (kind.hidden % STEP or kind.inner % STEP)
 
 
-def halves(tile: Tile, columns: int) -> int:
-    """Of a step of this tile: two are 256 columns."""
-    return 2 if tile.columns >= 2 * STEP and columns % (2 * STEP) == 0 else 1
+def cut(tile: Tile, kind: Leveled, columns: int) -> dict[str, Any]:
+    """What the kernels take of a tile: steps of 256 columns (two halves) where `columns` are a number of those."""
+    wide = tile.columns >= 2 * STEP and columns % (2 * STEP) == 0
+    return {"FORMAT": kind.format, "STAGES": tile.stages, "HALVES": 2 if wide else 1}
 
 
 def prepared(x: Tensor) -> Terms:

@@ -17,11 +17,7 @@ from moefold_kernels.triton.e4m3_stage import LOW, SCALE, WORDS
 from moefold_kernels.triton.leveled_stage import HALF, low_words
 
 _CODE = gl.constexpr(
-    {
-        (f, n): (e4m3_decode.assembly(f, n), e4m3_decode.constraints(f, n))
-        for f in e4m3_decode.TABLES
-        for n in (1, 2)
-    }
+    {(f, n): (e4m3_decode.assembly(f, n), e4m3_decode.constraints(f, n)) for f in e4m3_decode.TABLES for n in (1, 2)}
 )
 
 
@@ -126,7 +122,7 @@ def _neighbours(low, ROWS: gl.constexpr, units: gl.constexpr):
 
 @gluon.jit
 def scales_of(buffers, stage, ROWS: gl.constexpr, HALVES: gl.constexpr, layout: gl.constexpr):
-    """Each row's scales of a step, two in an integer: of the first 128 columns, and of the second, or the first again."""
+    """Each row's scales of a step, two in an integer: of 128 columns, and of the 128 behind them or the first again."""
     both = buffers[SCALE].index(stage).load(rows_layout(ROWS, HALVES, gl.num_warps()))
     if HALVES == 2:
         first, second = gl.split(both)

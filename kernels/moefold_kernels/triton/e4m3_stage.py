@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from moefold_kernels.triton.leveled_stage import HALF, STEP, low_words
 
 WORDS, LOW, SCALE, TOKENS_OF, FACTOR_OF = (gl.constexpr(i) for i in (0, 2, 4, 5, 13))
-"""Numbers of buffers: two halves of `words` and of `low`, scales, four groups of either slot's tokens, of their factors.
+"""Numbers of buffers: two halves of `words` and of `low`, scales, four groups of either slot's tokens, and factors.
 
 A step of 128 columns has the first of the halves and the first two of the groups.
 """

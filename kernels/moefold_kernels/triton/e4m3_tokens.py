@@ -5,8 +5,8 @@ e4m3(x) + e4m3(x - e4m3(x)): rounding takes at most 2^-8 of a value, or 2^-17 of
 the error is 6e-4 of their norm, where bf16 itself rounds by 1.7e-3.
 
 Stored are, for each group of 64 columns, 64 first terms and then 64 second ones, each in the order that a product of
-e4m3_operands.py wants: column 16 t + 8 s + 4 u + j is number 32 s + 16 u + 4 t + j. Beside them is what to multiply sums
-with: one number a token before the first projection, one for each group of 64 between the projections.
+e4m3_operands.py wants: column 16 t + 8 s + 4 u + j is number 32 s + 16 u + 4 t + j. Beside them is what to multiply
+sums with: one number a token before the first projection, one for each group of 64 between the projections.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from triton.experimental.gluon import language as gl
 
 from moefold_kernels.triton.portability import after_the_one_before
 
+
 @triton.jit
 def split_terms(values, largest):
     """First and second terms of float32 `values` whose absolute values are `largest` at most, and the factor.
 
-    The largest gets the exponent 7; it counts as 2 ** -111 at least, so that no scale overflows. Rounding is written out
-    (to four significant bits, below 2 ** -6 to steps of 2 ** -9) and not read back from the e4m3 numbers: ptxas 12.8 to
-    13.0 took the wrong half of a register for every other two of those.
+    The largest gets the exponent 7; it counts as 2 ** -111 at least, so that no scale overflows. Rounding is
+    written out (to four significant bits, below 2 ** -6 to steps of 2 ** -9) and not read back from the e4m3 numbers:
+    on an H200 (triton 3.6.0, CUDA 13.0) the first two of every four then came back as others.
     """
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 16)
     scale = ((261 - exponent) << 23).to(tl.float32, bitcast=True)

@@ -93,7 +93,7 @@ def in_bf16(plan: Plan) -> Plan:
     """The plan with bf16 operands."""
 
     def plain(tile: Tile) -> Tile:
-        return replace(tile, terms=0, registers=0, tokens=max(tile.tokens, 8)) if tile.terms else tile
+        return replace(tile, terms=0, tokens=max(tile.tokens, 8)) if tile.terms else tile
 
     return replace(plan, first=plain(plan.first), second=plain(plan.second))
 
@@ -134,17 +134,23 @@ def both(
     return parts
 
 
-class Mixed(NamedTuple):
-    """Activations of a layer whose pairs are done in terms: theirs, and the rows of experts alone."""
+class Inner(NamedTuple):
+    """Hidden activations of a batch, entries in their order."""
 
-    terms: Terms
-    rows: Tensor
+    rows: Tensor  # [entry, inner] bf16; none where all experts have
+    terms: Terms | None = None
+    """those of pairs, for e4m3.py."""
+
+    @property
+    def values(self) -> Tensor:
+        """One of the tensors."""
+        return self.rows if self.terms is None else self.terms.values
 
 
 def gate_up(
     weights: Weights, x: Tensor, top_k: int, tables: Tables, plan: Plan, activation: Activation = SILU
-) -> Tensor | Mixed:
-    """The hidden activations [entry in order, inner] of `x` [token, hidden]; Mixed for a plan in terms."""
+) -> Inner:
+    """The hidden activations of `x` [token, hidden]."""
     inner, hidden, gated = weights.any.inner, weights.any.hidden, weights.any.gated
     fused = ACTIVATIONS.get(activation.name) if gated else None
     target, tile, biases = Target.of(x), plan.first, weights.biases
@@ -166,7 +172,7 @@ def gate_up(
             e4m3_launch.gate_up(
                 grid, e4m3_launch.prepared(x), kind, terms,
                 (tables.order, tables.offsets, table, weights.experts, bias),
-                _narrow(shared, tile, "x_row") | {"FORMAT": kind.format, "ACTIVATION": fused, "STAGES": tile.stages, "HALVES": e4m3_launch.halves(tile, hidden)},
+                _narrow(shared, tile, "x_row") | e4m3_launch.cut(tile, kind, hidden) | {"ACTIVATION": fused},
             )  # fmt: skip
             continue
         if isinstance(kind, Leveled):
@@ -175,7 +181,7 @@ def gate_up(
                 launch(
                     _leveled().project_in, grid, x, *_paired(planes), *lists, **_narrow(shared, tile), **more,
                     shift=LEVELED / FACTOR,
-                    w_up=inner, ACTIVATION=fused, STAGES=tile.stages, **_registers(tile),
+                    w_up=inner, ACTIVATION=fused, STAGES=tile.stages,
                 )  # fmt: skip
                 continue
             base, shifts = kind.wide.words, dict.fromkeys(("gate_shift", "up_shift"), LEVELED)
@@ -197,21 +203,21 @@ def gate_up(
     if fused is None:
         assert activation.function is not None
         out = activation.function(out).to(x.dtype).contiguous()
-    return Mixed(terms, out) if terms else out
+    return Inner(out, terms)
 
 
 def down(
     weights: Weights,
-    x: Tensor | Mixed,
+    x: Inner,
     top_k_index: Tensor,
     top_k_weights: Tensor,
     tables: Tables,
     plan: Plan,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The output [token, hidden] of the hidden activations `x` [entry in order, inner], as `gate_up` returns them."""
+    """The output [token, hidden] of the hidden activations `x`."""
     hidden, inner = weights.any.hidden, weights.any.inner
-    rows = x.rows if isinstance(x, Mixed) else x
+    rows = x.rows
     tile, target = plan.second, Target.of(rows)
     step = max(tile.columns, STEP) if isinstance(weights.packed, Leveled) else tile.columns
     part = blocks(blocks(inner, tile.splits), step) * step
@@ -226,12 +232,13 @@ def down(
         } | _cut(tile, target)  # fmt: skip
         lists = (parts, tables.order, tables.offsets, table, weights.experts, gates, bias)
         programs = _programs(table, mode) * blocks(hidden, tile.rows)
-        if isinstance(x, Mixed) and isinstance(kind, Leveled):
+        if x.terms and isinstance(kind, Leveled):
             e4m3_launch.down(
                 (programs, splits), x.terms, kind, parts,
                 (tables.order, tables.offsets, table, weights.experts, gates, bias),
                 _narrow(shared, tile)
-                | {"FORMAT": kind.format, "part": part, "out_split": parts.stride(0), "STAGES": tile.stages, "HALVES": e4m3_launch.halves(tile, inner)},
+                | e4m3_launch.cut(tile, kind, inner)
+                | {"part": part, "out_split": parts.stride(0)},
             )  # fmt: skip
             continue
         if isinstance(kind, Leveled):
@@ -240,7 +247,7 @@ def down(
                 launch(
                     _leveled().project_out, (programs, splits), rows, *_paired(planes), *lists,
                     **_narrow(shared, tile), **more, part=part, out_split=parts.stride(0), shift=LEVELED / FACTOR,
-                    STAGES=tile.stages, **_registers(tile),
+                    STAGES=tile.stages,
                 )  # fmt: skip
                 continue
             base, operands, shift = kind.narrow.words, (rows, *planes, *lists), LEVELED
@@ -355,12 +362,7 @@ def _paired(planes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def _narrow(shared: dict[str, Any], tile: Tile, *but: str) -> dict[str, Any]:
     """What leveled.py and e4m3.py take of these."""
     taken = {name: value for name, value in shared.items() if name not in ("COLUMNS", "EXTRA", *but)}
-    decoding = _registers(tile) if tile.terms else {"LOOKED": tile.looked_up}
-    return taken | {"PAIRED": tile.paired} | decoding
-
-
-def _registers(tile: Tile) -> dict[str, int]:
-    return {"maxnreg": tile.registers} if tile.registers else {}
+    return taken | {"PAIRED": tile.paired}
 
 
 def _leveled() -> Any:

@@ -2,9 +2,8 @@
 
 As in overlapped.py and overlapped_pair.py two sets of operand registers take turns; a program serves both slots of a
 pair from one reading (PAIRED), or one. A step is 128 columns, two groups: one barrier, words of 64 bytes a row, and the
-two scales of a row in one copy of 4 bytes. What the planes hold becomes operands in registers: by integer
-instructions (leveled_decode.py), or LOOKED quarters of them by a table in shared memory
-(leveled_table.py), so that two units of a processor are in use, and one answers while the other works.
+two scales of a row in one copy of 4 bytes. Integer instructions make operands of them (leveled_decode.py). Any levels
+will do; those that are e4m3 numbers have e4m3.py, which is faster up to some 64 entries of an expert.
 """
 
 from __future__ import annotations
@@ -15,22 +14,17 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 
 from moefold_kernels.levels import INTEGERS
-from moefold_kernels.triton import leveled_table
 from moefold_kernels.triton.leveled_operands import decoded, signs_of, units_layout
 from moefold_kernels.triton.leveled_stage import (
     HALF,
-    PADDING,
     STEP,
     TOKENS_OF,
     begin_words,
     buffers_of,
-    halved,
-    low_held,
     low_words,
     plane_layout,
     start_tokens,
     start_words,
-    words_held,
 )
 from moefold_kernels.triton.overlapped import (
     after_the_one_before,
@@ -46,8 +40,6 @@ from moefold_kernels.triton.overlapped import (
 
 TABLE = gl.constexpr(INTEGERS)
 """Of a matrix in `levels`."""
-FIRST = gl.constexpr(256)
-"""Programs that begin together: two for each processor of a large GPU."""
 
 
 @gluon.jit
@@ -74,9 +66,8 @@ def plane_at(plane, unit, row, rows, words, skipped, WORDS: gl.constexpr, layout
 
 @gluon.jit
 def _products(
-    buffers, planes, x, live, steps, slot, levels, up, table,
+    buffers, planes, x, live, steps, slot, levels, up,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr,
-    LOOKED: gl.constexpr,
 ):  # fmt: skip
     """Sums [ROWS, TOKENS] of both slots (of one, the second's are nothing) over `steps` times STEP columns.
 
@@ -87,7 +78,6 @@ def _products(
     mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     units: gl.constexpr = units_layout(ROWS, gl.num_warps())
-    apart: gl.constexpr = halved(TOKENS, LOOKED)
     w, low, scale = planes
     x0, x1 = x
     for first in gl.static_range(STAGES - 2):
@@ -96,11 +86,6 @@ def _products(
         x1 += STEP
     thread = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(0, units))), 0), 0)
     gather = thread | (thread + 4) << 4
-    lookup = (gather, gather, gather)
-    if LOOKED:
-        choice = 128 << 8 * thread if FORMAT == "pair4" else gather * 0x101  # of all four bytes; of two words, twice
-        copies = leveled_table.own_copies(table, levels, up, FORMAT, PAIRED, ROWS, units)
-        lookup = (choice, copies, gl.full((1, 1, 4), gl.where(slot == 0, 0x5410, 0x7632), gl.int32, units))
     shared = gl.where(slot == 0, signs_of(0, 0), signs_of(1, 0)).to(gl.int32)
     alone = gl.where(slot == 0, signs_of(0, 1), signs_of(1, 1)).to(gl.int32)
     signs = (gl.full((ROWS, 4, 4), shared, gl.int32, units), gl.full((ROWS, 4, 4), alone, gl.int32, units))
@@ -112,15 +97,12 @@ def _products(
     )  # fmt: skip
     sums0 = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
     sums1 = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
-    stage = steps * 0
-    to = stage + STAGES - 2
     for step in range(0, steps):
         async_copy.wait_group(STAGES - 3)
         barrier()  # this step has come, and nobody reads step - 2 any more, whose place is next
         ahead = step + STAGES - 2
-        if not apart:
-            stage, to = step % STAGES, ahead % STAGES
-        start_words(buffers, (w, low, scale), to, ahead < steps, FORMAT, apart)
+        stage, to = step % STAGES, ahead % STAGES
+        start_words(buffers, (w, low, scale), to, ahead < steps, FORMAT)
         start_tokens(buffers, (x0, x1), live, to, ahead < steps, PAIRED)
         w += STEP // 8
         if FORMAT != "pair4":
@@ -129,9 +111,7 @@ def _products(
         x0 += STEP
         x1 += STEP
         for half in gl.static_range(2):
-            ours, theirs = decoded(
-                buffers, stage, gather, signs, tables, lookup, half, ROWS, FORMAT, PAIRED, LOOKED, apart, left
-            )
+            ours, theirs = decoded(buffers, stage, gather, signs, tables, half, ROWS, FORMAT, PAIRED, left)
             right = buffers[TOKENS_OF + half].index(stage).permute((1, 0))
             sums0 = warpgroup_mma(ours, right, sums0, is_async=True)
             if PAIRED:
@@ -142,11 +122,6 @@ def _products(
             else:
                 sums0 = warpgroup_mma_wait(1, deps=(sums0,))
             sums0 = warpgroup_mma_init(sums0)
-        if apart:  # a division by no power of two takes twenty instructions; where integers bind, it is an AND
-            stage = gl.where(stage == STAGES - 1, 0, stage + 1)
-            to = gl.where(to == STAGES - 1, 0, to + 1)
-    if LOOKED:
-        buffers[PADDING]._keep_alive()
     return warpgroup_mma_wait(0, deps=(sums0, sums1))
 
 
@@ -166,20 +141,13 @@ def project_in(
     x, words, low, scale, levels, out, order, offsets, tiles, experts, bias,
     hidden, inner, top_k, capacity, x_row, w_up, shift, bias_expert, bias_row, bias_up, limit, alpha,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, ACTIVATION: gl.constexpr,
-    FORMAT: gl.constexpr, PAIRED: gl.constexpr, LOOKED: gl.constexpr,
+    FORMAT: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """overlapped.project_in; `hidden` is a number of STEPs, planes are contiguous [unit, row, word], gate rows first.
 
     `w_up`: rows from a gate row to its up row, within a unit of 2 * inner.
     """
     slot = 0 if PAIRED else gl.program_id(0) % 2
-    table = 0
-    early: gl.constexpr = LOOKED > 0 and TOKENS <= 16 and not PAIRED  # few tokens: the first programs wait here anyway
-    if LOOKED:
-        table = leveled_table.place(FORMAT)
-    if early:  # noqa: SIM102 - this is known when compiling
-        if gl.program_id(0) < FIRST:
-            leveled_table.fill(table, levels, TABLE, slot, FORMAT, PAIRED)
     after_the_one_before()
     program = gl.program_id(0) if PAIRED else gl.program_id(0) // 2
     tile, first_row = share(program, gl.cdiv(inner, ROWS), ROWS, GROUP)
@@ -190,34 +158,30 @@ def project_in(
     place, begin0, end0, begin1, end1 = entries_of(offsets, unit, slot, skipped, PAIRED)
     if not PAIRED and begin0 >= end0:
         return
-    buffers = buffers_of(2 * ROWS, TOKENS, STAGES, FORMAT, PAIRED, LOOKED)
-    apart: gl.constexpr = halved(TOKENS, LOOKED)
-    wide: gl.constexpr = plane_layout(words_held(apart), gl.num_warps())
-    lows: gl.constexpr = plane_layout(low_held(FORMAT, apart), gl.num_warps())
+    buffers = buffers_of(2 * ROWS, TOKENS, STAGES, FORMAT, PAIRED)
+    wide: gl.constexpr = plane_layout(STEP // 8, gl.num_warps())
+    lows: gl.constexpr = plane_layout(low_words(FORMAT, STEP), gl.num_warps())
     one: gl.constexpr = plane_layout(1, gl.num_warps())
     row_w = rows_in(first_row, inner, w_up, ROWS, wide)
     row_l = rows_in(first_row, inner, w_up, ROWS, lows)
     row_s = rows_in(first_row, inner, w_up, ROWS, one)
     planes = (
-        plane_at(words, unit, row_w, 2 * inner, hidden // 8, 0, words_held(apart), wide),
+        plane_at(words, unit, row_w, 2 * inner, hidden // 8, 0, STEP // 8, wide),
         plane_at(
-            low, unit, row_l, 2 * inner, hidden * low_words(FORMAT, STEP) // STEP, 0, low_held(FORMAT, apart), lows
+            low, unit, row_l, 2 * inner, hidden * low_words(FORMAT, STEP) // STEP, 0, low_words(FORMAT, STEP), lows
         ),
         plane_at(scale, unit, row_s, 2 * inner, hidden // STEP, 0, 1, one),
     )
     steps = hidden // STEP
-    planes = begin_words(buffers, planes, steps, STAGES, FORMAT, apart)
-    if LOOKED:  # noqa: SIM102
-        if not early or gl.program_id(0) >= FIRST:
-            leveled_table.fill(table, levels, TABLE, slot, FORMAT, PAIRED)
+    planes = begin_words(buffers, planes, steps, STAGES, FORMAT)
     k = gl.arange(0, HALF, gl.SliceLayout(0, copy_layout(HALF, gl.num_warps())))
     a0, live0 = tokens_at(x, order, begin0, end0, k, top_k, x_row, HALF, TOKENS)
     a1, live1 = a0, live0
     if PAIRED:
         a1, live1 = tokens_at(x, order, begin1, end1, k, top_k, x_row, HALF, TOKENS)
     sums0, sums1 = _products(
-        buffers, planes, (a0, a1), (live0, live1), steps, slot, levels, TABLE, table, 2 * ROWS, TOKENS, STAGES,
-        FORMAT, PAIRED, LOOKED,
+        buffers, planes, (a0, a1), (live0, live1), steps, slot, levels, TABLE, 2 * ROWS, TOKENS, STAGES,
+        FORMAT, PAIRED,
     )  # fmt: skip
     write_inner(
         sums0, out, begin0, end0, first_row, inner, shift, shift, gl.load(experts + place), bias, bias_expert,
@@ -235,7 +199,7 @@ def project_out(
     x, words, low, scale, levels, out, order, offsets, tiles, experts, weights, bias,
     inner, hidden, capacity, part, out_split, shift, bias_expert, bias_row,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, FORMAT: gl.constexpr,
-    PAIRED: gl.constexpr, LOOKED: gl.constexpr,
+    PAIRED: gl.constexpr,
 ):  # fmt: skip
     """overlapped.project_out, in splits of `part` columns (a number of STEPs, as `inner` is)."""
     slot = 0 if PAIRED else gl.program_id(0) % 2
@@ -250,28 +214,23 @@ def project_out(
         return
     begin = gl.program_id(1) * part
     out += gl.program_id(1).to(gl.int64) * out_split
-    buffers = buffers_of(ROWS, TOKENS, STAGES, FORMAT, PAIRED, LOOKED)
-    apart: gl.constexpr = halved(TOKENS, LOOKED)
-    wide: gl.constexpr = plane_layout(words_held(apart), gl.num_warps())
-    lows: gl.constexpr = plane_layout(low_held(FORMAT, apart), gl.num_warps())
+    buffers = buffers_of(ROWS, TOKENS, STAGES, FORMAT, PAIRED)
+    wide: gl.constexpr = plane_layout(STEP // 8, gl.num_warps())
+    lows: gl.constexpr = plane_layout(low_words(FORMAT, STEP), gl.num_warps())
     one: gl.constexpr = plane_layout(1, gl.num_warps())
     planes = (
         plane_at(
-            words, unit, rows_out(first_row, hidden, ROWS, wide), hidden, inner // 8, begin // 8, words_held(apart),
+            words, unit, rows_out(first_row, hidden, ROWS, wide), hidden, inner // 8, begin // 8, STEP // 8,
             wide,
         ),
         plane_at(
             low, unit, rows_out(first_row, hidden, ROWS, lows), hidden, inner * low_words(FORMAT, STEP) // STEP,
-            begin * low_words(FORMAT, STEP) // STEP, low_held(FORMAT, apart), lows,
+            begin * low_words(FORMAT, STEP) // STEP, low_words(FORMAT, STEP), lows,
         ),
         plane_at(scale, unit, rows_out(first_row, hidden, ROWS, one), hidden, inner // STEP, begin // STEP, 1, one),
     )  # fmt: skip
     steps = gl.minimum(inner - begin, part) // STEP
-    planes = begin_words(buffers, planes, steps, STAGES, FORMAT, apart)
-    table = 0
-    if LOOKED:
-        table = leveled_table.place(FORMAT)
-        leveled_table.fill(table, levels + 2 * TABLE, 0, slot, FORMAT, PAIRED)
+    planes = begin_words(buffers, planes, steps, STAGES, FORMAT)
     after_the_one_before()
     k = begin + gl.arange(0, HALF, gl.SliceLayout(0, copy_layout(HALF, gl.num_warps())))
     a0, live0 = positions_at(x, begin0, end0, k, inner, HALF, TOKENS)
@@ -279,8 +238,8 @@ def project_out(
     if PAIRED:
         a1, live1 = positions_at(x, begin1, end1, k, inner, HALF, TOKENS)
     sums0, sums1 = _products(
-        buffers, planes, (a0, a1), (live0, live1), steps, slot, levels + 2 * TABLE, 0, table, ROWS, TOKENS, STAGES,
-        FORMAT, PAIRED, LOOKED,
+        buffers, planes, (a0, a1), (live0, live1), steps, slot, levels + 2 * TABLE, 0, ROWS, TOKENS, STAGES,
+        FORMAT, PAIRED,
     )  # fmt: skip
     write_outer(
         sums0, out, order, weights, begin0, end0, first_row, hidden, shift, gl.load(experts + place), bias,

@@ -14,31 +14,19 @@ import triton.experimental.gluon as gluon
 from triton.experimental.gluon import language as gl
 
 from moefold_kernels.layout_pairs import MAGNITUDE_BITS
-from moefold_kernels.triton import leveled_decode, leveled_lookup
+from moefold_kernels.triton import leveled_decode
 from moefold_kernels.triton.leveled_decode import SLOT_SIGNS
 from moefold_kernels.triton.leveled_stage import HALF, LOW, SCALE, WORDS, low_words
 
 _CODE = gl.constexpr(
-    {
-        (f, n): (leveled_decode.assembly(f, n), leveled_decode.constraints(f, n), 1)
-        for f in MAGNITUDE_BITS
-        for n in (1, 2)
-    }
-)
-_LOOKED_UP = gl.constexpr(
-    {
-        (f, n, looked): (leveled_lookup.assembly(f, n, looked), leveled_lookup.constraints(f, n, looked), pack)
-        for f in MAGNITUDE_BITS
-        for n in (1, 2)
-        for looked, pack in leveled_lookup.PACK.items()
-    }
+    {(f, n): (leveled_decode.assembly(f, n), leveled_decode.constraints(f, n)) for f in MAGNITUDE_BITS for n in (1, 2)}
 )
 
 
 @gluon.constexpr_function
-def code(format, slots, looked, part):
-    """The assembly (part 0), its constraints, and how many times four positions it makes."""
-    return (_LOOKED_UP.value[format, slots, looked] if looked else _CODE.value[format, slots])[part]
+def code(format, slots, part):
+    """The assembly (part 0) and its constraints (1)."""
+    return _CODE.value[format, slots][part]
 
 
 @gluon.constexpr_function
@@ -111,27 +99,17 @@ def _scales(buffers, stage, half: gl.constexpr, ROWS: gl.constexpr, units: gl.co
 
 
 @gluon.jit
-def _of_half(
-    buffers, number: gl.constexpr, stage, half: gl.constexpr, ROWS: gl.constexpr, words: gl.constexpr,
-    APART: gl.constexpr,
-):  # fmt: skip
-    """The words of a group, of buffer `number` or of the two from there on."""
+def _of_half(buffers, number: gl.constexpr, stage, half: gl.constexpr, ROWS: gl.constexpr, words: gl.constexpr):
+    """A group's words of the plane in buffer `number`."""
     layout: gl.constexpr = rows_layout(ROWS, words, gl.num_warps())
-    if APART:
-        found = buffers[number + half].index(stage).load(layout)
-    else:
-        found = buffers[number].index(stage).slice(words * half, words, 1).load(layout)
-    return found
+    return buffers[number].index(stage).slice(words * half, words, 1).load(layout)
 
 
 @gluon.jit
-def _lows(
-    buffers, stage, half: gl.constexpr, ROWS: gl.constexpr, FORMAT: gl.constexpr, APART: gl.constexpr,
-    units: gl.constexpr,
-):  # fmt: skip
+def _lows(buffers, stage, half: gl.constexpr, ROWS: gl.constexpr, FORMAT: gl.constexpr, units: gl.constexpr):
     """The words of `low` of every 16 columns of a group: two (pair8), one (pair6), or one, its bits moved (pair5)."""
     words: gl.constexpr = low_words(FORMAT, HALF)
-    lows = _of_half(buffers, LOW, stage, half, ROWS, words, FORMAT == "pair8" and APART)
+    lows = _of_half(buffers, LOW, stage, half, ROWS, words)
     if FORMAT == "pair8":
         found = _pairwise(lows, 8, ROWS, units)
     else:
@@ -143,44 +121,32 @@ def _lows(
 
 @gluon.jit
 def decoded(
-    buffers, stage, gather, signs, tables, lookup,
-    half: gl.constexpr, ROWS: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr, LOOKED: gl.constexpr,
-    APART: gl.constexpr, left: gl.constexpr,
+    buffers, stage, gather, signs, tables,
+    half: gl.constexpr, ROWS: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr, left: gl.constexpr,
 ):  # fmt: skip
     """The operands of one group: of both slots, or of one, twice."""
     units: gl.constexpr = units_layout(ROWS, gl.num_warps())
-    words = _of_half(buffers, WORDS, stage, half, ROWS, 8, APART)
+    words = _of_half(buffers, WORDS, stage, half, ROWS, 8)
     scale = _scales(buffers, stage, half, ROWS, units)
-    given = _pairwise(words, 8, ROWS, units)
-    if LOOKED:
-        given = given + (lookup[0],)
-        if FORMAT != "pair4":
-            given = given + _lows(buffers, stage, half, ROWS, FORMAT, APART, units)
-        given = given + (_of_rows(scale), lookup[1])
-        if FORMAT != "pair4" and not PAIRED:
-            given = given + (lookup[2],)
-    if LOOKED < 4:
-        given = given + (gather,)
-        if FORMAT != "pair4" and not LOOKED:
-            given = given + _lows(buffers, stage, half, ROWS, FORMAT, APART, units) + (_of_rows(scale),)
-        if not PAIRED:
-            given = given + signs
-        if FORMAT == "pair4":
-            given = given + (_of_rows(_scaled(tables[0], scale)), _of_rows(_scaled(tables[1], scale)))
-        else:
-            given = given + (_of_rows(tables[0]), _of_rows(tables[1]), _of_rows(tables[2]), _of_rows(tables[3]))
-        if FORMAT == "pair8":
-            given = given + (_of_rows(tables[4]), _of_rows(tables[5]), _of_rows(tables[6]), _of_rows(tables[7]))
+    given = _pairwise(words, 8, ROWS, units) + (gather,)
+    if FORMAT != "pair4":
+        given = given + _lows(buffers, stage, half, ROWS, FORMAT, units) + (_of_rows(scale),)
+    if not PAIRED:
+        given = given + signs
+    if FORMAT == "pair4":
+        given = given + (_of_rows(_scaled(tables[0], scale)), _of_rows(_scaled(tables[1], scale)))
+    else:
+        given = given + (_of_rows(tables[0]), _of_rows(tables[1]), _of_rows(tables[2]), _of_rows(tables[3]))
+    if FORMAT == "pair8":
+        given = given + (_of_rows(tables[4]), _of_rows(tables[5]), _of_rows(tables[6]), _of_rows(tables[7]))
     if PAIRED:
         a, b, c, d = gl.inline_asm_elementwise(
-            code(FORMAT, 2, LOOKED, 0), code(FORMAT, 2, LOOKED, 1), given,
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True,
-            pack=code(FORMAT, 2, LOOKED, 2),
+            code(FORMAT, 2, 0), code(FORMAT, 2, 1), given,
+            dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
         )  # fmt: skip
         return _operand(a, b, ROWS, left), _operand(c, d, ROWS, left)
     a, b = gl.inline_asm_elementwise(
-        code(FORMAT, 1, LOOKED, 0), code(FORMAT, 1, LOOKED, 1), given,
-        dtype=(gl.int32, gl.int32), is_pure=True, pack=code(FORMAT, 1, LOOKED, 2),
-    )  # fmt: skip
+        code(FORMAT, 1, 0), code(FORMAT, 1, 1), given, dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+    )
     own = _operand(a, b, ROWS, left)
     return own, own

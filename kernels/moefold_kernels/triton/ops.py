@@ -98,7 +98,7 @@ def gate_up(
         held, x = weights(operands), _rows(hidden)
         plan = layer.apart(layer.plan_for(held, *top_k_index.shape))
         tables = layer.route_for(held, top_k_index, plan)
-        return layer.gate_up(held, x, top_k_index.shape[1], tables, plan, _AS_THEY_ARE)
+        return layer.gate_up(held, x, top_k_index.shape[1], tables, plan, _AS_THEY_ARE).rows
 
 
 @library.custom_op("moefold::down", mutates_args=())
@@ -136,7 +136,7 @@ def down(
         held, x = weights(operands), rows.to(torch.bfloat16).contiguous()
         plan = layer.apart(layer.plan_for(held, *top_k_index.shape))
         tables = layer.route_for(held, top_k_index, plan)
-        return layer.down(held, x, top_k_index, top_k_weights, tables, plan, dtype)
+        return layer.down(held, layer.Inner(x), top_k_index, top_k_weights, tables, plan, dtype)
 
 
 @library.register_fake("moefold::experts")

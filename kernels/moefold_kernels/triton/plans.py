@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from moefold_kernels import layout, layout_pairs
 from moefold_kernels.errors import FormatError
-from moefold_kernels.levels import ENTRIES
 
 GROUP = layout_pairs.GROUP
 """Rows of gate and up in terms come in so many: they are columns of down, with a factor for a group."""
@@ -35,17 +34,14 @@ class Tile:
     """Programs that share the columns of a block (down projection only); their sums are added by `combine`."""
     ahead: int = 4
     """Cache lines of each row of words that a program asks for while the kernel before it ends (project.py)."""
-    looked_up: int = 0
-    """Few-bit formats on Hopper: how many quarters of the positions are decoded by a table in shared memory; and"""
     terms: int = 0
-    """Or 2: by e4m3 operands, each token's value being a sum of two (e4m3.py); with it, tokens may be 4, and"""
-    registers: int = 0
-    """the most registers of a thread, where that lets more programs run at once (0: as many as the compiler likes)."""
+    """Few-bit formats on Hopper: 2 for e4m3 operands, each token's value being a sum of two (e4m3.py), in steps of 128
+    or 256 columns; tokens then may be 4."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise FormatError(f"there is no mode {self.mode!r}; there are: {', '.join(MODES)}")
-        if self.terms not in (0, 2) or (self.terms and (not self.overlapped or self.looked_up or self.extra)):
+        if self.terms not in (0, 2) or (self.terms and (not self.overlapped or self.extra)):
             raise FormatError(f"terms is {self.terms!r}, and must be 0, or 2 in an overlapped mode with nothing extra")
         least = 4 if self.terms else 8 if self.overlapped else 16
         sizes = {"tokens": least, "rows": 16, "columns": 16, "warps": 1, "ahead": 1} | (
@@ -59,17 +55,11 @@ class Tile:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise FormatError(f"{name} is {value!r}, and must be a whole number, at least {least}")
-        if self.looked_up not in range(5) or (self.looked_up and not self.overlapped):
-            raise FormatError(f"looked_up is {self.looked_up!r}, and must be 0, or up to 4 in an overlapped mode")
-        if not isinstance(self.registers, int) or self.registers % 8 or not 0 <= self.registers < 256:
-            raise FormatError(f"registers is {self.registers!r}, and must be 0, or a multiple of 8 below 256")
 
     def __str__(self) -> str:
         entries = f"{self.tokens}+{self.extra}" if self.extra else f"{self.tokens}"
         more = f" g{self.group}" * (self.group > 1) + f" k{self.splits}" * (self.splits > 1)
-        more += f" a{self.ahead}" * (self.ahead != 4) + f" t{self.looked_up}" * (self.looked_up > 0)
-        more += f" e{self.terms}" * (self.terms > 0)
-        more += f" r{self.registers}" * (self.registers > 0)
+        more += f" a{self.ahead}" * (self.ahead != 4) + " e4m3" * (self.terms > 0)
         return f"{self.mode} {entries} {self.rows}x{self.columns} w{self.warps} s{self.stages}{more}"
 
     @property
@@ -102,14 +92,14 @@ class Plan:
     def __post_init__(self) -> None:
         first, second = self.first, self.second
         if bool(first.terms) != bool(second.terms):
-            raise FormatError(f"{first} and {second}: what one leaves in terms the other has to take so")
+            raise FormatError(f"{first} and {second}: e4m3 operands are for both or for neither")
         if first.terms and not (
             first.rows % GROUP == 0
             and all(tile.warps % 4 == 0 for tile in (first, second))
             and min(2 * first.rows // first.warps, second.rows // second.warps) >= PER_WARP
         ):
             raise FormatError(
-                f"{first} and {second}: in terms, gate and up need whole groups of {GROUP} rows, and a warp 16 of either"
+                f"{first} and {second}: e4m3 operands need whole groups of {GROUP} rows of gate and up, and 16 a warp"
             )
         able = not self.first.overlapped and self.first.splits == 1
         if self.joined and not (able and self.second == _below(self.first)):
@@ -136,23 +126,30 @@ def fits(plan: Plan, memory: int, format: str = layout.EXPONENT) -> bool:
 def tile_fits(tile: Tile, gated: bool, memory: int, format: str = layout.EXPONENT) -> bool:
     """The same of one tile, which has twice its rows where there is a gate; some stages need a little less."""
     rows, entries = tile.rows * (2 if gated else 1), tile.entries * (2 if tile.paired else 1)
-    if (tile.looked_up or tile.terms) and format != layout.EXPONENT and leveled_bytes(tile, gated, format) > memory:
-        return False
-    if tile.terms:
-        return True
+    if tile.terms and format != layout.EXPONENT:
+        return leveled_bytes(tile, gated, format) <= memory
     return 2 * (rows + entries) * tile.columns * tile.stages <= memory + 16384
 
 
 def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
-    """What leveled.py takes of shared memory: planes and tokens of 128 columns a stage, and the table.
+    """What the few-bit formats' kernels on Hopper take of shared memory.
 
-    Triton has to be asked for more than 48 KB without the table where that and the table are more.
+    leveled.py: planes and bf16 tokens of 128 columns a stage. e4m3.py, in steps of `columns`: planes of a stage less,
+    two terms of each token, factors of each group.
     """
     rows, entries = tile.rows * (2 if gated else 1), tile.entries * (2 if tile.paired else 1)
     bits = layout_pairs.magnitude_bits(format) + layout_pairs.STATE_BITS
-    if tile.terms:  # planes, two terms of each token, and factors of both groups
-        wide = 2 if tile.columns > 128 else 1
-        return wide * ((tile.stages - 1) * rows * (16 * bits + 4) + tile.stages * entries * (256 + 16)) + 4096
-    staged = tile.stages * (rows * (16 * bits + 4) + 256 * entries) + 1024
-    table = 128 * ENTRIES[format] if tile.looked_up else 0
-    return staged + table if staged + table <= 48 * 1024 or not table else max(staged, 49 * 1024) + table
+    planes = rows * (16 * bits + 4)  # of 128 columns
+    if not tile.terms:
+        return tile.stages * (planes + 256 * entries) + 1024
+    halves = 2 if tile.columns > 128 else 1
+    return halves * ((tile.stages - 1) * planes + tile.stages * (256 + 16) * entries) + 4096
+
+
+def alone(tile: Tile, second: bool) -> Plan:
+    """A plan in which a tile of the first or the second projection stands, with any tile that goes with it."""
+    if not tile.terms:
+        return Plan(tile, tile)
+    if second:
+        return Plan(replace(tile, rows=max(tile.rows, GROUP), splits=1), tile)
+    return Plan(tile, replace(tile, rows=max(tile.rows, PER_WARP * tile.warps)))

@@ -23,7 +23,7 @@ from moefold_kernels.reference import PackedExperts
 from moefold_kernels.triton import configs, e4m3_launch, layer
 from moefold_kernels.triton.candidates import Room, candidates
 from moefold_kernels.triton.compilation import Compiler, Job, Part, reason
-from moefold_kernels.triton.plans import Plan, Tile, join
+from moefold_kernels.triton.plans import Plan, Tile, alone, join
 from moefold_kernels.triton.portability import Target
 from moefold_kernels.triton.routing import Tables
 from moefold_kernels.triton.weights import Weights
@@ -111,7 +111,11 @@ class Search:
         firsts, seconds = self._best("first", sides[0]), self._best("second", sides[1])
         if self.late and not (set(firsts) - {self.before.first} and set(seconds) - {self.before.second}):
             return None
-        plans = [Plan(*tiles) for tiles in itertools.product(firsts[:FINALISTS], seconds[:FINALISTS])]
+        plans = [
+            Plan(first, second)
+            for terms in (0, 2)
+            for first, second in itertools.product(_best_of(firsts, terms), _best_of(seconds, terms))
+        ]
         plans += self._joined(firsts)
         times = self._times(list(dict.fromkeys([*plans, self.before])), "whole")
         if times:
@@ -129,10 +133,11 @@ class Search:
 
     def _best(self, part: Part, tiles: Sequence[Tile]) -> list[Tile]:
         """The tiles of one projection, timed alone, the fastest first."""
-        times = self._times([Plan(tile, tile) for tile in tiles], part)
+        plans = [alone(tile, part == "second") for tile in tiles]
+        times = self._times(plans, part)
         self.tried += len(times)
-        self.late += len(tiles) - len(times) - sum(_name(Plan(tile, tile), part) in self.rejected for tile in tiles)
-        return [plan.first for plan in sorted(times, key=lambda plan: times[plan])]
+        self.late += len(tiles) - len(times) - sum(_name(plan, part) in self.rejected for plan in plans)
+        return [_tile(plan, part) for plan in sorted(times, key=lambda plan: times[plan])]
 
     def _joined(self, tiles: Sequence[Tile]) -> list[Plan]:
         """The first few that one launch can do both projections with."""
@@ -188,15 +193,15 @@ class Search:
     def _call(self, plan: Plan, part: Part) -> Callable[[Work], Tensor]:
         weights, top_k = self.ground.weights, self.ground.shape.top_k
         if part == "first":
-            return lambda one: layer.gate_up(weights, one.batch.hidden, top_k, one.tables, plan)
+            return lambda one: layer.gate_up(weights, one.batch.hidden, top_k, one.tables, plan).values
         if part == "whole":
             return lambda one: layer.forward(
                 weights, one.batch.hidden, one.batch.top_k_index, one.batch.top_k_weights, plan=plan
             )
         x = self._activations
-        x = layer.Mixed(e4m3_launch.between(x), x) if plan.second.terms else x
+        held = layer.Inner(x, e4m3_launch.between(x) if plan.second.terms else None)
         return lambda one: layer.down(
-            weights, x, one.batch.top_k_index, one.batch.top_k_weights, one.tables, plan, torch.bfloat16
+            weights, held, one.batch.top_k_index, one.batch.top_k_weights, one.tables, plan, torch.bfloat16
         )
 
     @cached_property
@@ -278,7 +283,17 @@ _WHAT: dict[Part, str] = {"first": "gate and up", "second": "down", "whole": "bo
 
 def _name(plan: Plan, part: Part) -> str:
     """What a user is told of a plan, or of the tile that a part is about."""
-    return str(plan) if part == "whole" else f"{_WHAT[part]} {plan.first}"
+    return str(plan) if part == "whole" else f"{_WHAT[part]} {_tile(plan, part)}"
+
+
+def _tile(plan: Plan, part: Part) -> Tile:
+    """The tile that a part is about."""
+    return plan.second if part == "second" else plan.first
+
+
+def _best_of(tiles: Sequence[Tile], terms: int) -> Sequence[Tile]:
+    """The first few of one kind: the projections' tiles must be of one."""
+    return [tile for tile in tiles if tile.terms == terms][:FINALISTS]
 
 
 def _batches(tokens: int) -> int:

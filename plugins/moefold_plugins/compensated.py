@@ -8,8 +8,9 @@ published merge.
 
 Memory: for each expert in hand 8 bytes of an entry of its inputs' moments, or 12 of its hidden activations' where that
 is more, 12 of an entry of its larger weight matrix, and two copies of its weights. Pairs are taken in chunks that fit a
-budget (half of what a GPU has free), each of which goes over the calibration tokens twice. DeepSeek-V3 (7168, 2048):
-0.94 GB an expert, 240 GB for all 256 at once.
+budget (half of what a GPU has free), each of which goes over the calibration tokens twice; they stay on the GPU where
+they take an eighth of what it has free at most. DeepSeek-V3 (7168, 2048): 0.94 GB an expert, 240 GB for all 256 at
+once.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moefold import Experts, Layer, Routed
 from moefold.errors import InputError
-from moefold_plugins.visits import CHUNK, visits
+from moefold_plugins.visits import CHUNK, held, visits
 
 SAMPLE = 4096
 """Tokens, evenly spaced over the layer's, that stand for all of them in an expert's hidden activations."""
@@ -63,15 +63,15 @@ class Calibration:
         """`experts` lie on the device to compute on; `blend` of its own tokens count as much as the layer's do."""
         if not len(routed.tokens):
             raise InputError(f"layer {layer.number}: no calibration tokens; give forward a text of at least one sample")
+        self.device, self.gate = experts.down.device, float(routed.top_k_weights.float().square().mean())
+        routed = held(routed, self.device)
         self.layer, self.routed, self.experts, self.blend = layer, routed, experts, blend
-        self.device = experts.down.device
-        self.gate = float(routed.top_k_weights.float().square().mean())
         self.hidden, self.inner = routed.tokens.shape[1], experts.inner
         self.all = torch.zeros(self.hidden, self.hidden, device=self.device)
         for tokens in routed.tokens.split(CHUNK):
             _add(self.all, tokens.to(self.device))
         self.all /= len(routed.tokens)
-        self.sample = routed.tokens[:: max(1, len(routed.tokens) // SAMPLE)].to(self.device)
+        self.sample = routed.tokens[:: max(1, len(routed.tokens) // SAMPLE)].to(self.device).contiguous()
 
     def moments(self, members: Sequence[int]) -> Moments:
         """The moments of some experts: one pass over the layer's tokens, and as many matrices as there are experts."""

@@ -10,8 +10,11 @@ upcycled ones may be, their own order costs less, and is kept.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,22 +72,23 @@ def gathered(experts: Experts, expert: int, neurons: Tensor, seen: Inputs, rows:
 def matched(experts: Experts, seen: Inputs, usage: Tensor) -> Tensor:
     """Orders of the neurons of experts in pairs, 0 and 1, 2 and 3, ... in which merging them costs little.
 
-    `usage` [expert] is how much an expert's errors count. Returns [expert, inner] int64.
+    `usage` [expert] is how much an expert's errors count. Returns [expert, inner] int64. The host waits for the device
+    once: with a wait in each of 768 blocks (64 pairs of 768 neurons) it took most of the time. On the device lie costs
+    of all blocks, 4 * BLOCK bytes of a neuron of a pair.
     """
     rows, orders = row_weights(experts, seen), ranked(experts, seen)
     orders[1::2] = orders[1::2].flip(1)
     natural = torch.arange(experts.inner, device=orders.device)
+    costs, known = [], []
     for first in range(0, len(orders), 2):
-        pair, cost, known = (first, first + 1), 0.0, 0.0
-        for start in range(0, experts.inner, BLOCK):
-            some = slice(start, start + BLOCK)
-            costs = _costs(*(gathered(experts, e, orders[e, some], seen, rows, usage) for e in pair))
-            assigned = _assigned(costs).to(orders.device)
-            orders[first + 1, some] = orders[first + 1, some][assigned]
-            cost += float(costs.gather(1, assigned[:, None]).sum())
-            known += float(total(*(gathered(experts, e, natural[some], seen, rows, usage) for e in pair)))
-        if known <= cost:
-            orders[first : first + 2] = natural
+        pair = (first, first + 1)
+        costs.append(_by_block(*(gathered(experts, e, orders[e], seen, rows, usage) for e in pair)))
+        known.append(_one_by_one(*(gathered(experts, e, natural, seen, rows, usage) for e in pair)))
+    found = _assigned(torch.stack(costs), experts.inner)
+    assigned = torch.stack([order for order, _ in found]).to(orders.device)
+    orders[1::2] = orders[1::2].gather(1, assigned)
+    dearer = [own <= cost for own, (_, cost) in zip(torch.stack(known).tolist(), found, strict=True)]
+    orders[torch.tensor(dearer).repeat_interleave(2).to(orders.device)] = natural
     return orders
 
 
@@ -92,6 +96,25 @@ def total(one: Neurons, other: Neurons) -> Tensor:
     """What merging neurons one by one costs in all: [...]."""
     costs = least_cost(one.size.float(), other.size.float(), one.cost(), other.cost())
     return costs.sum(dim=(-3, -2, -1))
+
+
+def _one_by_one(one: Neurons, other: Neurons) -> Tensor:
+    """What merging all neurons of one with those of another in their order costs: one number, float64."""
+    step = max(1, AT_ONCE // (4 * one.size[0].numel()))  # several values of each element are in memory here
+    parts = zip(_parts(one, step), _parts(other, step), strict=True)
+    return torch.stack([total(*pair).double() for pair in parts]).sum()
+
+
+def _by_block(one: Neurons, other: Neurons) -> Tensor:
+    """What merging every neuron of a block of one with every one of another's block costs, block after block: flat."""
+    blocks = zip(_parts(one, BLOCK), _parts(other, BLOCK), strict=True)
+    return torch.cat([_costs(*pair).flatten() for pair in blocks])
+
+
+def _parts(neurons: Neurons, step: int) -> Iterator[Neurons]:
+    """Neurons, so many at a time."""
+    size, row = neurons.size.split(step), neurons.row.split(step)
+    return (Neurons(*part, neurons.column) for part in zip(size, row, strict=True))
 
 
 def _costs(one: Neurons, other: Neurons) -> Tensor:
@@ -103,8 +126,19 @@ def _costs(one: Neurons, other: Neurons) -> Tensor:
     return torch.stack(sums).sum(dim=0)
 
 
-def _assigned(costs: Tensor) -> Tensor:
-    """For each row the column that goes with it, the sum being the least: a permutation, [row] int64."""
+def _assigned(costs: Tensor, inner: int) -> list[tuple[Tensor, float]]:
+    """By pair, of its blocks' costs [pair, flat]: which neuron of the other goes with each of one, and their sum."""
     from scipy.optimize import linear_sum_assignment  # slow to import, and plugins load with every command
 
-    return torch.from_numpy(linear_sum_assignment(costs.double().cpu().numpy())[1])
+    def pair(flat: Any) -> tuple[Tensor, float]:
+        order, cost, at = np.arange(inner), 0.0, 0
+        for start in range(0, inner, BLOCK):
+            count = min(BLOCK, inner - start)
+            table = flat[at : at + count**2].reshape(count, count)
+            rows, columns = linear_sum_assignment(table)  # a permutation: rows are in their order
+            order[start : start + count] = start + columns
+            cost, at = cost + float(table[rows, columns].sum()), at + count**2
+        return torch.from_numpy(order), cost
+
+    with ThreadPoolExecutor() as threads:  # scipy leaves the interpreter to others while it seeks
+        return list(threads.map(pair, costs.cpu().double().numpy()))

@@ -102,3 +102,18 @@ def test_the_assignment_costs_least_of_all(layer, routed):
         swap[[one, two]] = swap[[two, one]]
         assert least <= cost(found[0], swap) * (1 + 1e-6)
     assert least < 0.97 * cost(torch.arange(some.inner), torch.arange(some.inner))
+
+
+@pytest.mark.parametrize("block", [32, 12])
+def test_pairs_are_matched_as_if_each_were_alone(layer, routed, monkeypatch, block):
+    """Costs of all blocks go to the host at once, whole blocks and the rest (32 neurons), and come back in place."""
+    monkeypatch.setattr(neurons, "BLOCK", block)
+    monkeypatch.setattr(neurons, "AT_ONCE", 3 * 64 * 40)  # some neurons, and some columns, at a time
+    experts = layer.experts()
+    together, _ = in_order(layer, routed, experts, [0, 4, 6, 1, 2, 2])
+    for first in (0, 2, 4):
+        alone, _ = in_order(layer, routed, experts, [[0, 4], [6, 1], [2, 2]][first // 2])
+        assert torch.equal(together[first : first + 2], alone)
+    assert all(order.sort().values.tolist() == list(range(experts.inner)) for order in together)
+    assert not torch.equal(together[1], torch.arange(experts.inner))
+    assert torch.equal(together[4], torch.arange(experts.inner))  # equal experts: their own order costs nothing

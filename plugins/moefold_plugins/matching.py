@@ -19,17 +19,21 @@ _STEPS = 1 << 40
 Pairs = list[tuple[int, int]]
 
 
+def perfect(cost: Tensor, free: Sequence[int]) -> Pairs:
+    """As many pairs of `free` experts as there can be, of least cost in sum; one expert is in one pair at most."""
+    return _full(_edges(cost, free)) if len(free) > 1 else []
+
+
 def matchings(cost: Tensor, free: Sequence[int]) -> list[Pairs]:
     """Sets of pairs of `free` experts, of least cost in sum for their numbers; one expert is in one pair at most.
 
-    The first has as many pairs as there can be. Fewer pairs are not some of those: experts that cost much in any pair
-    are then better left alone, and their partners find others.
+    The first is `perfect`. Fewer pairs are not some of those: experts that cost much in any pair are then better left
+    alone, and their partners find others.
     """
     if len(free) < 2:
         return []
     edges = _edges(cost, free)
-    highest = max(edges.values())
-    every = _matched({pair: highest + 1 - value for pair, value in edges.items()}, full=True)
+    every = _full(edges)
     ranked = sorted(edges[pair] for pair in every)
     found = [every]
     for share in SHARES:
@@ -38,6 +42,11 @@ def matchings(cost: Tensor, free: Sequence[int]) -> list[Pairs]:
         if some and some not in found:
             found.append(some)
     return found
+
+
+def _full(edges: dict[tuple[int, int], int]) -> Pairs:
+    highest = max(edges.values())
+    return _matched({pair: highest + 1 - value for pair, value in edges.items()}, full=True)
 
 
 def _edges(cost: Tensor, free: Sequence[int]) -> dict[tuple[int, int], int]:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from moefold import Activity, Context, Experts, Groups, Layer, Reduced, Routed, Similarity, Stage, hookimpl, stage
 from moefold_plugins.compensated import Blend, Weigh
-from moefold_plugins.matching import matchings
+from moefold_plugins.matching import perfect
 from moefold_plugins.moments import Calibration
 from moefold_plugins.pair_errors import pair_errors
 
@@ -115,7 +115,7 @@ def pair_by_error(
         return _pairs([], experts.count, fraction, skipped=True)
     experts = experts.to(context.device)
     total = pair_errors(experts, Calibration(layer, routed, experts, blend), sample, weigh).figures[..., 0]
-    pairs = sorted(matchings(total, range(experts.count))[0], key=lambda pair: (float(total[pair]), pair))
+    pairs = sorted(perfect(total, range(experts.count)), key=lambda pair: (float(total[pair]), pair))
     return replace(_pairs(pairs, experts.count, fraction, skipped=False), costs=total.float())
 
 

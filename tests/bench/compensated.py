@@ -121,7 +121,7 @@ class Clock:
         self.on(Walk, "again", "columns, again")
         self.on(pair_errors, "gathered", "neurons")
         self.on(pair_errors, "total", "errors of pairs")
-        self.on(pairing, "matchings", "matching")
+        self.on(pairing, "perfect", "matching")
 
 
 def agree(layer: Layer, device: torch.device) -> dict[str, float]:

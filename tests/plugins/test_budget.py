@@ -16,7 +16,7 @@ from moefold.errors import InputError
 from moefold.stage import Layers
 from moefold_plugins.budget import Protect, budget_bytes, plan_budget
 from moefold_plugins.knapsack import Option, choose
-from moefold_plugins.matching import matchings
+from moefold_plugins.matching import matchings, perfect
 
 SIZES = {"exponent": 200, "pair8": 103, "pair6": 79, "pair5": 66, "pair4": 53}
 
@@ -89,6 +89,7 @@ def test_each_matching_is_the_cheapest_of_its_size(count):
     every = all_matchings(list(range(count)))
     found = matchings(cost, list(range(count)))
     assert len(found[0]) == count // 2
+    assert perfect(cost, list(range(count))) == found[0]
     for pairs in found:
         best = min(sum(float(cost[p]) for p in one) for one in every if len(one) == len(pairs))
         assert sum(float(cost[p]) for p in pairs) == pytest.approx(best, rel=1e-6)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from moefold_kernels import reference_pairs
 from moefold_kernels.activation import clamped, silu
+from moefold_kernels.bench.weights import LEVELS
+from moefold_kernels.levels import coded as levels_coded
 from moefold_kernels.levels import layer_tables
 from moefold_kernels.places import tables
 from moefold_kernels.reference import PackedExperts, encode
@@ -105,15 +107,16 @@ clamped_gate = functools.partial(clamped, limit=1.5, alpha=1.702)
 
 def leveled_layer(
     format: str, experts: int, hidden: int, inner: int, alone: int = 0, *, gated: bool = True, biased: bool = False,
-    seed: int = 0, device: torch.device | str = "cpu", alike: bool = False,
+    seed: int = 0, device: torch.device | str = "cpu", alike: bool = False, coded: bool = False,
 ) -> Layer:  # fmt: skip
-    """The same in a few-bit format, with other levels for each matrix, or with the same (`alike`)."""
+    """The same in a few-bit format, with other levels for each matrix, or the same (`alike`), e4m3 ones if `coded`."""
     like = random_layer(experts, hidden, inner, alone, gated=gated, biased=biased, seed=seed)
     packed, parts, levels, columns = like.packed, {}, {}, {}
     for number, (name, words) in enumerate(packed.words.items()):
         pairs, rows, columns[name] = words.shape
         factor = 2.0 ** (-3 if alike else number - 4)  # pair8's pieces stay straight
-        levels[name] = torch.tensor([level * factor for level in uneven(format)]).bfloat16().tolist()
+        given = LEVELS[format] if coded else uneven(format)
+        levels[name] = torch.tensor([level * factor for level in given]).bfloat16().tolist()
         drawn = [matrix(format, rows, columns[name], seed=8 * number + pair) for pair in range(pairs)]
         made = [reference_pairs.encode(format, *one) for one in drawn]
         parts[name] = {part: torch.stack([one[part] for one in made]).to(device) for part in made[0]}
@@ -141,6 +144,7 @@ def operands(layer: Layer, *, interleaved: bool = False) -> Any:
         low = (fused(packed.low), packed.low["down_proj"]) if packed.low else (None, None)
         scale = fused(packed.scale), packed.scale["down_proj"]
         few = packed.format, *low, *scale, layer_tables(packed.format, packed.levels).to(device)
+        few += (levels_coded(packed.format, packed.levels),)
     top = packed.window or {"up_proj": 127, "down_proj": 127}
     tops = [top.get("gate_proj", top["up_proj"]), top["up_proj"], top["down_proj"]]
     return Operands(

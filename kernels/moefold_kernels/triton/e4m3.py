@@ -2,8 +2,8 @@
 
 Levels that are a factor times an e4m3 number (moefold_kernels/eighths.py) need not become bf16: an operand register
 holds four of them instead of two, and making it takes a third of the instructions (e4m3_decode.py). What is lost
-otherwise is made up for: tokens are sums of two e4m3 numbers (e4m3_tokens.py), and two products of these take as long as
-one of bf16; the scale of a row and group multiplies the group's sum, in float32. So a level times its scale is not
+otherwise is made up for: tokens are sums of two e4m3 numbers (e4m3_tokens.py), whose two products take as long as one
+of bf16; the scale of a row and group multiplies the group's sum, in float32. So a level times its scale is not
 rounded to bf16 first, as the definition has it: half a unit in the last place, 1.1e-3 of the result's norm.
 
 A step is 256 columns, or 128 (e4m3_stage.py). Products of a group run while the next one is decoded; when it is, their

@@ -13,7 +13,7 @@ import torch
 from moefold_kernels.errors import FormatError
 from moefold_kernels.triton import configs
 from moefold_kernels.triton.configs import SHIPPED, Shape
-from moefold_kernels.triton.plans import Plan, Tile, fits, join, leveled_bytes
+from moefold_kernels.triton.plans import Plan, Tile, alone, fits, join, leveled_bytes
 
 GPU = torch.device("cuda")
 H200 = 232448  # bytes of shared memory of a block
@@ -122,20 +122,16 @@ def test_a_device_like_a_measured_one_gets_its_plans(folder, monkeypatch):
     assert configs.origin(GPU) == "measured: 1 shipped"
 
 
-def test_a_table_in_shared_memory_has_to_fit_beside_the_tiles(folder):
+def test_planes_and_terms_of_a_format_have_to_fit(folder):
     """Which depends on the format: pair8 has planes of twice pair4's size."""
-    looked, few = plan(8, mode="overlapped_pair", warps=8, rows=64, looked_up=2), SHAPE._replace(format="pair4")
-    tile = looked.first
-    assert leveled_bytes(tile, True, "pair4") == 8 * (128 * 68 + 32 * 256) + 1024 + 32768
-    assert leveled_bytes(tile, True, "pair8") == 8 * (128 * 132 + 32 * 256) + 1024 + 32768
-    few_stages = 3 * (64 * 100 + 32 * 256) + 1024
-    assert leveled_bytes(replace(tile, stages=3), False, "pair6") == 49 * 1024 + 8192  # more than 48 KB with the table
-    assert leveled_bytes(replace(tile, looked_up=0, stages=3), False, "pair6") == few_stages
-    less = replace(tile, stages=3, tokens=8)
-    assert leveled_bytes(less, False, "pair6") == few_stages - 3 * 16 * 256 + 8192
-    assert leveled_bytes(less, False, "pair4") == 49 * 1024 + 32768
-    ship(folder, {few: looked})
-    assert configs.choose(few, GPU) == looked
+    first = Tile("overlapped_pair", 8, 0, 64, 256, 8, 6, terms=2)
+    made, few = Plan(first, replace(first, rows=128)), SHAPE._replace(format="pair4")
+    assert leveled_bytes(first, True, "pair4") == 2 * 6 * (128 * 68 + 16 * 272) + 4096
+    assert leveled_bytes(first, True, "pair8") == 2 * 6 * (128 * 132 + 16 * 272) + 4096
+    assert leveled_bytes(replace(first, columns=128), False, "pair6") == 6 * (64 * 100 + 16 * 272) + 4096
+    assert leveled_bytes(replace(first, terms=0, stages=3), False, "pair6") == 3 * (64 * 100 + 16 * 256) + 1024
+    ship(folder, {few: made})
+    assert configs.choose(few, GPU) == made
     assert configs.choose(few._replace(format="pair8"), GPU) == configs.rule(few)
 
 
@@ -230,10 +226,10 @@ def test_a_broken_table_is_named(text, folder):
         ({"mode": "overlapped", "stages": 2}, "stages is 2, and must be a whole number, at least 3"),
         ({"group": 0}, "group is 0"),
         ({"splits": 1.5}, "splits is 1.5"),
-        ({"looked_up": 1}, "looked_up is 1, and must be 0, or up to 4 in an overlapped mode"),
-        ({"mode": "overlapped", "looked_up": 5}, "looked_up is 5"),
+        ({"terms": 2}, "terms is 2, and must be 0, or 2 in an overlapped mode with nothing extra"),
+        ({"mode": "overlapped", "terms": 1}, "terms is 1"),
+        ({"mode": "overlapped", "terms": 2, "tokens": 2}, "tokens is 2, and must be a power of two, at least 4"),
         ({"mode": "overlapped", "tokens": 4}, "tokens is 4, and must be a power of two, at least 8"),
-        ({"registers": 100}, "registers is 100, and must be 0, or a multiple of 8"),
     ],
 )
 def test_a_tile_that_no_kernel_takes_cannot_be_made(change, message):
@@ -255,8 +251,23 @@ def test_plans_in_words():
     tile = Tile("slot", 64, 16, 64, 32, 8, 4, group=4, splits=2)
     assert str(join(plan().first)) == "joined pair 16 32x64 w4 s3"
     assert str(Plan(plan().first, tile)) == "pair 16 32x64 w4 s3 / slot 64+16 64x32 w8 s4 g4 k2"
-    looked = replace(plan(4).first, mode="overlapped", ahead=1, looked_up=2, registers=128)
-    assert str(looked) == "overlapped 16 32x64 w4 s4 a1 t2 r128"
+    assert str(replace(plan(4).first, mode="overlapped", ahead=1, terms=2)) == "overlapped 16 32x64 w4 s4 a1 e4m3"
+
+
+def test_e4m3_operands_are_for_whole_groups_and_both_projections():
+    first = Tile("overlapped", 4, 0, 64, 256, 4, 3, terms=2)
+    assert alone(first, second=False) == Plan(first, first)
+    wide = replace(first, warps=8)
+    assert alone(wide, second=False) == Plan(wide, replace(wide, rows=128))
+    assert alone(replace(wide, rows=128, splits=2), second=True).first == replace(wide, rows=128)
+    for one, other, said in (
+        (first, replace(first, terms=0, tokens=8), "for both or for neither"),
+        (replace(first, rows=32), first, "whole groups of 64 rows"),
+        (first, replace(first, warps=8), "16 a warp"),
+        (replace(first, warps=2), first, "whole groups"),
+    ):
+        with pytest.raises(FormatError, match=said):
+            Plan(one, other)
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)

@@ -13,9 +13,9 @@ pytest.importorskip("triton", reason="needs triton")
 from moefold_kernels import errors, layout_pairs
 from moefold_kernels.bench import Shape
 from moefold_kernels.triton import compilation, configs, layer, portability, search, tune
-from moefold_kernels.triton.candidates import LOOKED_UP, Room, candidates
+from moefold_kernels.triton.candidates import Room, candidates
 from moefold_kernels.triton.compilation import Compiler, Job
-from moefold_kernels.triton.plans import Plan, Tile, join, leveled_bytes, tile_fits
+from moefold_kernels.triton.plans import Plan, Tile, alone, join, leveled_bytes, tile_fits
 
 FOREVER = float("inf")
 SMALL = Shape("small", experts=4, hidden=32, inner=48, top_k=2)
@@ -280,18 +280,19 @@ def test_candidates_suit_the_device(sizes, tokens, dense):
 @pytest.mark.parametrize("tokens", tune.TOKENS)
 @pytest.mark.parametrize("sizes", [(4096, 14336, 8, 2), (2048, 768, 128, 8)])
 def test_candidates_for_few_bits(sizes, tokens, format):
-    """What leveled.py takes, with tables where they may help, and elsewhere what project.py does."""
+    """What e4m3.py takes, and leveled.py where entries are many; and elsewhere what project.py does."""
     shape = configs.Shape(*sizes, False, tokens, format)
     sides = candidates(shape, ROOMS["H200"], configs.rule(shape))
     for tiles, gated in zip(sides, (True, False), strict=True):
         assert 8 <= len(tiles) <= 130
         assert all(leveled_bytes(tile, gated, format) <= ROOMS["H200"].memory for tile in tiles)
         assert all(tile.overlapped and not tile.extra and tile.rows * (1 + gated) % 64 == 0 for tile in tiles)
-        looked = {tile.looked_up for tile in tiles[1:] if tile.tokens < 64}
-        assert looked <= set(LOOKED_UP[format])
-        assert all(tile.registers in (0, 128) and (tile.looked_up or not tile.registers) for tile in tiles)
+        assert any(tile.terms for tile in tiles)
+        assert all(tile.terms or tile.tokens >= 64 for tile in tiles[1:])
+        for tile in tiles:
+            alone(tile, second=not gated)  # a plan that can be made
     elsewhere = candidates(shape, ROOMS["A100"], configs.rule(shape))
-    assert not any(tile.looked_up for tiles in elsewhere for tile in tiles)
+    assert not any(tile.terms for tiles in elsewhere for tile in tiles)
 
 
 @pytest.mark.parametrize(

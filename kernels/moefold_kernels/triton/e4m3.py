@@ -140,12 +140,11 @@ def _products(
     before = gl.zeros((ROWS,), gl.float32, of_rows)
     stage = steps * 0
     to = stage + STAGES - 2
-    held, held_to = stage, to  # the same of planes, which have a stage less
     for step in range(0, steps):
         async_copy.wait_group(STAGES - 3)
-        barrier()  # this step has come; nobody reads words of step - 1, or tokens of step - 2, any more: they are next
+        barrier()  # this step has come, and nobody reads step - 2 any more, whose place is next
         ahead = step + STAGES - 2 < steps
-        start_words(buffers, (w, low, scale), held_to, ahead, FORMAT, HALVES)
+        start_words(buffers, (w, low, scale), to, ahead, FORMAT, HALVES)
         start_tokens(buffers, (x0, x1), live, (f0, f1), factor_live, to, ahead, PAIRED, FACTORS, HALVES)
         w += STEP // 8 * HALVES
         if FORMAT != "pair4":
@@ -156,9 +155,9 @@ def _products(
         if FACTORS:
             f0 += groups
             f1 += groups
-        scales = scales_of(buffers, held, ROWS, HALVES, of_rows)
+        scales = scales_of(buffers, stage, ROWS, HALVES, of_rows)
         for half in gl.static_range(HALVES):
-            words = words_of(buffers, half, held, ROWS, FORMAT)
+            words = words_of(buffers, half, stage, ROWS, FORMAT)
             for part in gl.static_range(2):
                 ours, theirs = decoded(words[part], words[2 + part], tables, states, ROWS, FORMAT, PAIRED, left)
                 # the group before, which is of the step before if this is the first; before that nothing times anything
@@ -178,8 +177,6 @@ def _products(
                 before = scale_of(scales[half], part)
         stage = _after(stage, STAGES)
         to = _after(to, STAGES)
-        held = _after(held, STAGES - 1)
-        held_to = _after(held_to, STAGES - 1)
     done0, done1 = _finished(sums0, sums1, PAIRED)
     total0, total1 = _both_added(
         total0, total1, done0, done1, before, buffers, groups - 1, _before(stage, STAGES), PAIRED, FACTORS
@@ -202,9 +199,9 @@ def _both_added(
     total0, total1, sums0, sums1, scale, buffers, group: gl.constexpr, stage, PAIRED: gl.constexpr,
     FACTORS: gl.constexpr,
 ):  # fmt: skip
-    total0 = _added(total0, sums0, scale, buffers, FACTOR_OF + group, stage, FACTORS)
     if PAIRED:
         total1 = _added(total1, sums1, scale, buffers, FACTOR_OF + 4 + group, stage, FACTORS)
+    total0 = _added(total0, sums0, scale, buffers, FACTOR_OF + group, stage, FACTORS)
     return total0, total1
 
 

@@ -69,15 +69,14 @@ def buffers_of(
     factors: gl.constexpr = width(TOKENS) if FACTORS else 1
     # what is not needed has a stage
     more: gl.constexpr = STAGES if HALVES == 2 else 1
-    more_words: gl.constexpr = STAGES - 1 if HALVES == 2 else 1
     theirs: gl.constexpr = STAGES if PAIRED else 1
     more_theirs: gl.constexpr = STAGES if PAIRED and HALVES == 2 else 1
     return (
-        gl.allocate_shared_memory(gl.int32, [STAGES - 1, ROWS, STEP // 8], turned(STEP // 8)),
-        gl.allocate_shared_memory(gl.int32, [more_words, ROWS if more > 1 else 1, STEP // 8], turned(STEP // 8)),
-        gl.allocate_shared_memory(gl.int32, [STAGES - 1, low_rows, lows], turned(lows)),
-        gl.allocate_shared_memory(gl.int32, [more_words, low_rows if more > 1 else 1, lows], turned(lows)),
-        gl.allocate_shared_memory(gl.int32, [STAGES - 1, ROWS, HALVES], turned(HALVES)),
+        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, STEP // 8], turned(STEP // 8)),
+        gl.allocate_shared_memory(gl.int32, [more, ROWS if more > 1 else 1, STEP // 8], turned(STEP // 8)),
+        gl.allocate_shared_memory(gl.int32, [STAGES, low_rows, lows], turned(lows)),
+        gl.allocate_shared_memory(gl.int32, [more, low_rows if more > 1 else 1, lows], turned(lows)),
+        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, HALVES], turned(HALVES)),
         gl.allocate_shared_memory(gl.float8e4nv, [STAGES, entries, HALF], terms),
         gl.allocate_shared_memory(gl.float8e4nv, [STAGES, entries, HALF], terms),
         gl.allocate_shared_memory(gl.float8e4nv, [more, entries, HALF], terms),

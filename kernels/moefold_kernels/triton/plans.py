@@ -134,8 +134,8 @@ def tile_fits(tile: Tile, gated: bool, memory: int, format: str = layout.EXPONEN
 def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
     """What the few-bit formats' kernels on Hopper take of shared memory.
 
-    leveled.py: planes and bf16 tokens of 128 columns a stage. e4m3.py, in steps of `columns`: planes of a stage less,
-    two terms of each token, factors of each group.
+    leveled.py: planes and bf16 tokens of 128 columns a stage. e4m3.py, in steps of `columns`: planes, two terms of each
+    token, factors of each group.
     """
     rows, entries = tile.rows * (2 if gated else 1), tile.entries * (2 if tile.paired else 1)
     bits = layout_pairs.magnitude_bits(format) + layout_pairs.STATE_BITS
@@ -143,7 +143,7 @@ def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
     if not tile.terms:
         return tile.stages * (planes + 256 * entries) + 1024
     halves = 2 if tile.columns > 128 else 1
-    return halves * ((tile.stages - 1) * planes + tile.stages * (256 + 16) * entries) + 4096
+    return halves * tile.stages * (planes + (256 + 16) * entries) + 4096
 
 
 def alone(tile: Tile, second: bool) -> Plan:

@@ -22,7 +22,7 @@ import torch
 
 from moefold_kernels import layout, layout_pairs
 from moefold_kernels.errors import FormatError
-from moefold_kernels.triton.plans import Plan, Tile, fits
+from moefold_kernels.triton.plans import STEP, Plan, Tile, fits
 
 SHIPPED = Path(__file__).parent / "tables"
 
@@ -150,20 +150,19 @@ def origin(device: torch.device) -> str:
 def overlapped(device: torch.device) -> str:
     """What becomes of the plans for this device that overlap decoding with products, in words; nothing if none do."""
     known = _identity(device)
-    tiles = [
-        tile
+    steps = [
+        [STEP if shape.format != layout.EXPONENT else 2 * tile.columns for tile in plan.tiles if tile.overlapped]
         for shape, plan in _measured(known).items()
-        if fits(plan, known.memory, shape.format) and (plan.first.overlapped or plan.second.overlapped)
-        for tile in (plan.first, plan.second)
+        if fits(plan, known.memory, shape.format) and any(tile.overlapped for tile in plan.tiles)
     ]
-    if not tiles:
+    if not steps:
         return ""
     from moefold_kernels.triton.portability import plain_because
 
-    count, why = len(tiles) // 2, plain_because(device)
+    count, why = len(steps), plain_because(device)
     if why:
         return f"{count} of them overlap decoding with products, and get the plain kernels instead: {why}"
-    columns = 2 * max(tile.columns for tile in tiles if tile.overlapped)
+    columns = max(map(max, steps))
     return f"{count} of them overlap decoding with products, where sizes are multiples of {columns}"
 
 

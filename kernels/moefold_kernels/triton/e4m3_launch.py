@@ -7,12 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moefold_kernels.triton.plans import GROUP, Plan, Tile
+from moefold_kernels.triton.plans import GROUP, STEP, Plan, Tile
 from moefold_kernels.triton.portability import Target, launch, power_of_two
 from moefold_kernels.triton.weights import Leveled, Weights
 
-STEP = 128
-"""e4m3_stage.STEP, without importing Gluon."""
 ALIGNED = 16
 
 

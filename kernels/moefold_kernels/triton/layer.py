@@ -14,7 +14,7 @@ from moefold_kernels.levels import FACTOR
 from moefold_kernels.triton import e4m3_launch, joined, project
 from moefold_kernels.triton.configs import Shape, choose
 from moefold_kernels.triton.e4m3_launch import Terms
-from moefold_kernels.triton.plans import Plan, Tile
+from moefold_kernels.triton.plans import STEP, Plan, Tile
 from moefold_kernels.triton.portability import Target, blocks, launch, power_of_two
 from moefold_kernels.triton.routing import Tables, Tiles, route
 from moefold_kernels.triton.weights import Leveled, Planes, Projections, Weights
@@ -36,8 +36,6 @@ SILU = Activation()
 
 LEVELED = 2.0**-63
 """The shift of few-bit formats: `rescale` multiplies by its inverse."""
-STEP = 128
-"""leveled.STEP, without importing Gluon."""
 
 
 def plan_for(weights: Weights, tokens: int, top_k: int) -> Plan:

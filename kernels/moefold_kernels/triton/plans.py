@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from moefold_kernels import layout, layout_pairs
 from moefold_kernels.errors import FormatError
 
+STEP = 128
+"""Columns of which few-bit formats need a number on Hopper: leveled_stage.STEP, without importing Gluon."""
 GROUP = layout_pairs.GROUP
 """Rows of gate and up in terms come in so many: they are columns of down, with a factor for a group."""
 PER_WARP = 16
@@ -104,6 +106,11 @@ class Plan:
         able = not self.first.overlapped and self.first.splits == 1
         if self.joined and not (able and self.second == _below(self.first)):
             raise FormatError(f"{self.first} and {self.second} cannot be joined in one launch")
+
+    @property
+    def tiles(self) -> tuple[Tile, Tile]:
+        """Those of both projections."""
+        return self.first, self.second
 
     def __str__(self) -> str:
         return f"joined {self.first}" if self.joined else f"{self.first} / {self.second}"

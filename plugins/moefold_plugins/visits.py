@@ -20,6 +20,7 @@ class Visit(NamedTuple):
     expert: int
     tokens: Tensor  # [token, hidden]
     gates: Tensor  # [token] float32: weights of a token's choices that mean this expert, added up
+    rows: Tensor  # [token] int64: which of the layer's tokens they are
 
 
 def visits(
@@ -35,4 +36,4 @@ def visits(
         for expert in (e for e in (range(experts.count) if only is None else only) if counts[e]):
             hits = chosen == expert
             rows = hits.any(dim=1).nonzero().flatten()
-            yield Visit(expert, tokens[rows], (weights[rows] * hits[rows]).sum(dim=1))
+            yield Visit(expert, tokens[rows], (weights[rows] * hits[rows]).sum(dim=1), rows + start)

@@ -11,7 +11,8 @@ import quality
 from quality import Bench
 
 Losses = dict[str, float]
-SEEDS = [f"pairs.seed={seed}" for seed in range(3)]
+SEEDS = range(3)
+TEXTS = ("stdlib evaluate", "prose")
 COMPENSATED = quality.PIPELINE.replace("uses: puzzlemoe", "uses: puzzlemoe.compensated")
 FEW_BITS = COMPENSATED.replace("{uses: puzzlemoe", "{uses: levels}\n  - {uses: puzzlemoe").replace(
     "{uses: puzzlemoe.compensated}", "{uses: puzzlemoe.compensated, with: {format: FORMAT}}"
@@ -33,25 +34,42 @@ def increase(quality_bench: Bench) -> Callable[..., Losses]:
 
 
 @pytest.fixture(scope="module")
-def published(increase) -> Losses:
-    """The mean of the published rule with three seeds' random pairs."""
-    found = [increase(quality.PIPELINE, "pair.random", seed) for seed in SEEDS]
-    return {text: mean(each[text] for each in found) for text in found[0]}
+def published(increase) -> list[Losses]:
+    """Of the published rule with random pairs: for each seed of pairs and of the calibration's order."""
+    return [increase(quality.PIPELINE, "pair.random", *random(seed)) for seed in SEEDS]
+
+
+def random(seed: int) -> tuple[str, str]:
+    return f"calibration.seed={seed}", f"pairs.seed={seed}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", ["pair.by_error", "pair.by_usage"])
-def test_it_loses_a_quarter_of_what_the_published_rule_does(increase, published, pair):
-    """0.25 and 0.26 in the domain, 0.20 and 0.23 outside it."""
-    found = increase(COMPENSATED, pair)
-    assert all(0 < found[text] <= 0.3 * published[text] for text in published)
+@pytest.mark.parametrize(("together", "inside", "outside"), [("false", 0.32, 0.30), ("true", 0.30, 0.27)])
+def test_busy_with_rare_loses_under_a_third_of_what_the_published_rule_does(
+    increase, published, together, inside, outside
+):
+    """In the mean of three calibrations 0.305 in the domain and 0.27 outside it; 0.29 and 0.25 together."""
+    settings = [(f"calibration.seed={seed}", f"puzzlemoe.compensated.together={together}") for seed in SEEDS]
+    found = [increase(COMPENSATED, "pair.by_usage", *each) for each in settings]
+    for text, most in zip(TEXTS, (inside, outside), strict=True):
+        assert 0 < mean(each[text] for each in found) <= most * mean(each[text] for each in published)
+        shares = [each[text] / known[text] for each, known in zip(found, published, strict=True)]
+        assert max(shares) <= 0.35
+
+
+@pytest.mark.slow
+def test_pairs_of_least_predicted_error_lose_a_quarter_with_the_first_calibration(increase, published):
+    """0.25 in the domain, 0.20 outside it."""
+    found = increase(COMPENSATED, "pair.by_error")
+    assert all(0 < found[text] <= 0.3 * published[0][text] for text in TEXTS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_pairs_lose_less_than_two_fifths(increase, published, seed):
-    found = increase(COMPENSATED, "pair.random", seed)
-    assert all(0 < found[text] <= 0.4 * published[text] for text in published)
+    """0.33 to 0.35 in the domain, 0.20 to 0.30 outside it."""
+    found = increase(COMPENSATED, "pair.random", *random(seed))
+    assert all(0 < found[text] <= 0.4 * published[seed][text] for text in TEXTS)
 
 
 @pytest.mark.slow

@@ -51,6 +51,10 @@ Neurons = Annotated[
     Literal["matched", "natural"],
     Field(description="which neurons of a pair are merged with each other: those that cost least, or by number"),
 ]
+Together = Annotated[
+    bool,
+    Field(description="code down once more so that it makes up for what the layer's other experts lost"),
+]
 Format = Literal["exponent", "pair8", "pair6", "pair5", "pair4"]
 
 
@@ -73,6 +77,7 @@ def compensated(
     block: Block = 128,
     order: Order = "natural",
     neurons: Neurons = "matched",
+    together: Together = False,
 ) -> MergedPairs:
     """Merge each pair element by element, making up for each column's error in the others, by what experts see."""
     if any(len(pair) != 2 for pair in pairs.members):
@@ -82,7 +87,7 @@ def compensated(
         raise InputError(f"puzzlemoe.compensated: {target} has scales for columns in their order; write order: natural")
     check_groups(pairs.all(), experts.count)
     experts = experts.to(context.device)
-    merge = Merge(experts, pairs, Rules(weigh, damping, block, order, neurons, sweeps, target), levels)
+    merge = Merge(experts, pairs, Rules(weigh, damping, block, order, neurons, sweeps, target, together), levels)
     if pairs.members:
         calibration = Calibration(layer, routed, experts, blend)
         for chunk in chunks(pairs.members, experts):

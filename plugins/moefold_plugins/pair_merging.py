@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +12,17 @@ from moefold import Experts, Groups, Json, Levels, LevelTable, MergedPairs
 from moefold.artifacts import as_index
 from moefold_kernels import layout, layout_pairs
 from moefold_plugins.compensation import Walk, damped, factor
+from moefold_plugins.lost import Change, Lost
 from moefold_plugins.moments import Calibration, Changed, Inputs
 from moefold_plugins.neurons import matched, reorder
 from moefold_plugins.pair_codecs import sample
 from moefold_plugins.pair_coding import Grid, Leveled, PairCoder, Window
+from moefold_plugins.pair_stack import Coded, Stack
 from moefold_plugins.targets import left, pulled, row_weights
+
+PARTS = 4
+"""In how many parts pairs are coded once more. Those of one part all make up for the same losses: on the shipped model
+(8 pairs, 4 experts a token) two parts left as little as eight, and each part is a walk over columns of its own."""
 
 
 class Rules(NamedTuple):
@@ -29,20 +35,7 @@ class Rules(NamedTuple):
     neurons: str = "matched"
     sweeps: int = 2
     format: str = layout.EXPONENT
-
-
-@dataclass
-class _Stack:
-    """Gate and up as one, or down, and what has been merged of them: chunks of [pair, rows, columns]."""
-
-    weights: Tensor  # [expert, rows, columns]
-    magnitude: list[Tensor] = field(default_factory=list)
-    flags: list[Tensor] = field(default_factory=list)
-    scale: list[Tensor] = field(default_factory=list)
-    damage: list[list[float]] = field(default_factory=list)
-    """What coding costs the experts of each pair: tr((W - Q) H (W - Q)^T), H with its damping; of down, W is D*."""
-    raised: dict[str, int] = field(default_factory=dict)
-    clipped: int = 0
+    together: bool = False
 
 
 class Merge:
@@ -50,10 +43,11 @@ class Merge:
 
     def __init__(self, experts: Experts, pairs: Groups, rules: Rules, table: LevelTable | None = None) -> None:
         self.experts, self.pairs, self.rules = experts, pairs, rules
-        self.stacks = {"gate_up": _Stack(experts.gate_up), "down": _Stack(experts.down)}
+        self.stacks = {"gate_up": Stack(experts.gate_up), "down": Stack(experts.down)}
         self.tokens: dict[str, int] = {}
         self.output: list[list[float]] = []
         self.matched: list[bool] = []
+        self.lost: Lost | None = None
         biases = {"gate_up_bias": experts.gate_up_bias, "down_bias": experts.down_bias}
         self.biases = {name: bias.clone() for name, bias in biases.items() if bias is not None}
         paired = as_index([expert for pair in pairs.members for expert in pair])
@@ -77,12 +71,37 @@ class Merge:
         experts, seen = self._members(members, seen, usage)
         usage = usage[:, None]
         weight = usage * row_weights(experts, seen) if by_use else usage.expand(-1, experts.gate_up.shape[1])
-        read = self._code("gate_up", members, experts.gate_up, weight, seen.x, None)
+        coded = self._code("gate_up", experts.gate_up, weight, seen.x)
+        self.stacks["gate_up"].keep(members, coded)
         del seen
-        changed = calibration.changed(members, experts, read.to(experts.gate_up.dtype))
+        gate_up = coded.experts().to(experts.gate_up.dtype)
+        changed = calibration.changed(members, experts, gate_up)
         weight = usage.expand(-1, experts.down.shape[1])
-        read = self._code("down", members, experts.down, weight, changed.h, changed)
-        self.output += left(experts.down, read, changed).view(-1, 2).tolist()
+        coded = self._code("down", experts.down, weight, changed.h, changed)
+        if self.rules.together:
+            change = Change(members, experts, replace(experts, gate_up=gate_up))
+            coded = self._together(change, coded, weight, changed, calibration)
+        self.stacks["down"].keep(members, coded)
+        self.output += left(experts.down, coded.experts(), changed).view(-1, 2).tolist()
+
+    def _together(
+        self, change: Change, coded: Coded, weight: Tensor, changed: Changed, calibration: Calibration
+    ) -> Coded:
+        """Down once more, part after part, given what all that has been coded of the layer has lost."""
+        lost = self.lost = self.lost or Lost(calibration)
+        dtype, down = change.before.down.dtype, coded.experts()
+        change = replace(change, after=replace(change.after, down=down.to(dtype)))
+        lost.add(change)
+        found = []
+        pairs = -(-len(change.members) // (2 * PARTS))
+        for first in range(0, len(change.members), 2 * pairs):
+            some = slice(first, first + 2 * pairs)
+            own = change.of(some)
+            given = Changed(changed.h[some], changed.cross[some], changed.lost[some])
+            now = self._code("down", own.before.down, weight[some], given.h, given, lost.pull(own))
+            lost.add(Change(own.members, own.after, replace(own.after, down=now.experts().to(dtype))))
+            found.append(now)
+        return Coded.joined(found)
 
     def _members(self, members: list[int], seen: Inputs, usage: Tensor) -> tuple[Experts, Inputs]:
         """The members alone, their neurons in the order in which they are merged; and what was seen, in that order."""
@@ -103,10 +122,16 @@ class Merge:
         return found, seen._replace(activity=seen.activity.gather(1, orders), slope=slope)
 
     def _code(
-        self, name: str, members: list[int], weights: Tensor, weight: Tensor, moment: Tensor, changed: Changed | None
-    ) -> Tensor:
-        """Merge one stack [member, rows, columns] under `moment` by its rows' `weight`; returns how it reads."""
-        stack, rules = self.stacks[name], self.rules
+        self,
+        name: str,
+        weights: Tensor,
+        weight: Tensor,
+        moment: Tensor,
+        changed: Changed | None = None,
+        others: Tensor | None = None,
+    ) -> Coded:
+        """Merge one stack [member, rows, columns] under `moment` by its rows' `weight`; `others`: see `pulled`."""
+        rules = self.rules
         columns = weights.unflatten(0, (-1, 2)).mT  # [pair, 2, columns, rows]
         moment, weight = moment.unflatten(0, (-1, 2)), weight.unflatten(0, (-1, 2)).contiguous()
         order = costly_first(moment) if rules.order == "activation" else None  # [pair, columns]
@@ -116,7 +141,11 @@ class Merge:
         target = columns
         if changed is not None:
             cross = changed.cross.unflatten(0, (-1, 2))
-            target = pulled(columns, cross if order is None else _in_order(cross, order), factors)
+            others = None if others is None else others.unflatten(0, (-1, 2))
+            if order is not None:
+                cross = _in_order(cross, order)
+                others = None if others is None else others.take_along_dim(order[:, None, None], 3)
+            target = pulled(columns, cross, factors, others)
         grid = self._grid(name, columns.device)
         walk = Walk(target, PairCoder(grid, weight), rules.block, torch.bfloat16)
         damage = walk.first(factors)
@@ -125,14 +154,8 @@ class Merge:
                 damage = walk.again(moment)
         back = None if order is None else order.argsort(dim=1)[:, None, :, None]
         read = walk.read if back is None else walk.read.take_along_dim(back, 2)  # [pair, 2, columns, rows]
-        magnitude = read.abs().amax(dim=1)
-        stack.magnitude.append(magnitude.mT.contiguous())
-        stack.flags.append(MergedPairs.flag(read < 0, read != 0).mT.contiguous())
-        stack.scale += [grid.scales()] if isinstance(grid, Leveled) else []
-        stack.clipped += grid.clipped(magnitude)
-        stack.damage += damage.tolist()
-        stack.raised |= {str(e): count for e, count in zip(members, factors.raised, strict=True) if count}
-        return read.mT.flatten(0, 1)
+        scale = grid.scales() if isinstance(grid, Leveled) else None
+        return Coded(read, damage, factors.raised, scale, grid.clipped(read.abs().amax(dim=1)))
 
     def _grid(self, name: str, device: torch.device) -> Grid:
         return self.windows[name] if name in self.windows else Leveled(self.levels[name], device)
@@ -176,7 +199,7 @@ class Merge:
     def _figures(self) -> dict[str, Json]:
         """By stack, expert or pair.
 
-        `damage`: see `_Stack`; `output` is mean g^2 |f - f'|^2 of each expert's output, gate, up and down in one.
+        `damage`: see `Stack`; `output` is mean g^2 |f - f'|^2 of each expert's output, gate, up and down in one.
         `raised`: how often damping had to be raised tenfold. `matched`: pairs whose neurons were put in another order.
         """
         return {

@@ -54,7 +54,7 @@ def prune_random(
 def _saliency(layer: Layer, experts: Experts, routed: Routed) -> Tensor:
     """Mean of g_e(x) ||f_e(x)|| over the tokens routed to each expert: [expert] float64."""
     totals, counts = (torch.zeros(experts.count, dtype=torch.float64, device=experts.down.device) for _ in range(2))
-    for expert, tokens, gates in visits(routed, experts, experts.down.device):
+    for expert, tokens, gates, _ in visits(routed, experts, experts.down.device):
         totals[expert] += (gates * layer.output(experts, expert, tokens).float().norm(dim=1)).double().sum()
         counts[expert] += len(tokens)
     return finite((totals / counts.clamp(min=1)).cpu(), "the saliency of experts is")

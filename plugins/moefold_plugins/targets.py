@@ -23,10 +23,15 @@ LEAST = 1e-6
 """A row's weight, in units of the mean, when it gives nothing: so that which of two such rows goes first is defined."""
 
 
-def pulled(columns: Tensor, cross: Tensor, factors: Factors) -> Tensor:
-    """D* of down projections D, both [..., columns, rows]; `factors` are of H' with its damping."""
+def pulled(columns: Tensor, cross: Tensor, factors: Factors, others: Tensor | None = None) -> Tensor:
+    """D* of down projections D, both [..., columns, rows]; `factors` are of H' with its damping.
+
+    `others` [..., rows, columns] is R, where other experts' losses are to be made up for (lost).
+    """
     lower, upper = factors.unit.mT, factors.unit  # H' = R R^T, R = unit * sqrt(cost)
     pull: Tensor = cross.mT @ columns.float()
+    if others is not None:
+        pull = pull + others.mT
     pull = torch.linalg.solve_triangular(upper, pull, upper=True, unitriangular=True) / factors.cost[..., None]
     pull = torch.linalg.solve_triangular(lower, pull, upper=False, unitriangular=True)
     return pull.add_(columns)

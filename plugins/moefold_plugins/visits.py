@@ -31,6 +31,7 @@ class Visit(NamedTuple):
     expert: int
     tokens: Tensor  # [token, hidden]
     gates: Tensor  # [token] float32: weights of a token's choices that mean this expert, added up
+    rows: Tensor  # [token] int64: which of the layer's tokens they are
 
 
 class _Sorted(NamedTuple):
@@ -67,7 +68,7 @@ def visits(
         own = zip(members, found.rows.split(found.counts), found.gates.split(found.counts), strict=True)
         for expert, rows, gates in own:
             pieces = zip(rows.split(most), gates.split(most), strict=True) if len(rows) else ()
-            yield from (Visit(expert, tokens[some], weights) for some, weights in pieces)
+            yield from (Visit(expert, tokens[some], weights, some + start) for some, weights in pieces)
 
 
 def _steps(routed: Routed, experts: Experts) -> tuple[int, int]:

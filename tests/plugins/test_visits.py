@@ -57,7 +57,8 @@ def test_each_token_is_visited_once_with_all_its_weights(layer, routed, resident
     experts = layer.experts() if some == "the model's" else merged(layer.experts())
     found: dict[int, list] = {}
     sizes, order = [], []
-    for expert, tokens, gates in visits(routed, experts, CPU, only):
+    for expert, tokens, gates, rows in visits(routed, experts, CPU, only):
+        assert torch.equal(tokens, routed.tokens[rows])
         order.append(expert)
         sizes.append(len(tokens))
         found.setdefault(expert, []).extend(zip(tokens.tolist(), gates.tolist(), strict=True))

@@ -62,7 +62,6 @@ def test_products_of_groups_are_the_definitions(format, slots, slot):
     """Threads' registers times prepared tokens, in the product's order; then scales and factors."""
     level, scale, negative, keep = matrix(format, ROWS, COLUMNS)
     planes = reference_pairs.encode(format, level, scale, negative, keep)
-    planes["words"] = planes["words"].clone()
     x = torch.randn(3, COLUMNS, generator=torch.Generator().manual_seed(1)).bfloat16()
     values, factors = (part.cpu() for part in prepared(x.to(DEVICE)))
     terms = values.view(3, COLUMNS // GROUP, 2, GROUP).double().sum(dim=2)
@@ -77,8 +76,6 @@ def test_products_of_groups_are_the_definitions(format, slots, slot):
         right = reference_pairs.decode(format, planes, LEVELS[format], COLUMNS, slot + number).double()
         wanted = x.double() @ right.T
         assert ((found - wanted).norm() / wanted.norm()).item() < 4e-3
-        exact = x.double() @ (right.sign() * right.abs()).T
-        assert torch.equal(exact, wanted)
 
 
 def test_terms_are_close_and_the_factor_a_power_of_two():
@@ -104,4 +101,6 @@ def test_activations_have_a_factor_for_each_group():
     x = torch.randn(4, 256, generator=torch.Generator().manual_seed(3)).bfloat16().to(DEVICE)
     terms = between(x)
     assert terms.factors.shape == (4, 4)
-    assert terms.values.shape == (4, 512)
+    once = prepared(x)
+    assert torch.equal(terms.values.view(torch.uint8), once.values.view(torch.uint8))
+    assert torch.equal(terms.factors, once.factors[:, None].expand(4, 4))

@@ -11,12 +11,11 @@ from moefold_kernels.bench.cases import Shape
 from moefold_kernels.reference import PackedExperts, encode
 from moefold_kernels.reference_pairs import LeveledExperts
 
-_SIX = [eighths.value(byte) for byte in range(32)]
 LEVELS = {
     "pair4": [0.5625, 1.875],
     "pair5": [0.3125, 0.75, 1.25, 1.875],
     "pair6": [0.125, 0.375, 0.625, 0.875, 1.125, 1.375, 1.625, 1.875],
-    "pair8": [32 * level for level in (_SIX[1] * eighths.SMALLEST, *_SIX[1:])],
+    "pair8": list(eighths.scaled(range(32), 32.0)),
 }
 """Levels as models have them: numbers of eighths.py."""
 OWN = 0.26

@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,7 +116,8 @@ def write_table(path: Path, about: Mapping[str, Any], plans: Iterable[tuple[Shap
     kept = _read(path) if path.exists() else {}
     kept |= {shape: (plan, dict(facts)) for shape, plan, facts in plans}
     items = [
-        shape._asdict() | {"plan": asdict(plan)} | facts for shape, (plan, facts) in sorted(kept.items(), key=_key)
+        shape._asdict() | {"plan": asdict(plan)} | facts
+        for shape, (plan, facts) in sorted(kept.items(), key=itemgetter(0))
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".part")
@@ -182,10 +184,6 @@ def _entry(item: Mapping[str, Any]) -> tuple[Shape, tuple[Plan, dict[str, Any]]]
         raise FormatError(f"sizes must be whole numbers, at least 1: {shape}")
     facts = {name: value for name, value in item.items() if name not in (*Shape._fields, "plan")}
     return shape, (Plan(**plan), facts)
-
-
-def _key(entry: tuple[Shape, Any]) -> Shape:
-    return entry[0]
 
 
 class Identity(NamedTuple):

@@ -4,7 +4,7 @@ Levels that are a factor times an e4m3 number (moefold_kernels/eighths.py) need 
 holds four of them instead of two, and making it takes a third of the instructions (e4m3_decode.py). What is lost
 otherwise is made up for: tokens are sums of two e4m3 numbers (e4m3_tokens.py), whose two products take as long as one
 of bf16; the scale of a row and group multiplies the group's sum, in float32. So a level times its scale is not
-rounded to bf16 first, as the definition has it: half a unit in the last place, 1.1e-3 of the result's norm.
+rounded to bf16 first, as the definition has it: for random ones that is 1.7e-3 of their norm.
 
 A step is 256 columns, or 128 (e4m3_stage.py). Products of a group run while the next one is decoded; when it is, their
 sums are waited for and added to the totals, and the next products start.
@@ -38,9 +38,9 @@ from moefold_kernels.triton.e4m3_stage import (
     width,
 )
 from moefold_kernels.triton.e4m3_tokens import write_terms
-from moefold_kernels.triton.leveled import entries_of, plane_at, rows_in, rows_out
-from moefold_kernels.triton.leveled_stage import HALF, STEP, low_words, plane_layout
-from moefold_kernels.triton.overlapped import CLAMPED, after_the_one_before, barrier, share, write_outer
+from moefold_kernels.triton.leveled_planes import entries_of, planes_in, planes_out
+from moefold_kernels.triton.leveled_stage import HALF, STEP, low_words
+from moefold_kernels.triton.overlapped import activated, after_the_one_before, barrier, share, write_outer
 
 TABLE, CODES, FACTOR = (gl.constexpr(number) for number in (INTEGERS, E4M3, 24))
 """Integers of a matrix in `levels`; where those for this file begin; and the factor among them (levels.e4m3_table)."""
@@ -241,20 +241,9 @@ def _write_inner(
     gate, up = gl.split(gl.permute(gl.reshape(sums, (ROWS // 8, 2, 8, TOKENS)), (0, 2, 3, 1)))
     gate, up = gl.reshape(gate, (ROWS, TOKENS)) * _factor(levels), gl.reshape(up, (ROWS, TOKENS))
     up *= _factor(levels + TABLE)
-    if bias is not None:
-        own: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 1], [32, 1], [gl.num_warps(), 1], [1, 0]))
-        at = first_row + gl.arange(0, ROWS, own)
-        start = bias + expert * bias_expert
-        gate_bias = gl.load(start + at * bias_row, mask=at < inner, other=0.0).to(gl.float32)
-        up_bias = gl.load(start + bias_up + at * bias_row, mask=at < inner, other=0.0).to(gl.float32)
-        gate += gl.convert_layout(gate_bias, gl.SliceLayout(1, gate.type.layout))[:, None]
-        up += gl.convert_layout(up_bias, gl.SliceLayout(1, up.type.layout))[:, None]
-    if ACTIVATION == CLAMPED:
-        gate = gl.minimum(gate, limit)
-        up = gl.minimum(gl.maximum(up, -limit), limit)
-        value = gate / (1.0 + gl.exp(-gate * alpha)) * (up + 1.0)
-    else:
-        value = gate / (1.0 + gl.exp(-gate)) * up
+    value = activated(
+        gate, up, first_row, inner, expert, bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS, ACTIVATION
+    )
     write_terms(value, out, factors, begin, end, first_row, inner, ROWS, TOKENS)
 
 
@@ -282,19 +271,7 @@ def project_in(
     if not PAIRED and begin0 >= end0:
         return
     buffers = buffers_of(2 * ROWS, TOKENS, STAGES, FORMAT, PAIRED, False, HALVES)
-    wide: gl.constexpr = plane_layout(STEP // 8, gl.num_warps())
-    lows: gl.constexpr = plane_layout(low_words(FORMAT, STEP), gl.num_warps())
-    few: gl.constexpr = plane_layout(HALVES, gl.num_warps())
-    planes = (
-        plane_at(
-            words, unit, rows_in(first_row, inner, w_up, ROWS, wide), 2 * inner, hidden // 8, 0, STEP // 8, wide
-        ),
-        plane_at(
-            low, unit, rows_in(first_row, inner, w_up, ROWS, lows), 2 * inner,
-            hidden * low_words(FORMAT, STEP) // STEP, 0, low_words(FORMAT, STEP), lows,
-        ),
-        plane_at(scale, unit, rows_in(first_row, inner, w_up, ROWS, few), 2 * inner, hidden // STEP, 0, HALVES, few),
-    )  # fmt: skip
+    planes = planes_in(words, low, scale, unit, first_row, inner, hidden, w_up, ROWS, FORMAT, HALVES)
     steps = hidden // (STEP * HALVES)
     planes = begin_words(buffers, planes, steps, STAGES, FORMAT, HALVES)
     n, live = _twice(begin0, end0, TOKENS)
@@ -340,21 +317,7 @@ def project_out(
     begin = gl.program_id(1) * part
     out += gl.program_id(1).to(gl.int64) * out_split
     buffers = buffers_of(ROWS, TOKENS, STAGES, FORMAT, PAIRED, True, HALVES)
-    wide: gl.constexpr = plane_layout(STEP // 8, gl.num_warps())
-    lows: gl.constexpr = plane_layout(low_words(FORMAT, STEP), gl.num_warps())
-    few: gl.constexpr = plane_layout(HALVES, gl.num_warps())
-    planes = (
-        plane_at(
-            words, unit, rows_out(first_row, hidden, ROWS, wide), hidden, inner // 8, begin // 8, STEP // 8, wide
-        ),
-        plane_at(
-            low, unit, rows_out(first_row, hidden, ROWS, lows), hidden, inner * low_words(FORMAT, STEP) // STEP,
-            begin * low_words(FORMAT, STEP) // STEP, low_words(FORMAT, STEP), lows,
-        ),
-        plane_at(
-            scale, unit, rows_out(first_row, hidden, ROWS, few), hidden, inner // STEP, begin // STEP, HALVES, few
-        ),
-    )  # fmt: skip
+    planes = planes_out(words, low, scale, unit, first_row, hidden, inner, begin, ROWS, FORMAT, HALVES)
     steps = gl.minimum(inner - begin, part) // (STEP * HALVES)
     planes = begin_words(buffers, planes, steps, STAGES, FORMAT, HALVES)
     after_the_one_before()

@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 
 from moefold_kernels.levels import INTEGERS
 from moefold_kernels.triton.leveled_operands import decoded, signs_of, units_layout
+from moefold_kernels.triton.leveled_planes import entries_of, planes_in, planes_out
 from moefold_kernels.triton.leveled_stage import (
     HALF,
     STEP,
@@ -22,7 +23,6 @@ from moefold_kernels.triton.leveled_stage import (
     begin_words,
     buffers_of,
     low_words,
-    plane_layout,
     start_tokens,
     start_words,
 )
@@ -40,28 +40,6 @@ from moefold_kernels.triton.overlapped import (
 
 TABLE = gl.constexpr(INTEGERS)
 """Of a matrix in `levels`."""
-
-
-@gluon.jit
-def rows_in(first_row, inner, w_up, ROWS: gl.constexpr, layout: gl.constexpr):
-    """Gate and up rows by eights, and where the up rows are: (row, rows to skip)."""
-    stacked = gl.arange(0, 2 * ROWS, gl.SliceLayout(1, layout))
-    row = (first_row + stacked // 16 * 8 + stacked % 8) % inner
-    return row + gl.where(stacked % 16 >= 8, w_up, 0)
-
-
-@gluon.jit
-def rows_out(first_row, hidden, ROWS: gl.constexpr, layout: gl.constexpr):
-    return (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))) % hidden
-
-
-@gluon.jit
-def plane_at(plane, unit, row, rows, words, skipped, WORDS: gl.constexpr, layout: gl.constexpr):
-    """Pointers to the first WORDS words, from `skipped` on, of some rows of a unit; a plane is contiguous."""
-    start = (unit.to(gl.int64) * rows + row) * words + skipped
-    if WORDS > 1:
-        start = gl.multiple_of(start, min(WORDS, 4))  # whole steps: 16 bytes
-    return plane + start[:, None] + gl.arange(0, WORDS, gl.SliceLayout(0, layout))[None, :]
 
 
 @gluon.jit
@@ -125,17 +103,6 @@ def _products(
     return warpgroup_mma_wait(0, deps=(sums0, sums1))
 
 
-@gluon.jit
-def entries_of(offsets, unit, slot, skipped, PAIRED: gl.constexpr):
-    """(begin, end) of the first place's entries in a tile, and of the second's."""
-    place = 2 * unit + (0 if PAIRED else slot)
-    begin0, end0 = gl.load(offsets + place) + skipped, gl.load(offsets + place + 1)
-    begin1, end1 = end0, end0
-    if PAIRED:
-        begin1, end1 = end0 + skipped, gl.load(offsets + place + 2)
-    return place, begin0, end0, begin1, end1
-
-
 @gluon.jit(do_not_specialize=["top_k", "capacity", "bias_expert", "bias_row", "bias_up", "limit", "alpha"])
 def project_in(
     x, words, low, scale, levels, out, order, offsets, tiles, experts, bias,
@@ -159,19 +126,7 @@ def project_in(
     if not PAIRED and begin0 >= end0:
         return
     buffers = buffers_of(2 * ROWS, TOKENS, STAGES, FORMAT, PAIRED)
-    wide: gl.constexpr = plane_layout(STEP // 8, gl.num_warps())
-    lows: gl.constexpr = plane_layout(low_words(FORMAT, STEP), gl.num_warps())
-    one: gl.constexpr = plane_layout(1, gl.num_warps())
-    row_w = rows_in(first_row, inner, w_up, ROWS, wide)
-    row_l = rows_in(first_row, inner, w_up, ROWS, lows)
-    row_s = rows_in(first_row, inner, w_up, ROWS, one)
-    planes = (
-        plane_at(words, unit, row_w, 2 * inner, hidden // 8, 0, STEP // 8, wide),
-        plane_at(
-            low, unit, row_l, 2 * inner, hidden * low_words(FORMAT, STEP) // STEP, 0, low_words(FORMAT, STEP), lows
-        ),
-        plane_at(scale, unit, row_s, 2 * inner, hidden // STEP, 0, 1, one),
-    )
+    planes = planes_in(words, low, scale, unit, first_row, inner, hidden, w_up, ROWS, FORMAT, 1)
     steps = hidden // STEP
     planes = begin_words(buffers, planes, steps, STAGES, FORMAT)
     k = gl.arange(0, HALF, gl.SliceLayout(0, copy_layout(HALF, gl.num_warps())))
@@ -215,20 +170,7 @@ def project_out(
     begin = gl.program_id(1) * part
     out += gl.program_id(1).to(gl.int64) * out_split
     buffers = buffers_of(ROWS, TOKENS, STAGES, FORMAT, PAIRED)
-    wide: gl.constexpr = plane_layout(STEP // 8, gl.num_warps())
-    lows: gl.constexpr = plane_layout(low_words(FORMAT, STEP), gl.num_warps())
-    one: gl.constexpr = plane_layout(1, gl.num_warps())
-    planes = (
-        plane_at(
-            words, unit, rows_out(first_row, hidden, ROWS, wide), hidden, inner // 8, begin // 8, STEP // 8,
-            wide,
-        ),
-        plane_at(
-            low, unit, rows_out(first_row, hidden, ROWS, lows), hidden, inner * low_words(FORMAT, STEP) // STEP,
-            begin * low_words(FORMAT, STEP) // STEP, low_words(FORMAT, STEP), lows,
-        ),
-        plane_at(scale, unit, rows_out(first_row, hidden, ROWS, one), hidden, inner // STEP, begin // STEP, 1, one),
-    )  # fmt: skip
+    planes = planes_out(words, low, scale, unit, first_row, hidden, inner, begin, ROWS, FORMAT, 1)
     steps = gl.minimum(inner - begin, part) // STEP
     planes = begin_words(buffers, planes, steps, STAGES, FORMAT)
     after_the_one_before()

@@ -156,15 +156,11 @@ def _products(
 
 
 @gluon.jit
-def write_inner(
-    sums, out, begin, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up,
-    limit, alpha, ROWS: gl.constexpr, TOKENS: gl.constexpr, ACTIVATION: gl.constexpr,
+def activated(
+    gate, up, first_row, inner, expert, bias, bias_expert, bias_row, bias_up, limit, alpha,
+    ROWS: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """project.write_inner for a gated layer with a fused activation: out [entry in order, inner]."""
-    gate, up = gl.split(gl.permute(gl.reshape(sums, (ROWS // 8, 2, 8, TOKENS)), (0, 2, 3, 1)))
-    gate, up = gl.reshape(gate, (ROWS, TOKENS)), gl.reshape(up, (ROWS, TOKENS))
-    gate = gate * RESTORE * gate_shift
-    up = up * RESTORE * up_shift
+    """Biases and the activation of gate and up [ROWS, tokens], float32."""
     if bias is not None:
         own: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 1], [32, 1], [gl.num_warps(), 1], [1, 0]))
         at = first_row + gl.arange(0, ROWS, own)
@@ -179,6 +175,22 @@ def write_inner(
         value = gate / (1.0 + gl.exp(-gate * alpha)) * (up + 1.0)
     else:
         value = gate / (1.0 + gl.exp(-gate)) * up
+    return value
+
+
+@gluon.jit
+def write_inner(
+    sums, out, begin, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up,
+    limit, alpha, ROWS: gl.constexpr, TOKENS: gl.constexpr, ACTIVATION: gl.constexpr,
+):  # fmt: skip
+    """project.write_inner for a gated layer with a fused activation: out [entry in order, inner]."""
+    gate, up = gl.split(gl.permute(gl.reshape(sums, (ROWS // 8, 2, 8, TOKENS)), (0, 2, 3, 1)))
+    gate, up = gl.reshape(gate, (ROWS, TOKENS)), gl.reshape(up, (ROWS, TOKENS))
+    gate = gate * RESTORE * gate_shift
+    up = up * RESTORE * up_shift
+    value = activated(
+        gate, up, first_row, inner, expert, bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS, ACTIVATION
+    )
     layout: gl.constexpr = store_layout(ROWS, gl.num_warps())
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     entry = begin + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))

@@ -3,9 +3,9 @@
 `python tests/bench/compensated.py --json FILE` takes Mixtral's shapes (8 experts, 4096 to 14336, top-2) and
 Qwen3-30B-A3B's (128, 2048 to 768, top-8), each with 128 x 2048 calibration tokens: random experts, random tokens under
 a random router with uneven use, tokens from the host as in a run. The layer's pairs are chosen by `pair.by_error` and
-merged by `puzzlemoe.compensated`, once for each format; of both, seconds by part of the work ("other" is the rest) and
-the memory. Reading the model and the calibration forward are not counted. Before anything is timed, one small layer is
-merged on the GPU and on the CPU, and has to agree.
+merged by `puzzlemoe.compensated`, once for each format, without and with `together`; of all, seconds by part of the
+work ("other" is the rest) and the memory. Reading the model and the calibration forward are not counted. Before
+anything is timed, one small layer is merged on the GPU and on the CPU, and has to agree.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,6 +33,7 @@ from moefold_plugins import compensated as stage
 from moefold_plugins import pair_errors, pair_merging, pairing
 from moefold_plugins.calibrate import forward
 from moefold_plugins.compensation import Walk
+from moefold_plugins.lost import Lost
 from moefold_plugins.moments import Calibration
 from moefold_plugins.pair_merging import Merge
 
@@ -116,6 +118,8 @@ class Clock:
         self.on(pair_merging, "pulled", "targets")
         self.on(pair_merging, "left", "targets")
         self.on(pair_merging, "matched", "neurons")
+        self.on(Lost, "add", "others' losses")
+        self.on(Lost, "pull", "others' losses")
         self.on(pair_merging, "factor", "cholesky")
         self.on(Walk, "first", "columns, first")
         self.on(Walk, "again", "columns, again")
@@ -170,21 +174,26 @@ def random_layer(shape: Shape, tokens: int, device: torch.device) -> tuple[Exper
     return Experts(gate_up, down), Routed(inputs, x.cpu(), index.cpu(), weights.to(torch.bfloat16).cpu())
 
 
-def timed(layer: Layer, shape: Shape, tokens: int, formats: list[str], clock: Clock) -> Iterator[tuple[str, Any]]:
+def timed(
+    layer: Layer, shape: Shape, tokens: int, formats: list[str], together: list[bool], clock: Clock
+) -> Iterator[tuple[str, Any]]:
     """What one layer took: its pairs', and then its merge in each format."""
     context = Context(clock.device, torch.Generator())
     experts, routed = random_layer(shape, tokens, clock.device)
     pairs, took = clock.measured(lambda: pairing.pair_by_error(layer, routed, experts, context))
     yield "pairs", took
-    for format in formats:
-        merge = partial(stage.compensated, layer, routed, experts, pairs, None, context, format=format)
+    for format, once_more in product(formats, together):
+        merge = partial(
+            stage.compensated, layer, routed, experts, pairs, None, context, format=format, together=once_more
+        )
         merged, took = clock.measured(merge)
         if not all(bool(part.isfinite().all()) for part in merged.magnitude.values()):
             sys.exit("a merged magnitude is not finite")
         count, figures = merged.figures["tokens"].values(), merged.figures
         del merged  # what lies on the device when the next format begins is the layer alone
         took |= {"tokens_of_an_expert": [min(count), max(count)], "raised": figures["raised"]}
-        yield format, took | {"pairs": len(pairs.members), "pairs_in_another_order": sum(figures["matched"])}
+        took |= {"pairs": len(pairs.members), "pairs_in_another_order": sum(figures["matched"])}
+        yield f"{format} together" if once_more else format, took
 
 
 def main() -> None:
@@ -194,6 +203,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--formats", nargs="*", default=["exponent", "pair6"])
+    parser.add_argument(
+        "--together", nargs="*", type=int, default=[0, 1], choices=[0, 1], help="without, with, or both"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -210,10 +222,11 @@ def main() -> None:
             sys.exit(f"merged on {device} and on the CPU, one layer differs; nothing was timed")
         clock = Clock(device)
         clock.parts()
+        together = [bool(value) for value in args.together]
         for name in args.shapes:
-            for _ in timed(layer, SHAPES[name], min(WARM, args.tokens), args.formats, clock):
+            for _ in timed(layer, SHAPES[name], min(WARM, args.tokens), args.formats, together, clock):
                 pass  # compiles the kernels for these shapes
-            for part, took in timed(layer, SHAPES[name], args.tokens, args.formats, clock):
+            for part, took in timed(layer, SHAPES[name], args.tokens, args.formats, together, clock):
                 found[f"{name} {part}"] = took
                 print(name, part, json.dumps(took), flush=True)
                 if args.json:  # what there is, should the rest not fit the time

@@ -13,7 +13,7 @@ import torch
 from moefold_kernels.errors import FormatError
 from moefold_kernels.triton import configs
 from moefold_kernels.triton.configs import SHIPPED, Shape
-from moefold_kernels.triton.plans import Plan, Tile, alone, fits, join, leveled_bytes
+from moefold_kernels.triton.plans import STEP, Plan, Tile, alone, fits, join, leveled_bytes
 
 GPU = torch.device("cuda")
 H200 = 232448  # bytes of shared memory of a block
@@ -124,11 +124,11 @@ def test_a_device_like_a_measured_one_gets_its_plans(folder, monkeypatch):
 
 def test_planes_and_terms_of_a_format_have_to_fit(folder):
     """Which depends on the format: pair8 has planes of twice pair4's size."""
-    first = Tile("overlapped_pair", 8, 0, 64, 256, 8, 6, terms=2)
+    first = Tile("overlapped_pair", 8, 0, 64, 256, 8, 7, terms=2)
     made, few = Plan(first, replace(first, rows=128)), SHAPE._replace(format="pair4")
-    assert leveled_bytes(first, True, "pair4") == 2 * 6 * (128 * 68 + 16 * 272) + 4096
-    assert leveled_bytes(first, True, "pair8") == 2 * 6 * (128 * 132 + 16 * 272) + 4096
-    assert leveled_bytes(replace(first, columns=128), False, "pair6") == 6 * (64 * 100 + 16 * 272) + 4096
+    assert leveled_bytes(first, True, "pair4") == 2 * (6 * 128 * 68 + 7 * 16 * 272) + 4096
+    assert leveled_bytes(first, True, "pair8") == 2 * (6 * 128 * 132 + 7 * 16 * 272) + 4096
+    assert leveled_bytes(replace(first, columns=128), False, "pair6") == 6 * 64 * 100 + 7 * 16 * 272 + 4096
     assert leveled_bytes(replace(first, terms=0, stages=3), False, "pair6") == 3 * (64 * 100 + 16 * 256) + 1024
     ship(folder, {few: made})
     assert configs.choose(few, GPU) == made
@@ -228,6 +228,9 @@ def test_a_broken_table_is_named(text, folder):
         ({"splits": 1.5}, "splits is 1.5"),
         ({"terms": 2}, "terms is 2, and must be 0, or 2 in an overlapped mode with nothing extra"),
         ({"mode": "overlapped", "terms": 1}, "terms is 1"),
+        ({"registers": 128}, "registers is 128, and must be 0, or with e4m3 operands a multiple of 8 from 64 to 248"),
+        ({"mode": "overlapped", "terms": 2, "registers": 132}, "registers is 132"),
+        ({"mode": "overlapped", "terms": 2, "registers": 256}, "registers is 256"),
         ({"mode": "overlapped", "terms": 2, "tokens": 2}, "tokens is 2, and must be a power of two, at least 4"),
         ({"mode": "overlapped", "tokens": 4}, "tokens is 4, and must be a power of two, at least 8"),
     ],
@@ -251,7 +254,8 @@ def test_plans_in_words():
     tile = Tile("slot", 64, 16, 64, 32, 8, 4, group=4, splits=2)
     assert str(join(plan().first)) == "joined pair 16 32x64 w4 s3"
     assert str(Plan(plan().first, tile)) == "pair 16 32x64 w4 s3 / slot 64+16 64x32 w8 s4 g4 k2"
-    assert str(replace(plan(4).first, mode="overlapped", ahead=1, terms=2)) == "overlapped 16 32x64 w4 s4 a1 e4m3"
+    few = replace(plan(4).first, mode="overlapped", ahead=1, terms=2, registers=128)
+    assert str(few) == "overlapped 16 32x64 w4 s4 a1 e4m3 r128"
 
 
 def test_e4m3_operands_are_for_whole_groups_and_both_projections():
@@ -288,7 +292,8 @@ def test_what_ships_can_be_run(path):
                 assert not shape.dense
                 assert tile.splits == 1 or shape.format != "exponent"  # leveled.py has splits
                 assert tile.warps in (4, 8, 16)
-                assert length % (2 * tile.columns) == 0, f"{shape}: {tile} would fall back"
+                whole = max(tile.columns, STEP) if shape.format != "exponent" else 2 * tile.columns
+                assert length % whole == 0, f"{shape}: {tile} would fall back"
 
 
 def test_tables_are_in_the_wheel():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from leveled import FORMATS, matrix
@@ -14,7 +16,10 @@ from moefold_kernels.levels import E4M3, coded, row_tables
 
 pytest.importorskip("triton", reason="needs triton")
 from moefold_kernels.triton import e4m3_decode
-from moefold_kernels.triton.e4m3_launch import between, prepared
+from moefold_kernels.triton.e4m3_launch import between, cut, prepared
+from moefold_kernels.triton.layer import in_bf16
+from moefold_kernels.triton.plans import Plan, Tile
+from moefold_kernels.triton.weights import Leveled, Planes
 
 ROWS, COLUMNS, GROUP = 6, 192, 64
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,6 +30,20 @@ def test_levels_of_other_numbers_are_not_coded():
     assert not coded("pair4", {"up_proj": LEVELS["pair4"], "down_proj": [1.0, 1.9921875]})
     assert not coded("pair4", {})
     assert row_tables("pair4", [1.0, 1.9921875])[E4M3:] == [0] * 28
+
+
+def test_what_a_launch_takes_of_a_tile():
+    tile = Tile("overlapped", 32, 0, 64, 256, 8, 3, terms=2, registers=128)
+    none = Planes(torch.empty(0), None, torch.empty(0))
+    kind = Leveled("pair6", none, none, torch.empty(0), gated=True)
+    assert cut(tile, kind, 512) == {"FORMAT": "pair6", "STAGES": 3, "HALVES": 2, "maxnreg": 128}
+    few = Tile("overlapped", 32, 0, 64, 256, 8, 3, terms=2)
+    assert cut(few, kind, 384) == {"FORMAT": "pair6", "STAGES": 3, "HALVES": 1}
+    plain = Tile("overlapped", 32, 0, 64, 256, 8, 3)
+    second = {"rows": 128, "columns": 128}
+    assert in_bf16(Plan(tile, replace(tile, **second))) == Plan(
+        plain, replace(plain, **second)
+    )  # other kernels take other numbers of registers
 
 
 def low_of(format: str, plane: Tensor, thread: int, step: int) -> list[int]:

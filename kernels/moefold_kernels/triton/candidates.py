@@ -76,10 +76,12 @@ E4M3: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
 )
 """The same with e4m3 operands (e4m3.py), and"""
 E4M3_MANY: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
-    ((64, 128, 8, 4), (64, 128, 4, 4), (64, 128, 8, 3), (64, 128, 4, 3)),
+    ((64, 128, 8, 4), (64, 128, 4, 4), (64, 128, 8, 3), (64, 256, 8, 3)),
     ((64, 128, 4, 4), (128, 128, 8, 4), (64, 128, 4, 3), (128, 128, 8, 3)),
 )
 """from 32 tokens on, which take more of shared memory than words."""
+REGISTERS_SHARED = 128
+"""A limit that tiles of 32 and 64 tokens are tried with, too: two programs of eight warps then share a processor."""
 
 LARGE = 128 * 1024
 """Shared memory of a block from which on NARROW is not tried."""
@@ -154,7 +156,9 @@ LEVELED_REGIMES = (
     Regime(48, (Kind("overlapped_pair", 32, terms=2), Kind("overlapped", 64, terms=2), Kind("overlapped_pair", 64))),
     Regime(110, (Kind("overlapped", 64, terms=2), Kind("overlapped_pair", 64), Kind("overlapped", 128)), (1, 4)),
     Regime(200, (Kind("overlapped", 128, terms=2), Kind("overlapped", 128), Kind("overlapped", 256)), (2, 8)),
-    Regime(float("inf"), (Kind("overlapped", 128, terms=2), Kind("overlapped", 256)), (4, 16)),
+    Regime(
+        float("inf"), (Kind("overlapped", 64, terms=2), Kind("overlapped", 128), Kind("overlapped", 256)), (4, 8, 16)
+    ),
 )
 """REGIMES of the few-bit formats."""
 FEW_TOKENS = 4
@@ -201,6 +205,8 @@ def _tiles(shape: Shape, room: Room, side: int) -> Iterator[Tile]:
             for group in regime.groups:
                 tile = Tile(kind.mode, kind.tokens, kind.extra, rows, columns, warps, stages, group, terms=kind.terms)
                 yield tile
+                if kind.terms and kind.tokens in (32, 64) and warps == 8:
+                    yield replace(tile, registers=REGISTERS_SHARED)
                 if side and (leveled or regime is REGIMES[0]) and _idle(tile, shape, room):
                     yield from (replace(tile, splits=splits) for splits in (2, 4) if shape.inner >= 512 * splits)
 

@@ -140,11 +140,13 @@ def _products(
     before = gl.zeros((ROWS,), gl.float32, of_rows)
     stage = steps * 0
     to = stage + STAGES - 2
+    held = stage  # planes have a stage less (e4m3_stage.py)
+    held_to = to % (STAGES - 1)
     for step in range(0, steps):
         async_copy.wait_group(STAGES - 3)
-        barrier()  # this step has come, and nobody reads step - 2 any more, whose place is next
+        barrier()  # this step has come, and nobody reads tokens of step - 2 or words of step - 1, whose places are next
         ahead = step + STAGES - 2 < steps
-        start_words(buffers, (w, low, scale), to, ahead, FORMAT, HALVES)
+        start_words(buffers, (w, low, scale), held_to, ahead, FORMAT, HALVES)
         start_tokens(buffers, (x0, x1), live, (f0, f1), factor_live, to, ahead, PAIRED, FACTORS, HALVES)
         w += STEP // 8 * HALVES
         if FORMAT != "pair4":
@@ -155,9 +157,9 @@ def _products(
         if FACTORS:
             f0 += groups
             f1 += groups
-        scales = scales_of(buffers, stage, ROWS, HALVES, of_rows)
+        scales = scales_of(buffers, held, ROWS, HALVES, of_rows)
         for half in gl.static_range(HALVES):
-            words = words_of(buffers, half, stage, ROWS, FORMAT)
+            words = words_of(buffers, half, held, ROWS, FORMAT)
             for part in gl.static_range(2):
                 ours, theirs = decoded(words[part], words[2 + part], tables, states, ROWS, FORMAT, PAIRED, left)
                 # the group before, which is of the step before if this is the first; before that nothing times anything
@@ -177,6 +179,8 @@ def _products(
                 before = scale_of(scales[half], part)
         stage = _after(stage, STAGES)
         to = _after(to, STAGES)
+        held = _after(held, STAGES - 1)
+        held_to = _after(held_to, STAGES - 1)
     done0, done1 = _finished(sums0, sums1, PAIRED)
     total0, total1 = _both_added(
         total0, total1, done0, done1, before, buffers, groups - 1, _before(stage, STAGES), PAIRED, FACTORS

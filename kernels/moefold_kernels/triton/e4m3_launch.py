@@ -34,7 +34,8 @@ def takes(weights: Weights, plan: Plan) -> bool:
 def cut(tile: Tile, kind: Leveled, columns: int) -> dict[str, Any]:
     """What the kernels take of a tile: steps of 256 columns (two halves) where `columns` are a number of those."""
     wide = tile.columns >= 2 * STEP and columns % (2 * STEP) == 0
-    return {"FORMAT": kind.format, "STAGES": tile.stages, "HALVES": 2 if wide else 1}
+    most = {"maxnreg": tile.registers} if tile.registers else {}
+    return {"FORMAT": kind.format, "STAGES": tile.stages, "HALVES": 2 if wide else 1} | most
 
 
 def prepared(x: Tensor) -> Terms:

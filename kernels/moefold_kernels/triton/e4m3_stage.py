@@ -1,6 +1,8 @@
-"""What a program of e4m3.py holds in shared memory, a stage for each step: planes, tokens, their factors.
+"""What a program of e4m3.py holds in shared memory: planes, tokens and their factors of several steps.
 
-A step is 256 columns where a row has a number of those, else 128 (HALVES: 2 or 1).
+A step is 256 columns where a row has a number of those, else 128 (HALVES: 2 or 1). Tokens and factors of STAGES steps
+are held, and planes of one less: products read tokens until the next step's first ones start, but a step's words are in
+registers before its last products do, so that their place is free one barrier earlier.
 
 Words lie in whole rows of 64 bytes, of which every other two are turned by a half, so that the four rows that a quarter
 of a warp reads lie in different banks. A token's values of a group of 64 columns are 128 bytes of two terms
@@ -67,16 +69,20 @@ def buffers_of(
     low_rows: gl.constexpr = ROWS if FORMAT != "pair4" else 1
     entries: gl.constexpr = 2 * TOKENS
     factors: gl.constexpr = width(TOKENS) if FACTORS else 1
+    held: gl.constexpr = STAGES - 1  # planes': words are in registers before a step's last products start
     # what is not needed has a stage
+    held_more: gl.constexpr = held if HALVES == 2 else 1
+    rows_more: gl.constexpr = ROWS if HALVES == 2 else 1
+    low_rows_more: gl.constexpr = low_rows if HALVES == 2 else 1
     more: gl.constexpr = STAGES if HALVES == 2 else 1
     theirs: gl.constexpr = STAGES if PAIRED else 1
     more_theirs: gl.constexpr = STAGES if PAIRED and HALVES == 2 else 1
     return (
-        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, STEP // 8], turned(STEP // 8)),
-        gl.allocate_shared_memory(gl.int32, [more, ROWS if more > 1 else 1, STEP // 8], turned(STEP // 8)),
-        gl.allocate_shared_memory(gl.int32, [STAGES, low_rows, lows], turned(lows)),
-        gl.allocate_shared_memory(gl.int32, [more, low_rows if more > 1 else 1, lows], turned(lows)),
-        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, HALVES], turned(HALVES)),
+        gl.allocate_shared_memory(gl.int32, [held, ROWS, STEP // 8], turned(STEP // 8)),
+        gl.allocate_shared_memory(gl.int32, [held_more, rows_more, STEP // 8], turned(STEP // 8)),
+        gl.allocate_shared_memory(gl.int32, [held, low_rows, lows], turned(lows)),
+        gl.allocate_shared_memory(gl.int32, [held_more, low_rows_more, lows], turned(lows)),
+        gl.allocate_shared_memory(gl.int32, [held, ROWS, HALVES], turned(HALVES)),
         gl.allocate_shared_memory(gl.float8e4nv, [STAGES, entries, HALF], terms),
         gl.allocate_shared_memory(gl.float8e4nv, [STAGES, entries, HALF], terms),
         gl.allocate_shared_memory(gl.float8e4nv, [more, entries, HALF], terms),

@@ -91,7 +91,7 @@ def in_bf16(plan: Plan) -> Plan:
     """The plan with bf16 operands."""
 
     def plain(tile: Tile) -> Tile:
-        return replace(tile, terms=0, tokens=max(tile.tokens, 8)) if tile.terms else tile
+        return replace(tile, terms=0, registers=0, tokens=max(tile.tokens, 8)) if tile.terms else tile
 
     return replace(plan, first=plain(plan.first), second=plain(plan.second))
 

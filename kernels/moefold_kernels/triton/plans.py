@@ -12,6 +12,8 @@ STEP = 128
 GROUP = layout_pairs.GROUP
 """Rows of gate and up in terms come in so many: they are columns of down, with a factor for a group."""
 PER_WARP = 16
+LEAST_REGISTERS, MOST_REGISTERS = 64, 248
+"""Of a thread."""
 MODES = ("pair", "slot", "overlapped_pair", "overlapped")
 
 
@@ -39,6 +41,9 @@ class Tile:
     terms: int = 0
     """Few-bit formats on Hopper: 2 for e4m3 operands, each token's value being a sum of two (e4m3.py), in steps of 128
     or 256 columns; tokens then may be 4."""
+    registers: int = 0
+    """With `terms`: most registers of a thread, a multiple of 8, as 128 let two programs of eight warps run on a
+    multiprocessor at once; 0 for as many as the compiler takes."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -57,11 +62,18 @@ class Tile:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise FormatError(f"{name} is {value!r}, and must be a whole number, at least {least}")
+        allowed = range(LEAST_REGISTERS, MOST_REGISTERS + 1, 8)
+        if self.registers != 0 and (not self.terms or self.registers not in allowed):
+            raise FormatError(
+                f"registers is {self.registers!r}, and must be 0, or with e4m3 operands a multiple of 8 "
+                f"from {allowed[0]} to {allowed[-1]}"
+            )
 
     def __str__(self) -> str:
         entries = f"{self.tokens}+{self.extra}" if self.extra else f"{self.tokens}"
         more = f" g{self.group}" * (self.group > 1) + f" k{self.splits}" * (self.splits > 1)
         more += f" a{self.ahead}" * (self.ahead != 4) + " e4m3" * (self.terms > 0)
+        more += f" r{self.registers}" * (self.registers > 0)
         return f"{self.mode} {entries} {self.rows}x{self.columns} w{self.warps} s{self.stages}{more}"
 
     @property
@@ -141,8 +153,8 @@ def tile_fits(tile: Tile, gated: bool, memory: int, format: str = layout.EXPONEN
 def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
     """What the few-bit formats' kernels on Hopper take of shared memory.
 
-    leveled.py: planes and bf16 tokens of 128 columns a stage. e4m3.py, in steps of `columns`: planes, two terms of each
-    token, factors of each group.
+    leveled.py: planes and bf16 tokens of 128 columns a stage. e4m3.py, in steps of `columns`: planes (with a stage
+    less), two terms of each token, factors of each group.
     """
     rows, entries = tile.rows * (2 if gated else 1), tile.entries * (2 if tile.paired else 1)
     bits = layout_pairs.magnitude_bits(format) + layout_pairs.STATE_BITS
@@ -150,7 +162,7 @@ def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
     if not tile.terms:
         return tile.stages * (planes + 256 * entries) + 1024
     halves = 2 if tile.columns > 128 else 1
-    return halves * tile.stages * (planes + (256 + 16) * entries) + 4096
+    return halves * ((tile.stages - 1) * planes + tile.stages * (256 + 16) * entries) + 4096
 
 
 def alone(tile: Tile, second: bool) -> Plan:

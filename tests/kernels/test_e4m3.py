@@ -41,9 +41,7 @@ def test_what_a_launch_takes_of_a_tile():
     assert cut(few, kind, 384) == {"FORMAT": "pair6", "STAGES": 3, "HALVES": 1}
     plain = Tile("overlapped", 32, 0, 64, 256, 8, 3)
     second = {"rows": 128, "columns": 128}
-    assert in_bf16(Plan(tile, replace(tile, **second))) == Plan(
-        plain, replace(plain, **second)
-    )  # other kernels take other numbers of registers
+    assert in_bf16(Plan(tile, replace(tile, **second))) == Plan(plain, replace(plain, **second))
 
 
 def low_of(format: str, plane: Tensor, thread: int, step: int) -> list[int]:

@@ -6,9 +6,9 @@ otherwise is made up for: tokens are sums of two e4m3 numbers (e4m3_tokens.py), 
 of bf16; the scale of a row and group multiplies the group's sum, in float32. So a level times its scale is not
 rounded to bf16 first, as the definition has it: for random ones that is 1.7e-3 of their norm.
 
-A step is 256 columns, or 128 (e4m3_stage.py). Products of a group run, their sums are waited for and added to the totals,
-and the next products start. The next group's decoding stands before that wait, but ptxas moves it behind, where it is
-faster, too (docs/kernels.md): what runs beside products is other warps' decoding.
+A step is 256 columns, or 128 (e4m3_stage.py). Products of a group run, their sums are waited for and added to the
+totals, and the next products start. The next group's decoding stands before that wait, but ptxas moves it behind, where
+it is faster, too (docs/kernels.md): what runs beside products is other warps' decoding.
 """
 
 # ruff: noqa: RUF005 - the compiler knows tuples' `+`, and no `*given`

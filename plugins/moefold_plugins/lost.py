@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from moefold import Experts
-from moefold_plugins.moments import Calibration
+from moefold_plugins.moments import Calibration, add_products, operand
 from moefold_plugins.visits import Visit, visits
 
 
@@ -61,8 +61,8 @@ class Lost:
         counts = [0] * len(change.members)
         for row, visit in self._visits(change):
             own, activity = self._own(change, row, visit)
-            lost = self.tokens[visit.rows.to(self.tokens.device)].to(own.device)
-            found[row].addmm_((lost - own).T, activity)
+            dtype, lost = visit.tokens.dtype, self.tokens[visit.rows.to(self.tokens.device)].to(own.device)
+            add_products(found[row], operand(lost - own, dtype), operand(activity, dtype))
             counts[row] += len(visit.rows)
         scale = [1 / (count + self.calibration.blend) if count else 0.0 for count in counts]
         return found.mul_(torch.tensor(scale, device=found.device)[:, None, None])

@@ -110,15 +110,19 @@ def _format(layer: Layer, pairs: Groups, asked: Format | None) -> str:
 
 def chunks(pairs: list[list[int]], experts: Experts) -> Iterator[list[list[int]]]:
     """The pairs, as many at a time as fit the budget."""
+    device = experts.down.device
+    budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else BUDGET
+    size = max(1, budget // (2 * bytes_in_hand(experts)))
+    for start in range(0, len(pairs), size):
+        yield pairs[start : start + size]
+
+
+def bytes_in_hand(experts: Experts) -> int:
+    """Bytes of moments and weights for each expert in hand."""
     hidden, inner = experts.down.shape[1:]
     up, down = experts.gate_up[0].numel(), experts.down[0].numel()
     moments = max(2 * hidden**2, 3 * inner**2)
-    each = 4 * (moments + max(3 * up, 5 * down)) + 2 * experts.down.element_size() * (up + down)
-    device = experts.down.device
-    budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else BUDGET
-    size = max(1, budget // (2 * each))
-    for start in range(0, len(pairs), size):
-        yield pairs[start : start + size]
+    return 4 * (moments + max(3 * up, 5 * down)) + 2 * experts.down.element_size() * (up + down)
 
 
 @hookimpl

@@ -48,7 +48,7 @@ def random(seed: int) -> tuple[str, str]:
 def test_busy_with_rare_loses_under_a_third_of_what_the_published_rule_does(
     increase, published, together, inside, outside
 ):
-    """In the mean of three calibrations 0.305 in the domain and 0.27 outside it; 0.29 and 0.25 together."""
+    """In the mean of three calibrations 0.305 in the domain and 0.27 outside it; 0.293 and 0.25 together."""
     settings = [(f"calibration.seed={seed}", f"puzzlemoe.compensated.together={together}") for seed in SEEDS]
     found = [increase(COMPENSATED, "pair.by_usage", *each) for each in settings]
     for text, most in zip(TEXTS, (inside, outside), strict=True):
@@ -59,7 +59,7 @@ def test_busy_with_rare_loses_under_a_third_of_what_the_published_rule_does(
 
 @pytest.mark.slow
 def test_pairs_of_least_predicted_error_lose_a_quarter_with_the_first_calibration(increase, published):
-    """0.25 in the domain, 0.20 outside it."""
+    """0.24 in the domain, 0.22 outside it."""
     found = increase(COMPENSATED, "pair.by_error")
     assert all(0 < found[text] <= 0.3 * published[0][text] for text in TEXTS)
 
@@ -67,7 +67,7 @@ def test_pairs_of_least_predicted_error_lose_a_quarter_with_the_first_calibratio
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_pairs_lose_less_than_two_fifths(increase, published, seed):
-    """0.33 to 0.35 in the domain, 0.20 to 0.30 outside it."""
+    """0.33 to 0.36 in the domain, 0.21 to 0.29 outside it."""
     found = increase(COMPENSATED, "pair.random", *random(seed))
     assert all(0 < found[text] <= 0.4 * published[seed][text] for text in TEXTS)
 

@@ -6,11 +6,15 @@ what it gets wrong in a column is made up for in the other columns of each exper
 of a pair are put beside each other so that they are cheap to merge (neurons). Bits and kernels are those of the
 published merge.
 
+Then down is coded once more, so that each expert makes up for what the layer's others have lost for its tokens (lost).
+
 Memory: for each expert in hand 8 bytes of an entry of its inputs' moments, or 12 of its hidden activations' where that
-is more, 12 of an entry of its larger weight matrix, and two copies of its weights. Pairs are taken in chunks that fit a
-budget (half of what a GPU has free), each of which goes over the calibration tokens twice; they stay on the GPU where
-they take an eighth of what it has free at most. DeepSeek-V3 (7168, 2048): 0.94 GB an expert, 240 GB for all 256 at
-once.
+is more, 12 of an entry of gate and up, or 20 of down's where that is more, and two copies of its weights. Pairs are
+taken in chunks that fit a budget (half of what a GPU has free), each of which goes over the calibration tokens twice,
+and three times more where down is coded once more; tokens stay on the GPU where they take an eighth of what it has free
+at most, and so does what each of them has lost, 4 bytes of an entry. DeepSeek-V3 (7168, 2048): 0.94 GB an expert, 240
+GB for all 256 at once. Each chunk makes up for itself and for those before it: with `together`, how many there are
+changes down a little.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from moefold import Context, Experts, Groups, Layer, LevelTable, MergedPairs, Ro
 from moefold.errors import InputError
 from moefold_kernels import layout
 from moefold_plugins.averaging import check_groups
+from moefold_plugins.lost import Lost
 from moefold_plugins.moments import Calibration
 from moefold_plugins.pair_merging import Merge, Rules
 
@@ -58,7 +63,7 @@ Together = Annotated[
 Format = Literal["exponent", "pair8", "pair6", "pair5", "pair4"]
 
 
-@stage("puzzlemoe.compensated", version=4, keep="until read")
+@stage("puzzlemoe.compensated", version=5, keep="until read")
 def compensated(
     layer: Layer,
     routed: Routed,
@@ -77,7 +82,7 @@ def compensated(
     block: Block = 128,
     order: Order = "natural",
     neurons: Neurons = "matched",
-    together: Together = False,
+    together: Together = True,
 ) -> MergedPairs:
     """Merge each pair element by element, making up for each column's error in the others, by what experts see."""
     if any(len(pair) != 2 for pair in pairs.members):
@@ -87,11 +92,12 @@ def compensated(
         raise InputError(f"puzzlemoe.compensated: {target} has scales for columns in their order; write order: natural")
     check_groups(pairs.all(), experts.count)
     experts = experts.to(context.device)
-    merge = Merge(experts, pairs, Rules(weigh, damping, block, order, neurons, sweeps, target, together), levels)
+    merge = Merge(experts, pairs, Rules(weigh, damping, block, order, neurons, sweeps, target), levels)
     if pairs.members:
         calibration = Calibration(layer, routed, experts, blend)
+        lost = Lost(calibration) if together else None  # before chunks: what it takes is not free for them
         for chunk in chunks(pairs.members, experts):
-            merge.add(chunk, calibration)
+            merge.add(chunk, calibration, lost)
     return merge.done()
 
 
@@ -104,15 +110,19 @@ def _format(layer: Layer, pairs: Groups, asked: Format | None) -> str:
 
 def chunks(pairs: list[list[int]], experts: Experts) -> Iterator[list[list[int]]]:
     """The pairs, as many at a time as fit the budget."""
+    device = experts.down.device
+    budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else BUDGET
+    size = max(1, budget // (2 * bytes_in_hand(experts)))
+    for start in range(0, len(pairs), size):
+        yield pairs[start : start + size]
+
+
+def bytes_in_hand(experts: Experts) -> int:
+    """Bytes of moments and weights for each expert in hand."""
     hidden, inner = experts.down.shape[1:]
     up, down = experts.gate_up[0].numel(), experts.down[0].numel()
     moments = max(2 * hidden**2, 3 * inner**2)
-    each = 4 * (moments + 3 * max(up, down)) + 2 * experts.down.element_size() * (up + down)
-    device = experts.down.device
-    budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else BUDGET
-    size = max(1, budget // (2 * each))
-    for start in range(0, len(pairs), size):
-        yield pairs[start : start + size]
+    return 4 * (moments + max(3 * up, 5 * down)) + 2 * experts.down.element_size() * (up + down)
 
 
 @hookimpl

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from moefold import Experts
-from moefold_plugins.moments import Calibration
+from moefold_plugins.moments import Calibration, add_products, operand
 from moefold_plugins.visits import Visit, visits
 
 
@@ -41,26 +41,28 @@ class Change:
 
 
 class Lost:
-    """What a layer's tokens have lost so far: a float32 row for each, on the device."""
+    """What a layer's tokens have lost so far: a float32 row for each, where the tokens themselves lie."""
 
     def __init__(self, calibration: Calibration) -> None:
         self.calibration = calibration
         shape = len(calibration.routed.tokens), calibration.experts.down.shape[1]
-        self.tokens = torch.zeros(shape, device=calibration.device)
+        self.tokens = torch.zeros(shape, device=calibration.routed.tokens.device)
 
     def add(self, change: Change) -> None:
         """Count in what a change of experts makes of the outputs."""
         for row, visit in self._visits(change):
-            self.tokens[visit.rows] += self._own(change, row, visit)[0]
+            own = self._own(change, row, visit)[0]
+            self.tokens[visit.rows.to(self.tokens.device)] += own.to(self.tokens.device)
 
     def pull(self, change: Change) -> Tensor:
         """R of each member, whose own change is counted in: [member, hidden, inner] float32."""
         hidden, inner = change.before.down.shape[1:]
-        found = torch.zeros(len(change.members), hidden, inner, device=self.tokens.device)
+        found = torch.zeros(len(change.members), hidden, inner, device=self.calibration.device)
         counts = [0] * len(change.members)
         for row, visit in self._visits(change):
             own, activity = self._own(change, row, visit)
-            found[row].addmm_((self.tokens[visit.rows] - own).T, activity)
+            dtype, lost = visit.tokens.dtype, self.tokens[visit.rows.to(self.tokens.device)].to(own.device)
+            add_products(found[row], operand(lost - own, dtype), operand(activity, dtype))
             counts[row] += len(visit.rows)
         scale = [1 / (count + self.calibration.blend) if count else 0.0 for count in counts]
         return found.mul_(torch.tensor(scale, device=found.device)[:, None, None])

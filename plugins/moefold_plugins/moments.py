@@ -146,18 +146,26 @@ class Calibration:
 def _add(
     moment: Tensor, values: Tensor, gates: Tensor | None = None, scale: float = 1.0, others: Tensor | None = None
 ) -> None:
-    """Add `scale * sum_t g_t^2 v_t o_t^T` of `values` and `others` (the values themselves) [token, columns].
-
-    On a GPU of bf16 values times gates, rounded to bf16 once more: the matrix units then take a fifteenth of the time.
-    """
+    """Add `scale * sum_t g_t^2 v_t o_t^T` of `values` and `others` (the values themselves) [token, columns]."""
     left = _weighted(values, gates)
-    right = left if others is None else _weighted(others, gates)
-    if left.dtype == torch.bfloat16:
-        moment.add_(torch.mm(left.T, right, out_dtype=torch.float32), alpha=scale)
-    else:
-        moment.addmm_(left.T, right, alpha=scale)
+    add_products(moment, left, left if others is None else _weighted(others, gates), scale)
 
 
 def _weighted(values: Tensor, gates: Tensor | None) -> Tensor:
-    weighted = values.float() if gates is None else values.float() * gates[:, None]
-    return weighted.bfloat16() if values.is_cuda and values.dtype == torch.bfloat16 else weighted
+    return operand(values.float() if gates is None else values.float() * gates[:, None], values.dtype)
+
+
+def operand(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float32 values as products over tokens take them: on a GPU those of a bf16 layer rounded to bf16 once more.
+
+    The matrix units then take a fifteenth of the time.
+    """
+    return values.bfloat16() if values.is_cuda and dtype == torch.bfloat16 else values
+
+
+def add_products(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """Add `scale * sum_t l_t r_t^T` of operands [token, rows] and [token, columns] to a float32 total."""
+    if left.dtype == torch.bfloat16:
+        total.add_(torch.mm(left.T, right, out_dtype=torch.float32), alpha=scale)
+    else:
+        total.addmm_(left.T, right, alpha=scale)

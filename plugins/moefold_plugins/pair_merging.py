@@ -20,7 +20,7 @@ from moefold_plugins.pair_coding import Grid, Leveled, PairCoder, Window
 from moefold_plugins.pair_stack import Coded, Stack
 from moefold_plugins.targets import left, pulled, row_weights
 
-PARTS = 4
+PARTS = 2
 """In how many parts pairs are coded once more. Those of one part all make up for the same losses: on the shipped model
 (8 pairs, 4 experts a token) two parts left as little as eight, and each part is a walk over columns of its own."""
 
@@ -35,7 +35,6 @@ class Rules(NamedTuple):
     neurons: str = "matched"
     sweeps: int = 2
     format: str = layout.EXPONENT
-    together: bool = False
 
 
 class Merge:
@@ -47,7 +46,6 @@ class Merge:
         self.tokens: dict[str, int] = {}
         self.output: list[list[float]] = []
         self.matched: list[bool] = []
-        self.lost: Lost | None = None
         biases = {"gate_up_bias": experts.gate_up_bias, "down_bias": experts.down_bias}
         self.biases = {name: bias.clone() for name, bias in biases.items() if bias is not None}
         paired = as_index([expert for pair in pairs.members for expert in pair])
@@ -61,8 +59,8 @@ class Merge:
         for name, weights in some.items():
             self.levels[name] = table.levels(bits) if table else Levels.learn(sample(weights), bits)
 
-    def add(self, chunk: list[list[int]], calibration: Calibration) -> None:
-        """Merge some pairs: gate and up, then down for what they have become."""
+    def add(self, chunk: list[list[int]], calibration: Calibration, lost: Lost | None = None) -> None:
+        """Merge some pairs: gate and up, then down for what they have become (and for what is `lost`, if given)."""
         members = [expert for pair in chunk for expert in pair]
         seen = calibration.inputs(members)
         self.tokens |= dict(zip(map(str, members), seen.tokens, strict=True))
@@ -78,17 +76,14 @@ class Merge:
         changed = calibration.changed(members, experts, gate_up)
         weight = usage.expand(-1, experts.down.shape[1])
         coded = self._code("down", experts.down, weight, changed.h, changed)
-        if self.rules.together:
+        if lost is not None:
             change = Change(members, experts, replace(experts, gate_up=gate_up))
-            coded = self._together(change, coded, weight, changed, calibration)
+            coded = self._together(change, coded, weight, changed, lost)
         self.stacks["down"].keep(members, coded)
         self.output += left(experts.down, coded.experts(), changed).view(-1, 2).tolist()
 
-    def _together(
-        self, change: Change, coded: Coded, weight: Tensor, changed: Changed, calibration: Calibration
-    ) -> Coded:
+    def _together(self, change: Change, coded: Coded, weight: Tensor, changed: Changed, lost: Lost) -> Coded:
         """Down once more, part after part, given what all that has been coded of the layer has lost."""
-        lost = self.lost = self.lost or Lost(calibration)
         dtype, down = change.before.down.dtype, coded.experts()
         change = replace(change, after=replace(change.after, down=down.to(dtype)))
         lost.add(change)

@@ -133,8 +133,8 @@ def agree(layer: Layer, device: torch.device) -> dict[str, float]:
 
     Weights are those of gate and up, of neurons in their own order: matched, two that count nearly the same may change
     places, which costs nothing; and down makes up for every little difference of gate and up (with activations and
-    moments off by a step of bf16 here and there 71 to 94 % of it was equal, and its damage within 0.2 %). The figures are
-    of down coded once.
+    moments off by a step of bf16 here and there 71 to 94 % of it was equal, and its damage within 0.2 %). The figures
+    are of down coded once.
     """
     contexts = [Context(d, torch.Generator()) for d in (torch.device("cpu"), device)]
     routed = forward(layer, Text("random", samples(32, 32).int()), None, None, contexts[0])

@@ -231,6 +231,7 @@ def test_a_broken_table_is_named(text, folder):
         ({"registers": 128}, "registers is 128, and must be 0, or with e4m3 operands a multiple of 8 from 64 to 248"),
         ({"mode": "overlapped", "terms": 2, "registers": 132}, "registers is 132"),
         ({"mode": "overlapped", "terms": 2, "registers": 256}, "registers is 256"),
+        ({"mode": "overlapped", "terms": 2, "registers": 128.0}, "registers is 128.0"),
         ({"mode": "overlapped", "terms": 2, "tokens": 2}, "tokens is 2, and must be a power of two, at least 4"),
         ({"mode": "overlapped", "tokens": 4}, "tokens is 4, and must be a power of two, at least 8"),
     ],

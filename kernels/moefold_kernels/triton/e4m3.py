@@ -39,7 +39,7 @@ from moefold_kernels.triton.e4m3_stage import (
     width,
 )
 from moefold_kernels.triton.e4m3_tokens import write_terms
-from moefold_kernels.triton.leveled_planes import entries_of, planes_in, planes_out
+from moefold_kernels.triton.leveled_planes import entries_of, planes_at
 from moefold_kernels.triton.leveled_stage import HALF, STEP, low_words
 from moefold_kernels.triton.overlapped import activated, after_the_one_before, barrier, share, write_outer
 
@@ -276,7 +276,7 @@ def project_in(
     if not PAIRED and begin0 >= end0:
         return
     buffers = buffers_of(2 * ROWS, TOKENS, STAGES, FORMAT, PAIRED, False, HALVES)
-    planes = planes_in(words, low, scale, unit, first_row, inner, hidden, w_up, ROWS, FORMAT, HALVES)
+    planes = planes_at(words, low, scale, unit, first_row, inner, hidden, 0, w_up, ROWS, FORMAT, HALVES, True)
     steps = hidden // (STEP * HALVES)
     planes = begin_words(buffers, planes, steps, STAGES, FORMAT, HALVES)
     n, live = _twice(begin0, end0, TOKENS)
@@ -322,7 +322,7 @@ def project_out(
     begin = gl.program_id(1) * part
     out += gl.program_id(1).to(gl.int64) * out_split
     buffers = buffers_of(ROWS, TOKENS, STAGES, FORMAT, PAIRED, True, HALVES)
-    planes = planes_out(words, low, scale, unit, first_row, hidden, inner, begin, ROWS, FORMAT, HALVES)
+    planes = planes_at(words, low, scale, unit, first_row, hidden, inner, begin, 0, ROWS, FORMAT, HALVES, False)
     steps = gl.minimum(inner - begin, part) // (STEP * HALVES)
     planes = begin_words(buffers, planes, steps, STAGES, FORMAT, HALVES)
     after_the_one_before()

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 
 from moefold_kernels.levels import INTEGERS
 from moefold_kernels.triton.leveled_operands import decoded, signs_of, units_layout
-from moefold_kernels.triton.leveled_planes import entries_of, planes_in, planes_out
+from moefold_kernels.triton.leveled_planes import entries_of, planes_at
 from moefold_kernels.triton.leveled_stage import (
     HALF,
     STEP,
@@ -126,7 +126,7 @@ def project_in(
     if not PAIRED and begin0 >= end0:
         return
     buffers = buffers_of(2 * ROWS, TOKENS, STAGES, FORMAT, PAIRED)
-    planes = planes_in(words, low, scale, unit, first_row, inner, hidden, w_up, ROWS, FORMAT, 1)
+    planes = planes_at(words, low, scale, unit, first_row, inner, hidden, 0, w_up, ROWS, FORMAT, 1, True)
     steps = hidden // STEP
     planes = begin_words(buffers, planes, steps, STAGES, FORMAT)
     k = gl.arange(0, HALF, gl.SliceLayout(0, copy_layout(HALF, gl.num_warps())))
@@ -170,7 +170,7 @@ def project_out(
     begin = gl.program_id(1) * part
     out += gl.program_id(1).to(gl.int64) * out_split
     buffers = buffers_of(ROWS, TOKENS, STAGES, FORMAT, PAIRED)
-    planes = planes_out(words, low, scale, unit, first_row, hidden, inner, begin, ROWS, FORMAT, 1)
+    planes = planes_at(words, low, scale, unit, first_row, hidden, inner, begin, 0, ROWS, FORMAT, 1, False)
     steps = gl.minimum(inner - begin, part) // STEP
     planes = begin_words(buffers, planes, steps, STAGES, FORMAT)
     after_the_one_before()

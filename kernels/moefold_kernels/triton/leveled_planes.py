@@ -9,16 +9,15 @@ from moefold_kernels.triton.leveled_stage import STEP, low_words, plane_layout
 
 
 @gluon.jit
-def _rows_in(first_row, inner, w_up, ROWS: gl.constexpr, layout: gl.constexpr):
-    """Gate and up rows by eights, and where the up rows are: (row, rows to skip)."""
-    stacked = gl.arange(0, 2 * ROWS, gl.SliceLayout(1, layout))
-    row = (first_row + stacked // 16 * 8 + stacked % 8) % inner
-    return row + gl.where(stacked % 16 >= 8, w_up, 0)
-
-
-@gluon.jit
-def _rows_out(first_row, hidden, ROWS: gl.constexpr, layout: gl.constexpr):
-    return (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))) % hidden
+def _rows(first_row, size, w_up, ROWS: gl.constexpr, GATED: gl.constexpr, layout: gl.constexpr):
+    """ROWS rows of `size` from a first one; of gate and up as many of each, by eights, up rows `w_up` rows behind."""
+    row = gl.arange(0, 2 * ROWS if GATED else ROWS, gl.SliceLayout(1, layout))
+    if GATED:
+        gate = (first_row + row // 16 * 8 + row % 8) % size
+        row = gate + gl.where(row % 16 >= 8, w_up, 0)
+    else:
+        row = (first_row + row) % size
+    return row
 
 
 @gluon.jit
@@ -31,47 +30,25 @@ def _plane_at(plane, unit, row, rows, words, skipped, WORDS: gl.constexpr, layou
 
 
 @gluon.jit
-def planes_in(
-    words, low, scale, unit, first_row, inner, hidden, w_up,
-    ROWS: gl.constexpr, FORMAT: gl.constexpr, HALVES: gl.constexpr,
+def planes_at(
+    words, low, scale, unit, first_row, size, columns, begin, w_up,
+    ROWS: gl.constexpr, FORMAT: gl.constexpr, HALVES: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """The first step's words, other bits and scales (of HALVES * STEP columns) of ROWS gate rows and their up rows."""
+    """The first step's words, other bits and scales (of HALVES * STEP columns from `begin` on) of some rows of a unit.
+
+    Those are ROWS of down's `size` rows, or (GATED) ROWS gate rows and their up rows, of `size` each.
+    """
     wide: gl.constexpr = plane_layout(STEP // 8, gl.num_warps())
     lows: gl.constexpr = plane_layout(low_words(FORMAT, STEP), gl.num_warps())
     few: gl.constexpr = plane_layout(HALVES, gl.num_warps())
-    return (
-        _plane_at(
-            words, unit, _rows_in(first_row, inner, w_up, ROWS, wide), 2 * inner, hidden // 8, 0, STEP // 8, wide
-        ),
-        _plane_at(
-            low, unit, _rows_in(first_row, inner, w_up, ROWS, lows), 2 * inner,
-            hidden * low_words(FORMAT, STEP) // STEP, 0, low_words(FORMAT, STEP), lows,
-        ),
-        _plane_at(scale, unit, _rows_in(first_row, inner, w_up, ROWS, few), 2 * inner, hidden // STEP, 0, HALVES, few),
-    )  # fmt: skip
-
-
-@gluon.jit
-def planes_out(
-    words, low, scale, unit, first_row, hidden, inner, begin,
-    ROWS: gl.constexpr, FORMAT: gl.constexpr, HALVES: gl.constexpr,
-):  # fmt: skip
-    """The same of ROWS rows of down, from column `begin` on."""
-    wide: gl.constexpr = plane_layout(STEP // 8, gl.num_warps())
-    lows: gl.constexpr = plane_layout(low_words(FORMAT, STEP), gl.num_warps())
-    few: gl.constexpr = plane_layout(HALVES, gl.num_warps())
-    return (
-        _plane_at(
-            words, unit, _rows_out(first_row, hidden, ROWS, wide), hidden, inner // 8, begin // 8, STEP // 8, wide
-        ),
-        _plane_at(
-            low, unit, _rows_out(first_row, hidden, ROWS, lows), hidden, inner * low_words(FORMAT, STEP) // STEP,
-            begin * low_words(FORMAT, STEP) // STEP, low_words(FORMAT, STEP), lows,
-        ),
-        _plane_at(
-            scale, unit, _rows_out(first_row, hidden, ROWS, few), hidden, inner // STEP, begin // STEP, HALVES, few
-        ),
-    )  # fmt: skip
+    each: gl.constexpr = low_words(FORMAT, STEP)
+    row = _rows(first_row, size, w_up, ROWS, GATED, wide)
+    rows = 2 * size if GATED else size
+    of_words = _plane_at(words, unit, row, rows, columns // 8, begin // 8, STEP // 8, wide)
+    row = _rows(first_row, size, w_up, ROWS, GATED, lows)
+    of_low = _plane_at(low, unit, row, rows, columns * each // STEP, begin * each // STEP, each, lows)
+    row = _rows(first_row, size, w_up, ROWS, GATED, few)
+    return of_words, of_low, _plane_at(scale, unit, row, rows, columns // STEP, begin // STEP, HALVES, few)
 
 
 @gluon.jit

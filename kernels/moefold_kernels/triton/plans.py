@@ -63,7 +63,8 @@ class Tile:
             if not isinstance(value, int) or value < least:
                 raise FormatError(f"{name} is {value!r}, and must be a whole number, at least {least}")
         allowed = range(LEAST_REGISTERS, MOST_REGISTERS + 1, 8)
-        if self.registers != 0 and (not self.terms or self.registers not in allowed):
+        whole = isinstance(self.registers, int) and self.registers in allowed
+        if self.registers != 0 and not (self.terms and whole):
             raise FormatError(
                 f"registers is {self.registers!r}, and must be 0, or with e4m3 operands a multiple of 8 "
                 f"from {allowed[0]} to {allowed[-1]}"

@@ -54,7 +54,23 @@ def _no_gluon() -> str:
 
 def launch(kernel: Any, grid: tuple[int, ...], *operands: Any, **options: Any) -> None:
     """Start a kernel on the current device (ops.py makes it the tensors'); the decorators' types know no launch."""
+    if getattr(kernel, "hash", "") is None:
+        settle(kernel)
     kernel[grid](*operands, **options)
+
+
+def settle(kernel: Any) -> None:
+    """Let a kernel's key in Triton's cache be the same in each process, whichever kernels were started before.
+
+    Triton 3.6 forgets what a function reads of its module where the function was not hashed before its caller, so the
+    key depends on which kernel came first, and a kernel that one process compiled another compiles anew. Here a
+    function is hashed after all that it calls.
+    """
+    for name in kernel.fn.__code__.co_names:
+        found = kernel.fn.__globals__.get(name)
+        if getattr(found, "hash", "") is None:
+            settle(found)
+    kernel.cache_key  # noqa: B018 - computes and keeps it
 
 
 def blocks(length: int, size: int) -> int:

@@ -124,11 +124,11 @@ def test_a_device_like_a_measured_one_gets_its_plans(folder, monkeypatch):
 
 def test_planes_and_terms_of_a_format_have_to_fit(folder):
     """Which depends on the format: pair8 has planes of twice pair4's size."""
-    first = Tile("overlapped_pair", 8, 0, 64, 256, 8, 7, terms=2)
+    first = Tile("overlapped_pair", 8, 0, 64, 256, 8, 6, terms=2)
     made, few = Plan(first, replace(first, rows=128)), SHAPE._replace(format="pair4")
-    assert leveled_bytes(first, True, "pair4") == 2 * (6 * 128 * 68 + 7 * 16 * 272) + 4096
-    assert leveled_bytes(first, True, "pair8") == 2 * (6 * 128 * 132 + 7 * 16 * 272) + 4096
-    assert leveled_bytes(replace(first, columns=128), False, "pair6") == 6 * 64 * 100 + 7 * 16 * 272 + 4096
+    assert leveled_bytes(first, True, "pair4") == 2 * 6 * (128 * 68 + 16 * 272) + 4096
+    assert leveled_bytes(first, True, "pair8") == 2 * 6 * (128 * 132 + 16 * 272) + 4096
+    assert leveled_bytes(replace(first, columns=128), False, "pair6") == 6 * (64 * 100 + 16 * 272) + 4096
     assert leveled_bytes(replace(first, terms=0, stages=3), False, "pair6") == 3 * (64 * 100 + 16 * 256) + 1024
     ship(folder, {few: made})
     assert configs.choose(few, GPU) == made
@@ -223,10 +223,14 @@ def test_a_broken_table_is_named(text, folder):
         ({"warps": 3}, "warps is 3"),
         ({"ahead": 3}, "ahead is 3"),
         ({"stages": 0}, "stages is 0"),
-        ({"mode": "overlapped", "stages": 2}, "stages is 2, and must be a whole number, at least 3"),
+        ({"mode": "overlapped", "stages": 1}, "stages is 1, and must be a whole number, at least 2"),
         ({"group": 0}, "group is 0"),
         ({"splits": 1.5}, "splits is 1.5"),
-        ({"terms": 2}, "terms is 2, and must be 0, or 2 in an overlapped mode with nothing extra"),
+        ({"terms": 2}, "terms is 2, and must be 0, or 2 in an overlapped mode"),
+        (
+            {"mode": "overlapped_pair", "extra": 16, "terms": 2},
+            r"or 2 in an overlapped mode \(overlapped_pair: nothing",
+        ),
         ({"mode": "overlapped", "terms": 1}, "terms is 1"),
         ({"registers": 128}, "registers is 128, and must be 0, or with e4m3 operands a multiple of 8 from 64 to 248"),
         ({"mode": "overlapped", "terms": 2, "registers": 132}, "registers is 132"),

@@ -36,9 +36,9 @@ def test_what_a_launch_takes_of_a_tile():
     tile = Tile("overlapped", 32, 0, 64, 256, 8, 3, terms=2, registers=128)
     none = Planes(torch.empty(0), None, torch.empty(0))
     kind = Leveled("pair6", none, none, torch.empty(0), gated=True)
-    assert cut(tile, kind, 512) == {"FORMAT": "pair6", "STAGES": 3, "HALVES": 2, "maxnreg": 128}
+    assert cut(tile, kind, 512) == {"FORMAT": "pair6", "PLACES": 3, "HALVES": 2, "maxnreg": 128}
     few = Tile("overlapped", 32, 0, 64, 256, 8, 3, terms=2)
-    assert cut(few, kind, 384) == {"FORMAT": "pair6", "STAGES": 3, "HALVES": 1}
+    assert cut(few, kind, 384) == {"FORMAT": "pair6", "PLACES": 3, "HALVES": 1}
     plain = Tile("overlapped", 32, 0, 64, 256, 8, 3)
     second = {"rows": 128, "columns": 128}
     assert in_bf16(Plan(tile, replace(tile, **second))) == Plan(plain, replace(plain, **second))

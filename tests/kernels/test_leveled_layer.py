@@ -28,11 +28,13 @@ PLAIN = {
 }
 
 
-def fast(mode: str, tokens: int, warps: int = 4, stages: int = 4, splits: int = 1, group: int = 1, **more: int) -> Plan:
+def fast(
+    mode: str, tokens: int, warps: int = 4, stages: int = 4, splits: int = 1, group: int = 1, extra: int = 0
+) -> Plan:
     """A plan for leveled.py."""
     sizes = (8 * warps, 64, warps, stages), (16 * warps, 64, warps, stages)
-    first, second = (Tile(mode, tokens, 0, *size, group=group, **more) for size in sizes)
-    return Plan(first, second if splits == 1 else Tile(mode, tokens, 0, *sizes[1], splits=splits, **more))
+    first, second = (Tile(mode, tokens, extra, *size, group=group) for size in sizes)
+    return Plan(first, second if splits == 1 else Tile(mode, tokens, extra, *sizes[1], splits=splits))
 
 
 FAST = {
@@ -43,21 +45,28 @@ FAST = {
     "slot 128": fast("overlapped", 128, group=4),
 }
 FAST |= {"pair 8": fast("overlapped_pair", 8), "slot 8, splits": fast("overlapped", 8, splits=2)}
+FAST |= {
+    "pair 16 and 16, splits": fast("overlapped_pair", 16, extra=16, stages=2, splits=2),
+    "slot 64 and 32": fast("overlapped", 64, extra=32, stages=2),
+}
 
 
-def e4m3(mode: str, tokens: int, warps: int = 4, stages: int = 3, splits: int = 1, columns: int = 256) -> Plan:
+def e4m3(
+    mode: str, tokens: int, warps: int = 4, stages: int = 3, splits: int = 1, columns: int = 256, extra: int = 0
+) -> Plan:
     """A plan for e4m3.py."""
     first, second = ((rows, columns, warps, stages) for rows in (64, 16 * warps))
-    return Plan(Tile(mode, tokens, 0, *first, terms=2), Tile(mode, tokens, 0, *second, splits=splits, terms=2))
+    return Plan(Tile(mode, tokens, extra, *first, terms=2), Tile(mode, tokens, extra, *second, splits=splits, terms=2))
 
 
 E4M3 = {
-    "pair-8": e4m3("overlapped_pair", 8, warps=8, splits=2),
+    "pair-8": e4m3("overlapped_pair", 8, warps=8, stages=2, splits=2),
     "pair-4": e4m3("overlapped_pair", 4, columns=128, stages=4),
     "slot-4": e4m3("overlapped", 4, splits=2),
-    "pair-16": e4m3("overlapped_pair", 16, warps=8),
-    "pair-32": e4m3("overlapped_pair", 32, warps=8, columns=128, stages=4),
+    "pair-16": e4m3("overlapped_pair", 16, warps=8, stages=2),
+    "pair-32": e4m3("overlapped_pair", 32, warps=8, columns=128, stages=2),
     "slot-64": e4m3("overlapped", 64, columns=128),
+    "slot-16-and-16": e4m3("overlapped", 16, extra=16, stages=2),
 }
 
 

@@ -52,32 +52,33 @@ NARROW: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
 """Beside MANY, where shared memory is as small as Ampere's and Ada's consumer GPUs have it (99 KB)."""
 OVERLAPPED: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
     (
-        (64, 64, 8, 4), (64, 64, 8, 3), (128, 64, 8, 4), (128, 64, 8, 3), (64, 32, 4, 4), (128, 32, 8, 4),
-        (64, 32, 8, 5), (32, 64, 4, 4),
+        (64, 64, 8, 4), (64, 64, 8, 2), (128, 64, 8, 4), (128, 64, 8, 2), (64, 32, 4, 4), (128, 32, 8, 4),
+        (64, 32, 8, 6), (64, 32, 8, 8), (32, 64, 4, 4),
     ),
     (
-        (128, 64, 8, 4), (128, 64, 8, 3), (256, 64, 8, 4), (256, 64, 8, 3), (128, 32, 4, 4), (256, 32, 8, 4),
-        (128, 32, 8, 5), (64, 64, 4, 4),
+        (128, 64, 8, 4), (128, 64, 8, 2), (256, 64, 8, 4), (256, 64, 8, 2), (128, 32, 4, 4), (256, 32, 8, 4),
+        (128, 32, 8, 6), (128, 32, 8, 8), (64, 64, 4, 4),
     ),
 )  # fmt: skip
+"""Even numbers of places: odd ones are unrolled twice."""
 OVERLAPPED_PAIR: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
-    ((64, 64, 8, 4), (64, 64, 8, 5), (64, 64, 8, 6), (32, 64, 4, 4), (32, 64, 4, 5), (64, 32, 8, 6)),
-    ((128, 64, 8, 4), (128, 64, 8, 5), (128, 64, 8, 6), (64, 64, 4, 4), (64, 64, 4, 5), (128, 32, 8, 6)),
+    ((64, 64, 8, 4), (64, 64, 8, 6), (32, 64, 4, 4), (32, 64, 4, 6), (64, 32, 8, 6)),
+    ((128, 64, 8, 4), (128, 64, 8, 6), (64, 64, 4, 4), (64, 64, 4, 6), (128, 32, 8, 6)),
 )
 
 LEVELED: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
-    ((64, 64, 8, 3), (64, 64, 8, 4), (64, 64, 4, 4), (128, 64, 8, 3)),
-    ((64, 64, 4, 4), (128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3)),
+    ((64, 64, 8, 2), (32, 64, 4, 2), (64, 64, 8, 3), (64, 64, 4, 4), (128, 64, 8, 2)),
+    ((128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 3), (64, 64, 4, 4), (256, 64, 8, 2)),
 )
 """For the few-bit formats on Hopper with bf16 operands (leveled.py), where every step is of 128 columns."""
 E4M3: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
-    ((64, 256, 8, 3), (64, 256, 4, 3), (64, 128, 8, 4), (64, 256, 8, 4)),
-    ((64, 256, 4, 3), (64, 128, 4, 4), (128, 256, 8, 3), (64, 256, 4, 4)),
+    ((64, 256, 8, 2), (64, 256, 4, 2), (64, 256, 8, 3), (64, 256, 8, 4)),
+    ((64, 256, 4, 2), (64, 128, 4, 3), (128, 256, 8, 2), (64, 256, 4, 3)),
 )
 """The same with e4m3 operands (e4m3.py), and"""
 E4M3_MANY: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
-    ((64, 128, 8, 4), (64, 128, 4, 4), (64, 128, 8, 3), (64, 256, 8, 3)),
-    ((64, 128, 4, 4), (128, 128, 8, 4), (64, 128, 4, 3), (128, 128, 8, 3)),
+    ((64, 128, 8, 2), (64, 256, 8, 2), (64, 128, 8, 4), (64, 128, 8, 3)),
+    ((64, 256, 4, 2), (64, 128, 4, 2), (128, 128, 8, 2), (64, 128, 4, 3)),
 )
 """from 32 tokens on, which take more of shared memory than words."""
 REGISTERS_SHARED = 128
@@ -154,12 +155,17 @@ LEVELED_REGIMES = (
     Regime(14, (Kind("overlapped_pair", 16, terms=2), Kind("overlapped_pair", 32, terms=2))),
     Regime(26, (Kind("overlapped_pair", 32, terms=2), Kind("overlapped_pair", 16, terms=2))),
     Regime(48, (Kind("overlapped_pair", 32, terms=2), Kind("overlapped", 64, terms=2), Kind("overlapped_pair", 64))),
-    Regime(110, (Kind("overlapped", 64, terms=2), Kind("overlapped_pair", 64), Kind("overlapped", 128)), (1, 4)),
-    Regime(200, (Kind("overlapped", 128, terms=2), Kind("overlapped", 128), Kind("overlapped", 256)), (2, 8)),
     Regime(
-        float("inf"), (Kind("overlapped", 64, terms=2), Kind("overlapped", 128), Kind("overlapped", 256)), (4, 8, 16)
+        110,
+        (
+            Kind("overlapped_pair", 64, 16), Kind("overlapped", 64, terms=2), Kind("overlapped", 64, 16, terms=2),
+            Kind("overlapped", 128),
+        ),
+        (1, 4),
     ),
-)
+    Regime(200, (Kind("overlapped", 128, 32), Kind("overlapped", 128), Kind("overlapped", 256)), (2, 8)),
+    Regime(float("inf"), (Kind("overlapped", 256, 32), Kind("overlapped", 128), Kind("overlapped", 256)), (2, 8, 16)),
+)  # fmt: skip
 """REGIMES of the few-bit formats."""
 FEW_TOKENS = 4
 """So few tokens are of the first regime, whatever their experts: few pairs have both slots in use."""

@@ -9,6 +9,10 @@ rounded to bf16 first, as the definition has it: for random ones that is 1.7e-3 
 A step is 256 columns, or 128 (e4m3_stage.py). Products of a group run, their sums are waited for and added to the
 totals, and the next products start. The next group's decoding stands before that wait, but ptxas moves it behind, where
 it is faster, too (docs/kernels.md): what runs beside products is other warps' decoding.
+
+A product is as wide as a slot's entries need: TOKENS, or half of that. A program of one slot may take EXTRA entries
+more, whose product is another beside the first: 64 and 16 hold an expert of about 64 entries, whose words a second
+program of 64 would decode again.
 """
 
 # ruff: noqa: RUF005 - the compiler knows tuples' `+`, and no `*given`
@@ -29,9 +33,11 @@ from moefold_kernels.triton.e4m3_stage import (
     FACTOR_OF,
     FEW,
     TOKENS_OF,
+    at,
     begin_words,
     buffers_of,
     factor_layout,
+    fewer,
     product_layout,
     start_tokens,
     start_words,
@@ -53,41 +59,35 @@ def _factor(levels):
 
 
 @gluon.jit
-def _right(buffers, number: gl.constexpr, stage, term: gl.constexpr, TOKENS: gl.constexpr):
+def _right(buffers, number: gl.constexpr, nothing, term: gl.constexpr, TOKENS: gl.constexpr):
     """A group's tokens as a product's right operand: both terms side by side, or one."""
-    found = buffers[number].index(stage)
-    if TOKENS > FEW:
-        found = found.slice(term * TOKENS, TOKENS, 0)
-    return found.permute((1, 0))
+    found = buffers[number].index(nothing)
+    columns: gl.constexpr = width(TOKENS)
+    return found.slice(term * TOKENS, columns, 0).permute((1, 0))
 
 
 @gluon.jit
-def _start_product(buffers, number: gl.constexpr, stage, operand, sums, TOKENS: gl.constexpr):
-    sums = warpgroup_mma(operand, _right(buffers, number, stage, 0, TOKENS), sums, use_acc=False, is_async=True)
+def _start_product(buffers, number: gl.constexpr, nothing, operand, sums, TOKENS: gl.constexpr):
+    sums = warpgroup_mma(operand, _right(buffers, number, nothing, 0, TOKENS), sums, use_acc=False, is_async=True)
     if TOKENS > FEW:
-        sums = warpgroup_mma(operand, _right(buffers, number, stage, 1, TOKENS), sums, is_async=True)
+        sums = warpgroup_mma(operand, _right(buffers, number, nothing, 1, TOKENS), sums, is_async=True)
     return sums
 
 
 @gluon.jit
-def _added(total, sums, scale, buffers, number: gl.constexpr, stage, FACTORS: gl.constexpr):
+def _factors(buffers, number: gl.constexpr, TOKENS: gl.constexpr):
+    return buffers[number].index(0).slice(0, width(TOKENS), 0)
+
+
+@gluon.jit
+def _added(total, sums, scale, buffers, number: gl.constexpr, FACTORS: gl.constexpr, TOKENS: gl.constexpr):
     """`total` and the sums of a group, scaled by row, and by token where those have a factor for each group."""
     if FACTORS:
-        own = buffers[number].index(stage).load(gl.SliceLayout(0, total.type.layout))
+        own = _factors(buffers, number, TOKENS).load(gl.SliceLayout(0, total.type.layout))
         total += sums * (scale[:, None] * own[None, :])
     else:
         total += sums * scale[:, None]
     return total
-
-
-@gluon.jit
-def _before(stage, STAGES: gl.constexpr):
-    return gl.where(stage == 0, STAGES - 1, stage - 1)
-
-
-@gluon.jit
-def _after(stage, STAGES: gl.constexpr):
-    return gl.where(stage == STAGES - 1, 0, stage + 1)
 
 
 @gluon.jit
@@ -98,28 +98,47 @@ def _terms_added(total, ROWS: gl.constexpr, TOKENS: gl.constexpr):
     return total
 
 
+@gluon.constexpr_function
+def _gone(place, places):
+    """The place of the step before."""
+    return (place + places - 1) % places
+
+
 @gluon.jit
 def _products(
     buffers, planes, x, live, factors, factor_live, steps, slot, levels, up,
-    ROWS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr,
-    FACTORS: gl.constexpr, HALVES: gl.constexpr,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, OTHERS: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr,
+    PAIRED: gl.constexpr, FACTORS: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
-    """Sums [ROWS, TOKENS] of both slots (of one, the second's are nothing) over `steps` times HALVES * STEP columns.
+    """Sums [ROWS, TOKENS] and [ROWS, OTHERS] over `steps` times HALVES * STEP columns.
 
-    The first STAGES - 2 steps' words have been asked for; `planes` point behind them. Rows 8 to 15 of every 16 have
-    the levels at `levels + up`.
+    The second ones are of a pair's second slot, or of more entries of the same slot; OTHERS is 0 where there are none.
+    Words have been asked for (begin_words), and `planes` point behind them. Rows 8 to 15 of every 16 have the levels
+    at `levels + up`.
     """
     gl.assume(steps > 0)
     mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
+    others: gl.constexpr = OTHERS if OTHERS > 0 else TOKENS  # a shape for nothing
+    mma_other: gl.constexpr = product_layout(others, gl.num_warps())
+    # the same registers for both: where a thread's part of an operand lies does not depend on the product's width
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
+    left_other: gl.constexpr = gl.DotOperandLayout(0, mma_other, 4)
     units: gl.constexpr = units_layout(ROWS, gl.num_warps())
     of_rows: gl.constexpr = gl.SliceLayout(1, mma)
     groups: gl.constexpr = 2 * HALVES
+    # Words of 128 columns are read in one go: new ones come where these were, a step earlier than to the place before.
+    # Those of 256 would need twice the registers, and asked for by halves, half a row at a time, they came more slowly.
+    READ: gl.constexpr = HALVES == 1
     w, low, scale = planes
     x0, x1 = x
     f0, f1 = factors
-    for first in gl.static_range(STAGES - 2):
-        start_tokens(buffers, (x0, x1), live, (f0, f1), factor_live, first, first < steps, PAIRED, FACTORS, HALVES)
+    for first in gl.static_range(PLACES - 1):
+        start_tokens(
+            buffers, (x0, x1), live, (f0, f1), factor_live, first, first < steps, FACTORS, HALVES, TOKENS, OTHERS
+        )
+        async_copy.commit_group()
+        if READ:  # nothing: in the loop words are a group of their own
+            async_copy.commit_group()
         x0 += 2 * HALF * groups
         x1 += 2 * HALF * groups
         if FACTORS:
@@ -135,63 +154,89 @@ def _products(
     if PAIRED:
         states = states + (gl.load(thread + 16), gl.load(thread + 20))
     total0 = gl.zeros((ROWS, width(TOKENS)), gl.float32, mma)
-    total1 = total0
+    total1 = gl.zeros((ROWS, width(others)), gl.float32, mma_other)
     sums0 = warpgroup_mma_init(total0)
-    sums1 = warpgroup_mma_init(total0)
+    sums1 = warpgroup_mma_init(total1)
     before = gl.zeros((ROWS,), gl.float32, of_rows)
-    stage = steps * 0
-    to = stage + STAGES - 2
-    held = stage  # planes have a stage less (e4m3_stage.py)
-    held_to = to % (STAGES - 1)
-    for step in range(0, steps):
-        async_copy.wait_group(STAGES - 3)
-        barrier()  # this step has come, and nobody reads tokens of step - 2 or words of step - 1, whose places are next
-        ahead = step + STAGES - 2 < steps
-        start_words(buffers, (w, low, scale), held_to, ahead, FORMAT, HALVES)
-        start_tokens(buffers, (x0, x1), live, (f0, f1), factor_live, to, ahead, PAIRED, FACTORS, HALVES)
-        w += STEP // 8 * HALVES
-        if FORMAT != "pair4":
-            low += low_words(FORMAT, STEP) * HALVES
-        scale += HALVES
-        x0 += 2 * HALF * groups
-        x1 += 2 * HALF * groups
-        if FACTORS:
-            f0 += groups
-            f1 += groups
-        scales = scales_of(buffers, held, ROWS, HALVES, of_rows)
-        for half in gl.static_range(HALVES):
-            words = words_of(buffers, half, held, ROWS, FORMAT)
-            for part in gl.static_range(2):
-                ours, theirs = decoded(words[part], words[2 + part], tables, states, ROWS, FORMAT, PAIRED, left)
-                # the group before, which is of the step before if this is the first; before that nothing times anything
-                last = stage
-                if half + part == 0:
-                    last = gl.where(step > 0, _before(stage, STAGES), stage)
-                done0, done1 = _finished(sums0, sums1, PAIRED)
-                total0, total1 = _both_added(
-                    total0, total1, done0, done1, before, buffers, (2 * half + part + groups - 1) % groups, last,
-                    PAIRED, FACTORS,
-                )  # fmt: skip
-                # nothing to wait for, but otherwise LLVM adds only after the products below, which then wait for it
-                total0, total1 = warpgroup_mma_wait(0, deps=(total0, total1))
-                sums0 = _start_product(buffers, TOKENS_OF + 2 * half + part, stage, ours, done0, TOKENS)
-                if PAIRED:
-                    sums1 = _start_product(buffers, TOKENS_OF + 4 + 2 * half + part, stage, theirs, done1, TOKENS)
-                before = scale_of(scales[half], part)
-        stage = _after(stage, STAGES)
-        to = _after(to, STAGES)
-        held = _after(held, STAGES - 1)
-        held_to = _after(held_to, STAGES - 1)
-    done0, done1 = _finished(sums0, sums1, PAIRED)
+    if FACTORS:  # read once before they have come, and multiplied by nothing
+        _clear(_factors(buffers, at(FACTOR_OF + groups - 1, PLACES - 1), TOKENS), width(TOKENS))
+        if OTHERS > 0:
+            _clear(_factors(buffers, at(FACTOR_OF + 4 + groups - 1, PLACES - 1), OTHERS), width(OTHERS))
+    async_copy.wait_group(2 * PLACES - 3 if READ else PLACES - 2)
+    barrier()
+    for first in range(0, steps, PLACES):
+        for place in gl.static_range(PLACES):
+            if PLACES == 2 and place > 0:
+                async_copy.wait_group(1 if READ else 0)
+                barrier()
+            ahead = first + place + PLACES
+            if PLACES == 2 and not READ:
+                start_words(buffers, (w, low, scale), 1 - place, ahead - 1 < steps, FORMAT, HALVES)
+            scales = scales_of(buffers, place, ROWS, HALVES, of_rows)
+            for half in gl.static_range(HALVES):
+                words = words_of(buffers, half, place, ROWS, FORMAT)
+                for part in gl.static_range(2):
+                    ours, theirs = decoded(words[part], words[2 + part], tables, states, ROWS, FORMAT, PAIRED, left)
+                    done0, done1 = _finished(sums0, sums1, OTHERS)
+                    total0, total1 = _both_added(
+                        total0, total1, done0, done1, before, buffers, (2 * half + part + groups - 1) % groups,
+                        _gone(place, PLACES) if half + part == 0 else place, FACTORS, TOKENS, OTHERS,
+                    )  # fmt: skip
+                    if half + part == 0:
+                        if PLACES > 2:  # the next step has come
+                            async_copy.wait_group(2 * PLACES - 5 if READ else PLACES - 3)
+                        barrier()  # for all, and nobody reads the step before, whose place is free, or this one's words
+                        if PLACES > 2 and not READ:
+                            start_words(
+                                buffers, (w, low, scale), _gone(place, PLACES), ahead - 1 < steps, FORMAT, HALVES
+                            )
+                        start_tokens(
+                            buffers, (x0, x1), live, (f0, f1), factor_live, _gone(place, PLACES), ahead - 1 < steps,
+                            FACTORS, HALVES, TOKENS, OTHERS,
+                        )  # fmt: skip
+                        async_copy.commit_group()
+                        if READ:
+                            start_words(buffers, (w, low, scale), place, ahead < steps, FORMAT, HALVES)
+                            async_copy.commit_group()
+                        w += STEP // 8 * HALVES
+                        if FORMAT != "pair4":
+                            low += low_words(FORMAT, STEP) * HALVES
+                        scale += HALVES
+                        x0 += 2 * HALF * groups
+                        x1 += 2 * HALF * groups
+                        if FACTORS:
+                            f0 += groups
+                            f1 += groups
+                    # nothing to wait for, but otherwise LLVM adds only after the products below, which then wait for it
+                    total0, total1 = warpgroup_mma_wait(0, deps=(total0, total1))
+                    sums0 = _start_product(
+                        buffers, at(TOKENS_OF + 2 * half + part, place), first >> 30, ours, done0, TOKENS
+                    )
+                    if OTHERS > 0:
+                        theirs = gl.convert_layout(theirs, left_other, assert_trivial=True)
+                        sums1 = _start_product(
+                            buffers, at(TOKENS_OF + 4 + 2 * half + part, place), first >> 30, theirs, done1, OTHERS
+                        )
+                    before = scale_of(scales[half], part)
+        if PLACES == 2:
+            async_copy.wait_group(1 if READ else 0)
+            barrier()
+    done0, done1 = _finished(sums0, sums1, OTHERS)
     total0, total1 = _both_added(
-        total0, total1, done0, done1, before, buffers, groups - 1, _before(stage, STAGES), PAIRED, FACTORS
+        total0, total1, done0, done1, before, buffers, groups - 1, PLACES - 1, FACTORS, TOKENS, OTHERS
     )
-    return _terms_added(total0, ROWS, TOKENS), _terms_added(total1, ROWS, TOKENS)
+    return _terms_added(total0, ROWS, TOKENS), _terms_added(total1, ROWS, others)
 
 
 @gluon.jit
-def _finished(sums0, sums1, PAIRED: gl.constexpr):
-    if PAIRED:
+def _clear(buffer, COUNT: gl.constexpr):
+    layout: gl.constexpr = factor_layout(gl.num_warps())
+    buffer.store(gl.zeros((COUNT,), gl.float32, layout))
+
+
+@gluon.jit
+def _finished(sums0, sums1, OTHERS: gl.constexpr):
+    if OTHERS > 0:
         sums0, sums1 = warpgroup_mma_wait(0, deps=(sums0, sums1))
     else:
         sums0 = warpgroup_mma_wait(0, deps=(sums0,))
@@ -201,12 +246,14 @@ def _finished(sums0, sums1, PAIRED: gl.constexpr):
 
 @gluon.jit
 def _both_added(
-    total0, total1, sums0, sums1, scale, buffers, group: gl.constexpr, stage, PAIRED: gl.constexpr,
-    FACTORS: gl.constexpr,
+    total0, total1, sums0, sums1, scale, buffers, group: gl.constexpr, PLACE: gl.constexpr,
+    FACTORS: gl.constexpr, TOKENS: gl.constexpr, OTHERS: gl.constexpr,
 ):  # fmt: skip
-    if PAIRED:
-        total1 = _added(total1, sums1, scale, buffers, FACTOR_OF + 4 + group, stage, FACTORS)
-    total0 = _added(total0, sums0, scale, buffers, FACTOR_OF + group, stage, FACTORS)
+    if OTHERS > 0:
+        of_rows: gl.constexpr = gl.SliceLayout(1, total1.type.layout)
+        own = gl.convert_layout(scale, of_rows, assert_trivial=True)
+        total1 = _added(total1, sums1, own, buffers, at(FACTOR_OF + 4 + group, PLACE), FACTORS, OTHERS)
+    total0 = _added(total0, sums0, scale, buffers, at(FACTOR_OF + group, PLACE), FACTORS, TOKENS)
     return total0, total1
 
 
@@ -256,8 +303,8 @@ def _write_inner(
 def project_in(
     x, token_factors, words, low, scale, levels, out, factors, order, offsets, tiles, experts, bias,
     hidden, inner, top_k, capacity, w_up, bias_expert, bias_row, bias_up, limit, alpha,
-    ROWS: gl.constexpr, TOKENS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, ACTIVATION: gl.constexpr,
-    FORMAT: gl.constexpr, PAIRED: gl.constexpr, HALVES: gl.constexpr,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, GROUP: gl.constexpr, PLACES: gl.constexpr,
+    ACTIVATION: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     """overlapped.project_in of `x` [token, group, 2, 64] and its factors, to terms [entry in order, group, 2, 64].
 
@@ -271,33 +318,67 @@ def project_in(
     unit = gl.load(tiles + tile)
     if unit < 0:
         return
-    skipped = gl.load(tiles + capacity + tile) * TOKENS
+    skipped = gl.load(tiles + capacity + tile) * (TOKENS + EXTRA)
     place, begin0, end0, begin1, end1 = entries_of(offsets, unit, slot, skipped, PAIRED)
-    if not PAIRED and begin0 >= end0:
-        return
-    buffers = buffers_of(2 * ROWS, TOKENS, STAGES, FORMAT, PAIRED, False, HALVES)
+    if not PAIRED:
+        if begin0 >= end0:
+            return
+        begin1 = begin0 + TOKENS
+    buffers = buffers_of(2 * ROWS, TOKENS, TOKENS if PAIRED else EXTRA, PLACES, FORMAT, False, HALVES)
     planes = planes_at(words, low, scale, unit, first_row, inner, hidden, 0, w_up, ROWS, FORMAT, HALVES, True)
     steps = hidden // (STEP * HALVES)
-    planes = begin_words(buffers, planes, steps, STAGES, FORMAT, HALVES)
+    planes = begin_words(buffers, planes, steps, PLACES, FORMAT, HALVES)
+    given = (
+        planes, x, token_factors, out, factors, order, begin0, end0, begin1, end1, steps, slot, place, first_row,
+        hidden, inner, top_k, levels, experts, bias, bias_expert, bias_row, bias_up, limit, alpha,
+    )  # fmt: skip
+    half: gl.constexpr = fewer(TOKENS)
+    few0, few1 = end0 - begin0 <= half, end1 - begin1 <= half
+    if PAIRED:
+        if few0 and few1:
+            _in(buffers, given, ROWS, half, half, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES)
+        elif few0:
+            _in(buffers, given, ROWS, half, TOKENS, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES)
+        elif few1:
+            _in(buffers, given, ROWS, TOKENS, half, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES)
+        else:
+            _in(buffers, given, ROWS, TOKENS, TOKENS, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES)
+    elif EXTRA and begin1 < end1:
+        _in(buffers, given, ROWS, TOKENS, EXTRA, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES)
+    elif few0:
+        _in(buffers, given, ROWS, half, 0, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES)
+    else:
+        _in(buffers, given, ROWS, TOKENS, 0, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES)
+
+
+@gluon.jit
+def _in(
+    buffers, given, ROWS: gl.constexpr, TOKENS: gl.constexpr, OTHERS: gl.constexpr, PLACES: gl.constexpr,
+    ACTIVATION: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr, HALVES: gl.constexpr,
+):  # fmt: skip
+    (
+        planes, x, token_factors, out, factors, order, begin0, end0, begin1, end1, steps, slot, place, first_row,
+        hidden, inner, top_k, levels, experts, bias, bias_expert, bias_row, bias_up, limit, alpha,
+    ) = given  # fmt: skip
     n, live = _twice(begin0, end0, TOKENS)
     a0, live0 = _terms_at(x, gl.load(order + n, mask=live, other=0) // top_k, live, hidden, 0, TOKENS)
     a1, live1 = a0, live0
-    if PAIRED:
-        n, live = _twice(begin1, end1, TOKENS)
-        a1, live1 = _terms_at(x, gl.load(order + n, mask=live, other=0) // top_k, live, hidden, 0, TOKENS)
+    if OTHERS > 0:
+        n, live = _twice(begin1, end1, OTHERS)
+        a1, live1 = _terms_at(x, gl.load(order + n, mask=live, other=0) // top_k, live, hidden, 0, OTHERS)
     sums0, sums1 = _products(
         buffers, planes, (a0, a1), (live0, live1), (factors, factors), (live0, live1), steps, slot, levels, TABLE,
-        2 * ROWS, TOKENS, STAGES, FORMAT, PAIRED, False, HALVES,
+        2 * ROWS, TOKENS, OTHERS, PLACES, FORMAT, PAIRED, False, HALVES,
     )  # fmt: skip
     _write_inner(
         sums0, token_factors, out, factors, order, begin0, end0, first_row, inner, top_k, levels,
         gl.load(experts + place), bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS, TOKENS, ACTIVATION,
     )  # fmt: skip
-    if PAIRED:
+    if OTHERS > 0:
         _write_inner(
             sums1, token_factors, out, factors, order, begin1, end1, first_row, inner, top_k, levels,
-            gl.load(experts + place + 1), bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS, TOKENS,
-            ACTIVATION,
+            gl.load(experts + place + (1 if PAIRED else 0)), bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS,
+            OTHERS, ACTIVATION,
         )  # fmt: skip
 
 
@@ -305,8 +386,8 @@ def project_in(
 def project_out(
     x, factors, words, low, scale, levels, out, order, offsets, tiles, experts, weights, bias,
     inner, hidden, capacity, part, out_split, bias_expert, bias_row,
-    ROWS: gl.constexpr, TOKENS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, FORMAT: gl.constexpr,
-    PAIRED: gl.constexpr, HALVES: gl.constexpr,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, GROUP: gl.constexpr, PLACES: gl.constexpr,
+    FORMAT: gl.constexpr, PAIRED: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     """overlapped.project_out of what `project_in` wrote, in splits of `part` columns (whole steps, as `inner` is)."""
     slot = 0 if PAIRED else gl.program_id(0) % 2
@@ -315,36 +396,70 @@ def project_out(
     unit = gl.load(tiles + tile)  # the tables are of two kernels before
     if unit < 0:
         return
-    skipped = gl.load(tiles + capacity + tile) * TOKENS
+    skipped = gl.load(tiles + capacity + tile) * (TOKENS + EXTRA)
     place, begin0, end0, begin1, end1 = entries_of(offsets, unit, slot, skipped, PAIRED)
-    if not PAIRED and begin0 >= end0:
-        return
+    if not PAIRED:
+        if begin0 >= end0:
+            return
+        begin1 = begin0 + TOKENS
     begin = gl.program_id(1) * part
     out += gl.program_id(1).to(gl.int64) * out_split
-    buffers = buffers_of(ROWS, TOKENS, STAGES, FORMAT, PAIRED, True, HALVES)
+    buffers = buffers_of(ROWS, TOKENS, TOKENS if PAIRED else EXTRA, PLACES, FORMAT, True, HALVES)
     planes = planes_at(words, low, scale, unit, first_row, hidden, inner, begin, 0, ROWS, FORMAT, HALVES, False)
     steps = gl.minimum(inner - begin, part) // (STEP * HALVES)
-    planes = begin_words(buffers, planes, steps, STAGES, FORMAT, HALVES)
+    planes = begin_words(buffers, planes, steps, PLACES, FORMAT, HALVES)
     after_the_one_before()
+    given = (
+        planes, x, factors, out, order, weights, begin0, end0, begin1, end1, steps, slot, place, begin, first_row,
+        hidden, inner, levels, experts, bias, bias_expert, bias_row,
+    )  # fmt: skip
+    half: gl.constexpr = fewer(TOKENS)
+    few0, few1 = end0 - begin0 <= half, end1 - begin1 <= half
+    if PAIRED:
+        if few0 and few1:
+            _out(buffers, given, ROWS, half, half, PLACES, FORMAT, PAIRED, HALVES)
+        elif few0:
+            _out(buffers, given, ROWS, half, TOKENS, PLACES, FORMAT, PAIRED, HALVES)
+        elif few1:
+            _out(buffers, given, ROWS, TOKENS, half, PLACES, FORMAT, PAIRED, HALVES)
+        else:
+            _out(buffers, given, ROWS, TOKENS, TOKENS, PLACES, FORMAT, PAIRED, HALVES)
+    elif EXTRA and begin1 < end1:
+        _out(buffers, given, ROWS, TOKENS, EXTRA, PLACES, FORMAT, PAIRED, HALVES)
+    elif few0:
+        _out(buffers, given, ROWS, half, 0, PLACES, FORMAT, PAIRED, HALVES)
+    else:
+        _out(buffers, given, ROWS, TOKENS, 0, PLACES, FORMAT, PAIRED, HALVES)
+
+
+@gluon.jit
+def _out(
+    buffers, given, ROWS: gl.constexpr, TOKENS: gl.constexpr, OTHERS: gl.constexpr, PLACES: gl.constexpr,
+    FORMAT: gl.constexpr, PAIRED: gl.constexpr, HALVES: gl.constexpr,
+):  # fmt: skip
+    (
+        planes, x, factors, out, order, weights, begin0, end0, begin1, end1, steps, slot, place, begin, first_row,
+        hidden, inner, levels, experts, bias, bias_expert, bias_row,
+    ) = given  # fmt: skip
     n, live = _twice(begin0, end0, TOKENS)
     a0, live0 = _terms_at(x, gl.where(live, n, 0), live, inner, begin, TOKENS)
     f0, there0 = _scales_at(factors, begin0, end0, inner // HALF, begin, TOKENS)
     a1, live1, f1, there1 = a0, live0, f0, there0
-    if PAIRED:
-        n, live = _twice(begin1, end1, TOKENS)
-        a1, live1 = _terms_at(x, gl.where(live, n, 0), live, inner, begin, TOKENS)
-        f1, there1 = _scales_at(factors, begin1, end1, inner // HALF, begin, TOKENS)
+    if OTHERS > 0:
+        n, live = _twice(begin1, end1, OTHERS)
+        a1, live1 = _terms_at(x, gl.where(live, n, 0), live, inner, begin, OTHERS)
+        f1, there1 = _scales_at(factors, begin1, end1, inner // HALF, begin, OTHERS)
     sums0, sums1 = _products(
         buffers, planes, (a0, a1), (live0, live1), (f0, f1), (there0, there1), steps, slot, levels + 2 * TABLE, 0,
-        ROWS, TOKENS, STAGES, FORMAT, PAIRED, True, HALVES,
+        ROWS, TOKENS, OTHERS, PLACES, FORMAT, PAIRED, True, HALVES,
     )  # fmt: skip
     shift = _factor(levels + 2 * TABLE) / RESTORE
     write_outer(
         sums0, out, order, weights, begin0, end0, first_row, hidden, shift, gl.load(experts + place), bias,
         bias_expert, bias_row, ROWS, TOKENS,
     )  # fmt: skip
-    if PAIRED:
+    if OTHERS > 0:
         write_outer(
-            sums1, out, order, weights, begin1, end1, first_row, hidden, shift, gl.load(experts + place + 1), bias,
-            bias_expert, bias_row, ROWS, TOKENS,
+            sums1, out, order, weights, begin1, end1, first_row, hidden, shift,
+            gl.load(experts + place + (1 if PAIRED else 0)), bias, bias_expert, bias_row, ROWS, OTHERS,
         )  # fmt: skip

@@ -35,7 +35,7 @@ def cut(tile: Tile, kind: Leveled, columns: int) -> dict[str, Any]:
     """What the kernels take of a tile: steps of 256 columns (two halves) where `columns` are a number of those."""
     wide = tile.columns >= 2 * STEP and columns % (2 * STEP) == 0
     most = {"maxnreg": tile.registers} if tile.registers else {}
-    return {"FORMAT": kind.format, "STAGES": tile.stages, "HALVES": 2 if wide else 1} | most
+    return {"FORMAT": kind.format, "PLACES": tile.stages, "HALVES": 2 if wide else 1} | most
 
 
 def prepared(x: Tensor) -> Terms:

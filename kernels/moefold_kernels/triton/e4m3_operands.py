@@ -13,7 +13,7 @@ import triton.experimental.gluon as gluon
 from triton.experimental.gluon import language as gl
 
 from moefold_kernels.triton import e4m3_decode
-from moefold_kernels.triton.e4m3_stage import LOW, SCALE, WORDS
+from moefold_kernels.triton.e4m3_stage import LOW, SCALE, WORDS, at
 from moefold_kernels.triton.leveled_stage import HALF, low_words
 
 _CODE = gl.constexpr(
@@ -84,15 +84,15 @@ def _spread(low, shift: gl.constexpr, units: gl.constexpr):
 
 
 @gluon.jit
-def words_of(buffers, half: gl.constexpr, stage, ROWS: gl.constexpr, FORMAT: gl.constexpr):
+def words_of(buffers, half: gl.constexpr, PLACE: gl.constexpr, ROWS: gl.constexpr, FORMAT: gl.constexpr):
     """The thread's words of both groups of 128 columns: `words` of the first and the second, `low` likewise."""
     units: gl.constexpr = units_layout(ROWS, gl.num_warps())
-    plane = buffers[WORDS + half].index(stage).load(own_layout(ROWS, 8, gl.num_warps()))
+    plane = buffers[at(WORDS + half, PLACE)].load(own_layout(ROWS, 8, gl.num_warps()))
     w0, w1 = _of_both(plane, ROWS, units)
     low0, low1 = w0, w1
     if FORMAT != "pair4":
         words: gl.constexpr = low_words(FORMAT, HALF)
-        plane = buffers[LOW + half].index(stage).load(own_layout(ROWS, words, gl.num_warps()))
+        plane = buffers[at(LOW + half, PLACE)].load(own_layout(ROWS, words, gl.num_warps()))
         if FORMAT == "pair8":
             low0, low1 = _of_both(plane, ROWS, units)
         elif FORMAT == "pair6":
@@ -121,9 +121,9 @@ def _neighbours(low, ROWS: gl.constexpr, units: gl.constexpr):
 
 
 @gluon.jit
-def scales_of(buffers, stage, ROWS: gl.constexpr, HALVES: gl.constexpr, layout: gl.constexpr):
+def scales_of(buffers, PLACE: gl.constexpr, ROWS: gl.constexpr, HALVES: gl.constexpr, layout: gl.constexpr):
     """Each row's scales of a step, two in an integer: of 128 columns, and of the 128 behind them or the first again."""
-    both = buffers[SCALE].index(stage).load(rows_layout(ROWS, HALVES, gl.num_warps()))
+    both = buffers[at(SCALE, PLACE)].load(rows_layout(ROWS, HALVES, gl.num_warps()))
     if HALVES == 2:
         first, second = gl.split(both)
     else:

@@ -1,8 +1,10 @@
-"""What a program of e4m3.py holds in shared memory: planes, tokens and their factors of several steps.
+"""What a program of e4m3.py holds in shared memory: planes, tokens and their factors, of each step at a place.
 
-A step is 256 columns where a row has a number of those, else 128 (HALVES: 2 or 1). Tokens and factors of STAGES steps
-are held, and planes of one less: products read tokens until the next step's first ones start, but a step's words are in
-registers before its last products do, so that their place is free one barrier earlier.
+A step is 256 columns where a row has a number of those, else 128 (HALVES: 2 or 1). Places are buffers of their own,
+not parts of one, since Triton puts a barrier between a copy and any reading of the same buffer; so the loop over steps
+is unrolled by places, and one barrier a step is left (two places: two). Tokens' buffers have a dimension of one, whose
+index is nothing that the compiler knows: it computed all addresses for products before the loop otherwise, and kept
+each in a register.
 
 Words lie in whole rows of 64 bytes, of which every other two are turned by a half, so that the four rows that a quarter
 of a warp reads lie in different banks. A token's values of a group of 64 columns are 128 bytes of two terms
@@ -22,6 +24,8 @@ WORDS, LOW, SCALE, TOKENS_OF, FACTOR_OF = (gl.constexpr(i) for i in (0, 2, 4, 5,
 
 A step of 128 columns has the first of the halves and the first two of the groups.
 """
+COUNT = gl.constexpr(21)
+"""Buffers of a place."""
 FEW = gl.constexpr(8)
 """Up to so many tokens both terms are one product, twice as wide: narrower ones take as long."""
 
@@ -30,6 +34,12 @@ FEW = gl.constexpr(8)
 def width(tokens):
     """Columns of a product."""
     return 2 * tokens if tokens <= FEW.value else tokens
+
+
+@gluon.constexpr_function
+def fewer(tokens):
+    """Half of a tile's tokens: what a slot of no more takes, where that makes its products faster."""
+    return tokens // 2 if tokens > FEW.value else tokens
 
 
 @gluon.constexpr_function
@@ -57,82 +67,98 @@ def factor_layout(warps):
     return gl.BlockedLayout([1], [32], [warps], [0])
 
 
+@gluon.constexpr_function
+def at(number, place):
+    """A buffer's number among those of all places."""
+    return place * COUNT.value + number
+
+
 @gluon.jit
 def buffers_of(
-    ROWS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, OTHERS: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr,
     FACTORS: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
-    # each by itself: Triton puts a barrier between two copies into one allocation
+    # each by itself: Triton puts a barrier between copies into an allocation and whatever else concerns it
+    made = ()
+    for _ in gl.static_range(PLACES):
+        made = made + _place(ROWS, TOKENS, OTHERS, FORMAT, FACTORS, HALVES)
+    return made
+
+
+@gluon.jit
+def _place(
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, OTHERS: gl.constexpr, FORMAT: gl.constexpr, FACTORS: gl.constexpr,
+    HALVES: gl.constexpr,
+):  # fmt: skip
     terms: gl.constexpr = gl.NVMMASharedLayout(HALF, 8, 2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     lows: gl.constexpr = low_words(FORMAT, STEP)
     low_rows: gl.constexpr = ROWS if FORMAT != "pair4" else 1
     entries: gl.constexpr = 2 * TOKENS
     factors: gl.constexpr = width(TOKENS) if FACTORS else 1
-    held: gl.constexpr = STAGES - 1  # planes': words are in registers before a step's last products start
-    # what is not needed has a stage
-    held_more: gl.constexpr = held if HALVES == 2 else 1
+    # what is not needed has a row
     rows_more: gl.constexpr = ROWS if HALVES == 2 else 1
     low_rows_more: gl.constexpr = low_rows if HALVES == 2 else 1
-    more: gl.constexpr = STAGES if HALVES == 2 else 1
-    theirs: gl.constexpr = STAGES if PAIRED else 1
-    more_theirs: gl.constexpr = STAGES if PAIRED and HALVES == 2 else 1
+    more: gl.constexpr = entries if HALVES == 2 else 8
+    theirs: gl.constexpr = 2 * OTHERS if OTHERS else 8
+    more_theirs: gl.constexpr = theirs if HALVES == 2 else 8
+    their_factors: gl.constexpr = width(OTHERS) if FACTORS and OTHERS else 1
     return (
-        gl.allocate_shared_memory(gl.int32, [held, ROWS, STEP // 8], turned(STEP // 8)),
-        gl.allocate_shared_memory(gl.int32, [held_more, rows_more, STEP // 8], turned(STEP // 8)),
-        gl.allocate_shared_memory(gl.int32, [held, low_rows, lows], turned(lows)),
-        gl.allocate_shared_memory(gl.int32, [held_more, low_rows_more, lows], turned(lows)),
-        gl.allocate_shared_memory(gl.int32, [held, ROWS, HALVES], turned(HALVES)),
-        gl.allocate_shared_memory(gl.float8e4nv, [STAGES, entries, HALF], terms),
-        gl.allocate_shared_memory(gl.float8e4nv, [STAGES, entries, HALF], terms),
-        gl.allocate_shared_memory(gl.float8e4nv, [more, entries, HALF], terms),
-        gl.allocate_shared_memory(gl.float8e4nv, [more, entries, HALF], terms),
-        gl.allocate_shared_memory(gl.float8e4nv, [theirs, entries, HALF], terms),
-        gl.allocate_shared_memory(gl.float8e4nv, [theirs, entries, HALF], terms),
-        gl.allocate_shared_memory(gl.float8e4nv, [more_theirs, entries, HALF], terms),
-        gl.allocate_shared_memory(gl.float8e4nv, [more_theirs, entries, HALF], terms),
-        gl.allocate_shared_memory(gl.float32, [STAGES, factors], plain),
-        gl.allocate_shared_memory(gl.float32, [STAGES, factors], plain),
-        gl.allocate_shared_memory(gl.float32, [more, factors], plain),
-        gl.allocate_shared_memory(gl.float32, [more, factors], plain),
-        gl.allocate_shared_memory(gl.float32, [theirs, factors], plain),
-        gl.allocate_shared_memory(gl.float32, [theirs, factors], plain),
-        gl.allocate_shared_memory(gl.float32, [more_theirs, factors], plain),
-        gl.allocate_shared_memory(gl.float32, [more_theirs, factors], plain),
+        gl.allocate_shared_memory(gl.int32, [ROWS, STEP // 8], turned(STEP // 8)),
+        gl.allocate_shared_memory(gl.int32, [rows_more, STEP // 8], turned(STEP // 8)),
+        gl.allocate_shared_memory(gl.int32, [low_rows, lows], turned(lows)),
+        gl.allocate_shared_memory(gl.int32, [low_rows_more, lows], turned(lows)),
+        gl.allocate_shared_memory(gl.int32, [ROWS, HALVES], turned(HALVES)),
+        gl.allocate_shared_memory(gl.float8e4nv, [1, entries, HALF], terms),
+        gl.allocate_shared_memory(gl.float8e4nv, [1, entries, HALF], terms),
+        gl.allocate_shared_memory(gl.float8e4nv, [1, more, HALF], terms),
+        gl.allocate_shared_memory(gl.float8e4nv, [1, more, HALF], terms),
+        gl.allocate_shared_memory(gl.float8e4nv, [1, theirs, HALF], terms),
+        gl.allocate_shared_memory(gl.float8e4nv, [1, theirs, HALF], terms),
+        gl.allocate_shared_memory(gl.float8e4nv, [1, more_theirs, HALF], terms),
+        gl.allocate_shared_memory(gl.float8e4nv, [1, more_theirs, HALF], terms),
+        gl.allocate_shared_memory(gl.float32, [1, factors], plain),
+        gl.allocate_shared_memory(gl.float32, [1, factors], plain),
+        gl.allocate_shared_memory(gl.float32, [1, factors if HALVES == 2 else 1], plain),
+        gl.allocate_shared_memory(gl.float32, [1, factors if HALVES == 2 else 1], plain),
+        gl.allocate_shared_memory(gl.float32, [1, their_factors], plain),
+        gl.allocate_shared_memory(gl.float32, [1, their_factors], plain),
+        gl.allocate_shared_memory(gl.float32, [1, their_factors if HALVES == 2 else 1], plain),
+        gl.allocate_shared_memory(gl.float32, [1, their_factors if HALVES == 2 else 1], plain),
     )
 
 
 @gluon.jit
-def start_words(buffers, planes, stage, wanted, FORMAT: gl.constexpr, HALVES: gl.constexpr):
+def start_words(buffers, planes, PLACE: gl.constexpr, wanted, FORMAT: gl.constexpr, HALVES: gl.constexpr):
     for half in gl.static_range(HALVES):
-        to = buffers[WORDS + half].index(stage)
+        to = buffers[at(WORDS + half, PLACE)]
         async_copy.async_copy_global_to_shared(to, planes[0] + STEP // 8 * half, mask=wanted)
         if FORMAT != "pair4":
-            to = buffers[LOW + half].index(stage)
+            to = buffers[at(LOW + half, PLACE)]
             async_copy.async_copy_global_to_shared(to, planes[1] + low_words(FORMAT, STEP) * half, mask=wanted)
-    async_copy.async_copy_global_to_shared(buffers[SCALE].index(stage), planes[2], mask=wanted)
+    async_copy.async_copy_global_to_shared(buffers[at(SCALE, PLACE)], planes[2], mask=wanted)
 
 
 @gluon.jit
 def start_tokens(
-    buffers, x, live, factors, factor_live, stage, wanted,
-    PAIRED: gl.constexpr, FACTORS: gl.constexpr, HALVES: gl.constexpr,
+    buffers, x, live, factors, factor_live, PLACE: gl.constexpr, wanted,
+    FACTORS: gl.constexpr, HALVES: gl.constexpr, TOKENS: gl.constexpr, OTHERS: gl.constexpr,
 ):  # fmt: skip
-    for slot in gl.static_range(2 if PAIRED else 1):
+    for part in gl.static_range(2 if OTHERS > 0 else 1):
         for group in gl.static_range(2 * HALVES):
-            to = buffers[TOKENS_OF + 4 * slot + group].index(stage)
-            async_copy.async_copy_global_to_shared(to, x[slot] + 2 * HALF * group, mask=live[slot] & wanted)
+            to = buffers[at(TOKENS_OF + 4 * part + group, PLACE)].index(0).slice(0, 2 * (OTHERS if part else TOKENS), 0)
+            async_copy.async_copy_global_to_shared(to, x[part] + 2 * HALF * group, mask=live[part] & wanted)
             if FACTORS:
-                to = buffers[FACTOR_OF + 4 * slot + group].index(stage)
-                async_copy.async_copy_global_to_shared(to, factors[slot] + group, mask=factor_live[slot] & wanted)
-    async_copy.commit_group()
+                to = buffers[at(FACTOR_OF + 4 * part + group, PLACE)].index(0)
+                to = to.slice(0, width(OTHERS if part else TOKENS), 0)
+                async_copy.async_copy_global_to_shared(to, factors[part] + group, mask=factor_live[part] & wanted)
 
 
 @gluon.jit
-def begin_words(buffers, planes, steps, STAGES: gl.constexpr, FORMAT: gl.constexpr, HALVES: gl.constexpr):
+def begin_words(buffers, planes, steps, PLACES: gl.constexpr, FORMAT: gl.constexpr, HALVES: gl.constexpr):
     """Ask for the words of the first steps, and point behind them."""
     w, low, scale = planes
-    for first in gl.static_range(STAGES - 2):
+    for first in gl.static_range(PLACES if HALVES == 1 else PLACES - 1):
         start_words(buffers, (w, low, scale), first, first < steps, FORMAT, HALVES)
         w += STEP // 8 * HALVES
         if FORMAT != "pair4":

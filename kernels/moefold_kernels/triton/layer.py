@@ -179,7 +179,7 @@ def gate_up(
                 launch(
                     _leveled().project_in, grid, x, *_paired(planes), *lists, **_narrow(shared, tile), **more,
                     shift=LEVELED / FACTOR,
-                    w_up=inner, ACTIVATION=fused, STAGES=tile.stages,
+                    w_up=inner, ACTIVATION=fused, PLACES=tile.stages,
                 )  # fmt: skip
                 continue
             base, shifts = kind.wide.words, dict.fromkeys(("gate_shift", "up_shift"), LEVELED)
@@ -190,7 +190,7 @@ def gate_up(
             operands, apart = (x, base, None, None, None, *lists), _apart(kind.gate, kind.up)
         shared |= {"w_unit": base.stride(0), "w_row": base.stride(1), "w_up": apart} | shifts
         if low < 0 and fused and mode != project.DENSE.value and _overlaps(tile, target, base, x):
-            launch(_overlapped(tile).project_in, grid, x, base, *lists, **shared, STAGES=tile.stages, ACTIVATION=fused)
+            launch(_overlapped(tile).project_in, grid, x, base, *lists, **shared, PLACES=tile.stages, ACTIVATION=fused)
             continue
         launch(
             project.project_in, grid, *operands, **shared, first=first, units=len(base), MODE=mode, LOW=low,
@@ -245,7 +245,7 @@ def down(
                 launch(
                     _leveled().project_out, (programs, splits), rows, *_paired(planes), *lists,
                     **_narrow(shared, tile), **more, part=part, out_split=parts.stride(0), shift=LEVELED / FACTOR,
-                    STAGES=tile.stages,
+                    PLACES=tile.stages,
                 )  # fmt: skip
                 continue
             base, operands, shift = kind.narrow.words, (rows, *planes, *lists), LEVELED
@@ -266,7 +266,7 @@ def down(
                 *lists,
                 **shared,
                 shift=shift,
-                STAGES=tile.stages,
+                PLACES=tile.stages,
             )
             continue
         launch(
@@ -344,7 +344,7 @@ def _planes(kind: Leveled, matrix: Planes) -> tuple[tuple[Tensor, ...], int, dic
 
 def _decodes_fast(tile: Tile, target: Target, kind: Leveled, x: Tensor, matrices: int) -> bool:
     """Whether leveled.py takes this: whole steps of columns, and 16-byte copies (`matrices` side by side in a tile)."""
-    whole = not any(size % STEP for size in (kind.hidden, kind.inner)) and not tile.extra and tile.warps % 4 == 0
+    whole = not any(size % STEP for size in (kind.hidden, kind.inner)) and tile.warps % 4 == 0
     aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
     parts = [part for matrix in (kind.wide, kind.narrow) for part in matrix if part is not None]
     aligned &= all(part.is_contiguous() and part.data_ptr() % 16 == 0 for part in parts)
@@ -359,7 +359,7 @@ def _paired(planes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def _narrow(shared: dict[str, Any], tile: Tile, *but: str) -> dict[str, Any]:
     """What leveled.py and e4m3.py take of these."""
-    taken = {name: value for name, value in shared.items() if name not in ("COLUMNS", "EXTRA", *but)}
+    taken = {name: value for name, value in shared.items() if name not in ("COLUMNS", *but)}
     return taken | {"PAIRED": tile.paired}
 
 

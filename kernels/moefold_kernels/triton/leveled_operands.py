@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from moefold_kernels.layout_pairs import MAGNITUDE_BITS
 from moefold_kernels.triton import leveled_decode
 from moefold_kernels.triton.leveled_decode import SLOT_SIGNS
-from moefold_kernels.triton.leveled_stage import HALF, LOW, SCALE, WORDS, low_words
+from moefold_kernels.triton.leveled_stage import HALF, LOW, SCALE, WORDS, at, low_words
 
 _CODE = gl.constexpr(
     {(f, n): (leveled_decode.assembly(f, n), leveled_decode.constraints(f, n)) for f in MAGNITUDE_BITS for n in (1, 2)}
@@ -89,9 +89,9 @@ def _of_rows(values):
 
 
 @gluon.jit
-def _scales(buffers, stage, half: gl.constexpr, ROWS: gl.constexpr, units: gl.constexpr):
+def _scales(buffers, PLACE: gl.constexpr, half: gl.constexpr, ROWS: gl.constexpr, units: gl.constexpr):
     """Each row's scale of a group, twice in an integer."""
-    both = buffers[SCALE].index(stage).load(rows_layout(ROWS, 1, gl.num_warps()))
+    both = buffers[at(SCALE, PLACE)].load(rows_layout(ROWS, 1, gl.num_warps()))
     both = gl.reshape(both, (ROWS,))
     both = gl.convert_layout(both, gl.SliceLayout(1, gl.SliceLayout(2, units)), assert_trivial=True)
     scale = (both >> 16) & 0xFFFF if half else both & 0xFFFF
@@ -99,17 +99,19 @@ def _scales(buffers, stage, half: gl.constexpr, ROWS: gl.constexpr, units: gl.co
 
 
 @gluon.jit
-def _of_half(buffers, number: gl.constexpr, stage, half: gl.constexpr, ROWS: gl.constexpr, words: gl.constexpr):
+def _of_half(buffers, number: gl.constexpr, half: gl.constexpr, ROWS: gl.constexpr, words: gl.constexpr):
     """A group's words of the plane in buffer `number`."""
     layout: gl.constexpr = rows_layout(ROWS, words, gl.num_warps())
-    return buffers[number].index(stage).slice(words * half, words, 1).load(layout)
+    return buffers[number].slice(words * half, words, 1).load(layout)
 
 
 @gluon.jit
-def _lows(buffers, stage, half: gl.constexpr, ROWS: gl.constexpr, FORMAT: gl.constexpr, units: gl.constexpr):
+def _lows(
+    buffers, PLACE: gl.constexpr, half: gl.constexpr, ROWS: gl.constexpr, FORMAT: gl.constexpr, units: gl.constexpr
+):
     """The words of `low` of every 16 columns of a group: two (pair8), one (pair6), or one, its bits moved (pair5)."""
     words: gl.constexpr = low_words(FORMAT, HALF)
-    lows = _of_half(buffers, LOW, stage, half, ROWS, words)
+    lows = _of_half(buffers, at(LOW, PLACE), half, ROWS, words)
     if FORMAT == "pair8":
         found = _pairwise(lows, 8, ROWS, units)
     else:
@@ -121,16 +123,16 @@ def _lows(buffers, stage, half: gl.constexpr, ROWS: gl.constexpr, FORMAT: gl.con
 
 @gluon.jit
 def decoded(
-    buffers, stage, gather, signs, tables,
+    buffers, PLACE: gl.constexpr, gather, signs, tables,
     half: gl.constexpr, ROWS: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr, left: gl.constexpr,
 ):  # fmt: skip
     """The operands of one group: of both slots, or of one, twice."""
     units: gl.constexpr = units_layout(ROWS, gl.num_warps())
-    words = _of_half(buffers, WORDS, stage, half, ROWS, 8)
-    scale = _scales(buffers, stage, half, ROWS, units)
+    words = _of_half(buffers, at(WORDS, PLACE), half, ROWS, 8)
+    scale = _scales(buffers, PLACE, half, ROWS, units)
     given = _pairwise(words, 8, ROWS, units) + (gather,)
     if FORMAT != "pair4":
-        given = given + _lows(buffers, stage, half, ROWS, FORMAT, units) + (_of_rows(scale),)
+        given = given + _lows(buffers, PLACE, half, ROWS, FORMAT, units) + (_of_rows(scale),)
     if not PAIRED:
         given = given + signs
     if FORMAT == "pair4":

@@ -1,4 +1,4 @@
-"""What a program of leveled.py holds in shared memory, a stage for each step of columns: planes and tokens."""
+"""What a program of leveled.py holds in shared memory, planes and tokens, of each step at a place."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ STEP = gl.constexpr(128)
 """Columns of a step."""
 HALF = gl.constexpr(64)
 """Columns of a group, and of one set of operands."""
-WORDS, LOW, SCALE, TOKENS_OF = (gl.constexpr(i) for i in range(4))
-"""Numbers of buffers: `words`, `low`, scales, two halves of either slot's tokens."""
+WORDS, LOW, SCALE, TOKENS_OF, EXTRA_OF, COUNT = (gl.constexpr(i) for i in (0, 1, 2, 3, 7, 11))
+"""Numbers of a place's buffers: `words`, `low`, scales, two halves of either slot's tokens, of extra ones; of all."""
 _LOW_BITS = gl.constexpr({f: low_bits(f) for f in MAGNITUDE_BITS})
 
 
@@ -30,48 +30,74 @@ def plane_layout(words, warps):
     return gl.BlockedLayout([1, min(words, 4)], [32 // across, across], [warps, 1], [1, 0])
 
 
+@gluon.constexpr_function
+def at(number, place):
+    """A buffer's number among those of all places."""
+    return place * COUNT.value + number
+
+
 @gluon.jit
 def buffers_of(
-    ROWS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr
-):
-    # each plane and each half of the tokens for itself: Triton puts a barrier between two copies to one allocation
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr,
+    PAIRED: gl.constexpr,
+):  # fmt: skip
+    # each by itself: Triton puts a barrier between copies into an allocation and whatever else concerns it
+    made = ()
+    for _ in gl.static_range(PLACES):
+        made = made + _place(ROWS, TOKENS, EXTRA, FORMAT, PAIRED)
+    return made
+
+
+@gluon.jit
+def _place(ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr):
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     turned: gl.constexpr = gl.NVMMASharedLayout(2 * HALF, 16, 2)
     others: gl.constexpr = TOKENS if PAIRED else 8
+    more: gl.constexpr = max(EXTRA, 8)
+    most: gl.constexpr = more if PAIRED else 8
     lows: gl.constexpr = low_words(FORMAT, STEP)
     return (
-        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, STEP // 8], plain),
-        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS if FORMAT != "pair4" else 1, lows], plain),
-        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 1], plain),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, HALF], turned),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, HALF], turned),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, others, HALF], turned),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, others, HALF], turned),
+        gl.allocate_shared_memory(gl.int32, [ROWS, STEP // 8], plain),
+        gl.allocate_shared_memory(gl.int32, [ROWS if FORMAT != "pair4" else 1, lows], plain),
+        gl.allocate_shared_memory(gl.int32, [ROWS, 1], plain),
+        gl.allocate_shared_memory(gl.bfloat16, [1, TOKENS, HALF], turned),
+        gl.allocate_shared_memory(gl.bfloat16, [1, TOKENS, HALF], turned),
+        gl.allocate_shared_memory(gl.bfloat16, [1, others, HALF], turned),
+        gl.allocate_shared_memory(gl.bfloat16, [1, others, HALF], turned),
+        gl.allocate_shared_memory(gl.bfloat16, [1, more, HALF], turned),
+        gl.allocate_shared_memory(gl.bfloat16, [1, more, HALF], turned),
+        gl.allocate_shared_memory(gl.bfloat16, [1, most, HALF], turned),
+        gl.allocate_shared_memory(gl.bfloat16, [1, most, HALF], turned),
     )
 
 
 @gluon.jit
-def start_words(buffers, planes, stage, wanted, FORMAT: gl.constexpr):
-    async_copy.async_copy_global_to_shared(buffers[WORDS].index(stage), planes[0], mask=wanted)
+def start_words(buffers, planes, PLACE: gl.constexpr, wanted, FORMAT: gl.constexpr):
+    async_copy.async_copy_global_to_shared(buffers[at(WORDS, PLACE)], planes[0], mask=wanted)
     if FORMAT != "pair4":
-        async_copy.async_copy_global_to_shared(buffers[LOW].index(stage), planes[1], mask=wanted)
-    async_copy.async_copy_global_to_shared(buffers[SCALE].index(stage), planes[2], mask=wanted)
+        async_copy.async_copy_global_to_shared(buffers[at(LOW, PLACE)], planes[1], mask=wanted)
+    async_copy.async_copy_global_to_shared(buffers[at(SCALE, PLACE)], planes[2], mask=wanted)
 
 
 @gluon.jit
-def start_tokens(buffers, x, live, stage, wanted, PAIRED: gl.constexpr):
+def start_tokens(
+    buffers, x, live, HALF_OF: gl.constexpr, PLACE: gl.constexpr, wanted, TOKENS: gl.constexpr, EXTRA: gl.constexpr,
+    PAIRED: gl.constexpr,
+):  # fmt: skip
+    """Half a step's; `x` and `live` are of the first and the second slot's tokens, then of their extra ones."""
     for slot in gl.static_range(2 if PAIRED else 1):
-        for half in gl.static_range(2):
-            to = buffers[TOKENS_OF + 2 * slot + half].index(stage)
-            async_copy.async_copy_global_to_shared(to, x[slot] + HALF * half, mask=live[slot] & wanted)
-    async_copy.commit_group()
+        to = buffers[at(TOKENS_OF + 2 * slot + HALF_OF, PLACE)].index(0).slice(0, TOKENS, 0)
+        async_copy.async_copy_global_to_shared(to, x[slot], mask=live[slot] & wanted)
+        if EXTRA:
+            to = buffers[at(EXTRA_OF + 2 * slot + HALF_OF, PLACE)].index(0)
+            async_copy.async_copy_global_to_shared(to, x[2 + slot], mask=live[2 + slot] & wanted)
 
 
 @gluon.jit
-def begin_words(buffers, planes, steps, STAGES: gl.constexpr, FORMAT: gl.constexpr):
+def begin_words(buffers, planes, steps, PLACES: gl.constexpr, FORMAT: gl.constexpr):
     """Ask for the words of the first steps, and point behind them."""
     w, low, scale = planes
-    for first in gl.static_range(STAGES - 2):
+    for first in gl.static_range(PLACES):
         start_words(buffers, (w, low, scale), first, first < steps, FORMAT)
         w += STEP // 8
         if FORMAT != "pair4":

@@ -6,8 +6,18 @@ operand registers take turns: a set is overwritten only after the product that r
 the product on the other set runs. Tiles are of one slot (SLOT). The product is as wide as the entries need: TOKENS and
 EXTRA, TOKENS, or a half or a quarter of TOKENS, so that a last tile of few costs little.
 
+Each of the places for words and tokens under way is a buffer of its own, and the loop over steps is unrolled by
+places: between a copy and any reading of the same buffer Triton puts a barrier, so stages of one buffer took two
+barriers a step instead of one (docs/kernels.md). Words are in registers once decoded, so new ones come where they
+were; tokens are read until their product ends, so new ones come where those of the step before were. An odd number of
+places is unrolled twice, and steps beyond the last are of zeros: four or six places do not waste any.
+
 Gluon is experimental in Triton (3.6 and 3.7 tried); the plain kernels do the same wherever this file cannot.
 """
+
+# ruff: noqa: RUF005 - the compiler knows tuples' `+`, and no `*given`
+# mypy: disable-error-code=assignment
+# (tuples that grow)
 
 from __future__ import annotations
 
@@ -92,65 +102,100 @@ def _operand(words):
     )
 
 
+@gluon.constexpr_function
+def unrolled(places):
+    """Steps in a loop's body: places in turn, and an even number, since two sets of operand registers take turns."""
+    return places if places % 2 == 0 else 2 * places
+
+
 @gluon.jit
-def _start(
-    w_buffer, x_buffer, more_buffer, w, x, live, more, more_live, stage, wanted,
-    TOKENS: gl.constexpr, EXTRA: gl.constexpr,
-):  # fmt: skip
-    """Ask for one tile of words and of tokens; rows of tokens that are not live keep what was there, for nobody."""
-    async_copy.async_copy_global_to_shared(w_buffer.index(stage), w, mask=wanted)
-    async_copy.async_copy_global_to_shared(x_buffer.index(stage).slice(0, TOKENS, 0), x, mask=live & wanted)
+def _buffers(
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr
+):
+    shared: gl.constexpr = gl.NVMMASharedLayout(2 * COLUMNS, 16, 2)
+    made = ()
+    for _ in gl.static_range(PLACES):
+        made = made + (
+            gl.allocate_shared_memory(gl.int16, [ROWS, COLUMNS], shared),
+            gl.allocate_shared_memory(gl.bfloat16, [1, TOKENS, COLUMNS], shared),
+            gl.allocate_shared_memory(gl.bfloat16, [1, max(EXTRA, 8), COLUMNS], shared),
+        )
+    return made
+
+
+@gluon.jit
+def start_words(to, w, wanted):
+    """Ask for one tile of words."""
+    async_copy.async_copy_global_to_shared(to, w, mask=wanted)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _start(buffers, x, live, more, more_live, PLACE: gl.constexpr, wanted, TOKENS: gl.constexpr, EXTRA: gl.constexpr):
+    """Ask for one tile of tokens."""
+    to = buffers[3 * PLACE + 1].index(0).slice(0, TOKENS, 0)
+    async_copy.async_copy_global_to_shared(to, x, mask=live & wanted)
     if EXTRA:
-        async_copy.async_copy_global_to_shared(more_buffer.index(stage), more, mask=more_live & wanted)
+        async_copy.async_copy_global_to_shared(buffers[3 * PLACE + 2].index(0), more, mask=more_live & wanted)
     async_copy.commit_group()
 
 
 @gluon.jit
 def _products(
-    w_buffer, x_buffer, more_buffer, w, x, live, more, more_live, steps,
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr,
+    buffers, w, x, live, more, more_live, steps,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
-    """Sums [ROWS, TOKENS] and [ROWS, EXTRA] over `steps` (an even number) tiles of COLUMNS columns."""
+    """Sums [ROWS, TOKENS] and [ROWS, EXTRA] over `steps` tiles of COLUMNS columns."""
     gl.assume(steps > 0)  # as in project.one_slot
     mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
     mma_extra: gl.constexpr = product_layout(max(EXTRA, 16), gl.num_warps())
     # the same registers for both: where a thread's part of an operand lies does not depend on the product's width
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     left_extra: gl.constexpr = gl.DotOperandLayout(0, mma_extra, 2)
-    for first in gl.static_range(STAGES - 2):
-        _start(w_buffer, x_buffer, more_buffer, w, x, live, more, more_live, first, first < steps, TOKENS, EXTRA)
+    for step in gl.static_range(PLACES):
+        start_words(buffers[3 * step], w, step < steps)
         w += COLUMNS
+    for step in gl.static_range(PLACES - 1):
+        _start(buffers, x, live, more, more_live, step, step < steps, TOKENS, EXTRA)
+        async_copy.commit_group()  # of nothing: in the loop words come as a group of their own
         x += COLUMNS
         if EXTRA:
             more += COLUMNS
     sums = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
     extra = warpgroup_mma_init(gl.zeros((ROWS, max(EXTRA, 16)), gl.float32, mma_extra))
-    for pair in range(0, steps, 2):
-        for half in gl.static_range(2):  # two sets of registers: the compiler must not rename one set into the other
-            step = pair + half
-            async_copy.wait_group(STAGES - 3)
-            barrier()  # this tile has come, and nobody reads tile `step` - 2 any more, whose place is next
-            ahead = step + STAGES - 2
-            _start(
-                w_buffer, x_buffer, more_buffer, w, x, live, more, more_live,
-                ahead % STAGES, ahead < steps, TOKENS, EXTRA,
-            )  # fmt: skip
-            w += COLUMNS
-            x += COLUMNS
-            if EXTRA:
-                more += COLUMNS
-            stage = step % STAGES
-            operand = _operand(w_buffer.index(stage).load(left))
-            right = x_buffer.index(stage).slice(0, TOKENS, 0).permute((1, 0))
+    async_copy.wait_group(2 * PLACES - 3)
+    barrier()
+    for first in range(0, steps, unrolled(PLACES)):
+        for number in gl.static_range(unrolled(PLACES)):
+            nothing = first >> 30  # which the compiler does not know
+            if PLACES == 2 and number > 0:
+                async_copy.wait_group(1)
+                barrier()
+            operand = _operand(buffers[3 * (number % PLACES)].load(left))
+            right = buffers[3 * (number % PLACES) + 1].index(nothing).slice(0, TOKENS, 0).permute((1, 0))
             sums = warpgroup_mma(operand, right, sums, is_async=True)
             if EXTRA:
                 again = gl.convert_layout(operand, left_extra, assert_trivial=True)
-                extra = warpgroup_mma(again, more_buffer.index(stage).permute((1, 0)), extra, is_async=True)
+                right = buffers[3 * (number % PLACES) + 2].index(nothing).permute((1, 0))
+                extra = warpgroup_mma(again, right, extra, is_async=True)
                 sums, extra = warpgroup_mma_wait(2, deps=(sums, extra))  # the other set's products have ended
                 extra = warpgroup_mma_init(extra)
             else:
                 sums = warpgroup_mma_wait(1, deps=(sums,))
             sums = warpgroup_mma_init(sums)
+            if PLACES > 2:
+                async_copy.wait_group(2 * PLACES - 5)  # the next tile has come
+            barrier()  # for all; nobody reads the tokens of the one before any more, nor this one's words
+            ahead = first + number + PLACES
+            _start(buffers, x, live, more, more_live, (number + PLACES - 1) % PLACES, ahead - 1 < steps, TOKENS, EXTRA)
+            start_words(buffers[3 * (number % PLACES)], w, ahead < steps)
+            w += COLUMNS
+            x += COLUMNS
+            if EXTRA:
+                more += COLUMNS
+        if PLACES == 2:
+            async_copy.wait_group(1)
+            barrier()
     sums, extra = warpgroup_mma_wait(0, deps=(sums, extra))
     return sums, extra
 
@@ -205,7 +250,7 @@ def project_in(
     hidden, inner, top_k, capacity, x_row, w_unit, w_row, w_up,
     gate_shift, up_shift, bias_expert, bias_row, bias_up, limit, alpha,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, GROUP: gl.constexpr,
-    STAGES: gl.constexpr, ACTIVATION: gl.constexpr,
+    PLACES: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """project.project_in for SLOT; `hidden` is an even number of COLUMNS."""
     after_the_one_before()
@@ -220,51 +265,39 @@ def project_in(
     end = gl.load(offsets + place + 1)
     if begin >= end:
         return
-    shared: gl.constexpr = gl.NVMMASharedLayout(2 * COLUMNS, 16, 2)
     w, k = words_in(words, unit, first_row, inner, w_unit, w_row, w_up, ROWS, COLUMNS)
-    w_buffer = gl.allocate_shared_memory(gl.int16, [STAGES, 2 * ROWS, COLUMNS], shared)
-    x_buffer = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, COLUMNS], shared)
-    more_buffer = gl.allocate_shared_memory(gl.bfloat16, [STAGES, max(EXTRA, 8), COLUMNS], shared)
+    buffers = _buffers(2 * ROWS, COLUMNS, TOKENS, EXTRA, PLACES)
     expert = gl.load(experts + place)
     steps = hidden // COLUMNS
+    given = (
+        w, x, out, order, begin, end, k, top_k, x_row, steps, first_row, inner, gate_shift, up_shift, expert, bias,
+        bias_expert, bias_row, bias_up, limit, alpha,
+    )  # fmt: skip
+    half: gl.constexpr = max(TOKENS // 2, 8)
+    quarter: gl.constexpr = max(TOKENS // 4, 8)
     if EXTRA and end - begin > TOKENS:
-        _in(
-            w_buffer, x_buffer, more_buffer, w, x, out, order, begin, end, k, top_k, x_row, steps, first_row, inner,
-            gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up, limit, alpha,
-            ROWS, COLUMNS, TOKENS, EXTRA, STAGES, ACTIVATION,
-        )  # fmt: skip
-    elif end - begin > TOKENS // 2:
-        _in(
-            w_buffer, x_buffer, more_buffer, w, x, out, order, begin, end, k, top_k, x_row, steps, first_row, inner,
-            gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up, limit, alpha,
-            ROWS, COLUMNS, TOKENS, 0, STAGES, ACTIVATION,
-        )  # fmt: skip
-    elif end - begin > TOKENS // 4:
-        _in(
-            w_buffer, x_buffer, more_buffer, w, x, out, order, begin, end, k, top_k, x_row, steps, first_row, inner,
-            gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up, limit, alpha,
-            ROWS, COLUMNS, TOKENS // 2, 0, STAGES, ACTIVATION,
-        )  # fmt: skip
+        _in(buffers, given, ROWS, COLUMNS, TOKENS, EXTRA, PLACES, ACTIVATION)
+    elif end - begin > half:
+        _in(buffers, given, ROWS, COLUMNS, TOKENS, 0, PLACES, ACTIVATION)
+    elif end - begin > quarter:
+        _in(buffers, given, ROWS, COLUMNS, half, 0, PLACES, ACTIVATION)
     else:
-        _in(
-            w_buffer, x_buffer, more_buffer, w, x, out, order, begin, end, k, top_k, x_row, steps, first_row, inner,
-            gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up, limit, alpha,
-            ROWS, COLUMNS, TOKENS // 4, 0, STAGES, ACTIVATION,
-        )  # fmt: skip
+        _in(buffers, given, ROWS, COLUMNS, quarter, 0, PLACES, ACTIVATION)
 
 
 @gluon.jit
 def _in(
-    w_buffer, x_buffer, more_buffer, w, x, out, order, begin, end, k, top_k, x_row, steps, first_row, inner,
-    gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up, limit, alpha,
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr,
-    ACTIVATION: gl.constexpr,
+    buffers, given,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr,
+    PLACES: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
+    (
+        w, x, out, order, begin, end, k, top_k, x_row, steps, first_row, inner, gate_shift, up_shift, expert, bias,
+        bias_expert, bias_row, bias_up, limit, alpha,
+    ) = given  # fmt: skip
     a, live = tokens_at(x, order, begin, end, k, top_k, x_row, COLUMNS, TOKENS)
     b, b_live = tokens_at(x, order, begin + TOKENS, end, k, top_k, x_row, COLUMNS, max(EXTRA, 16))
-    sums, extra = _products(
-        w_buffer, x_buffer, more_buffer, w, a, live, b, b_live, steps, 2 * ROWS, COLUMNS, TOKENS, EXTRA, STAGES
-    )
+    sums, extra = _products(buffers, w, a, live, b, b_live, steps, 2 * ROWS, COLUMNS, TOKENS, EXTRA, PLACES)
     write_inner(
         sums, out, begin, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up,
         limit, alpha, ROWS, TOKENS, ACTIVATION,
@@ -326,7 +359,7 @@ def project_out(
     x, words, out, order, offsets, tiles, experts, weights, bias,
     inner, hidden, capacity, w_unit, w_row, shift, bias_expert, bias_row,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, GROUP: gl.constexpr,
-    STAGES: gl.constexpr,
+    PLACES: gl.constexpr,
 ):  # fmt: skip
     """project.project_out for SLOT in one split; `inner` is an even number of COLUMNS."""
     after_the_one_before()
@@ -341,50 +374,39 @@ def project_out(
     end = gl.load(offsets + place + 1)
     if begin >= end:
         return
-    shared: gl.constexpr = gl.NVMMASharedLayout(2 * COLUMNS, 16, 2)
     w, k = words_out(words, unit, first_row, hidden, w_unit, w_row, ROWS, COLUMNS)
-    w_buffer = gl.allocate_shared_memory(gl.int16, [STAGES, ROWS, COLUMNS], shared)
-    x_buffer = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, COLUMNS], shared)
-    more_buffer = gl.allocate_shared_memory(gl.bfloat16, [STAGES, max(EXTRA, 8), COLUMNS], shared)
+    buffers = _buffers(ROWS, COLUMNS, TOKENS, EXTRA, PLACES)
     expert = gl.load(experts + place)
     steps = inner // COLUMNS
+    given = (
+        w, x, out, order, weights, begin, end, k, steps, first_row, inner, hidden, shift, expert, bias, bias_expert,
+        bias_row,
+    )  # fmt: skip
+    half: gl.constexpr = max(TOKENS // 2, 8)
+    quarter: gl.constexpr = max(TOKENS // 4, 8)
     if EXTRA and end - begin > TOKENS:
-        _out(
-            w_buffer, x_buffer, more_buffer, w, x, out, order, weights, begin, end, k, steps, first_row, inner, hidden,
-            shift, expert, bias, bias_expert, bias_row,
-            ROWS, COLUMNS, TOKENS, EXTRA, STAGES,
-        )  # fmt: skip
-    elif end - begin > TOKENS // 2:
-        _out(
-            w_buffer, x_buffer, more_buffer, w, x, out, order, weights, begin, end, k, steps, first_row, inner, hidden,
-            shift, expert, bias, bias_expert, bias_row,
-            ROWS, COLUMNS, TOKENS, 0, STAGES,
-        )  # fmt: skip
-    elif end - begin > TOKENS // 4:
-        _out(
-            w_buffer, x_buffer, more_buffer, w, x, out, order, weights, begin, end, k, steps, first_row, inner, hidden,
-            shift, expert, bias, bias_expert, bias_row,
-            ROWS, COLUMNS, TOKENS // 2, 0, STAGES,
-        )  # fmt: skip
+        _out(buffers, given, ROWS, COLUMNS, TOKENS, EXTRA, PLACES)
+    elif end - begin > half:
+        _out(buffers, given, ROWS, COLUMNS, TOKENS, 0, PLACES)
+    elif end - begin > quarter:
+        _out(buffers, given, ROWS, COLUMNS, half, 0, PLACES)
     else:
-        _out(
-            w_buffer, x_buffer, more_buffer, w, x, out, order, weights, begin, end, k, steps, first_row, inner, hidden,
-            shift, expert, bias, bias_expert, bias_row,
-            ROWS, COLUMNS, TOKENS // 4, 0, STAGES,
-        )  # fmt: skip
+        _out(buffers, given, ROWS, COLUMNS, quarter, 0, PLACES)
 
 
 @gluon.jit
 def _out(
-    w_buffer, x_buffer, more_buffer, w, x, out, order, weights, begin, end, k, steps, first_row, inner, hidden,
-    shift, expert, bias, bias_expert, bias_row,
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr,
+    buffers, given,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr,
+    PLACES: gl.constexpr,
 ):  # fmt: skip
+    (
+        w, x, out, order, weights, begin, end, k, steps, first_row, inner, hidden, shift, expert, bias, bias_expert,
+        bias_row,
+    ) = given  # fmt: skip
     a, live = positions_at(x, begin, end, k, inner, COLUMNS, TOKENS)
     b, b_live = positions_at(x, begin + TOKENS, end, k, inner, COLUMNS, max(EXTRA, 16))
-    sums, extra = _products(
-        w_buffer, x_buffer, more_buffer, w, a, live, b, b_live, steps, ROWS, COLUMNS, TOKENS, EXTRA, STAGES
-    )
+    sums, extra = _products(buffers, w, a, live, b, b_live, steps, ROWS, COLUMNS, TOKENS, EXTRA, PLACES)
     write_outer(
         sums, out, order, weights, begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row,
         ROWS, TOKENS,

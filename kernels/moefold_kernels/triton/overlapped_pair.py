@@ -6,6 +6,10 @@ PAIR a tile of words is read once. A slot's product is as wide as the fuller slo
 half of it.
 """
 
+# ruff: noqa: RUF005 - the compiler knows tuples' `+`, and no `*given`
+# mypy: disable-error-code=assignment
+# (tuples that grow)
+
 from __future__ import annotations
 
 import triton.experimental.gluon as gluon
@@ -20,7 +24,9 @@ from moefold_kernels.triton.overlapped import (
     positions_at,
     product_layout,
     share,
+    start_words,
     tokens_at,
+    unrolled,
     words_in,
     words_out,
     write_inner,
@@ -42,22 +48,21 @@ def _operands(words):
 
 
 @gluon.jit
-def _start(buffers, w, x, live, stage, wanted, TOKENS: gl.constexpr, EXTRA: gl.constexpr):
-    """Ask for one tile of words and of each slot's tokens."""
-    w_buffer, x_buffer, y_buffer, more_buffer, most_buffer = buffers
-    async_copy.async_copy_global_to_shared(w_buffer.index(stage), w, mask=wanted)
-    async_copy.async_copy_global_to_shared(x_buffer.index(stage).slice(0, TOKENS, 0), x[0], mask=live[0] & wanted)
-    async_copy.async_copy_global_to_shared(y_buffer.index(stage).slice(0, TOKENS, 0), x[1], mask=live[1] & wanted)
-    if EXTRA:
-        async_copy.async_copy_global_to_shared(more_buffer.index(stage), x[2], mask=live[2] & wanted)
-        async_copy.async_copy_global_to_shared(most_buffer.index(stage), x[3], mask=live[3] & wanted)
+def _start(buffers, x, live, PLACE: gl.constexpr, wanted, TOKENS: gl.constexpr, EXTRA: gl.constexpr):
+    """Ask for one tile of each slot's tokens."""
+    for slot in gl.static_range(2):
+        to = buffers[5 * PLACE + 1 + slot].index(0).slice(0, TOKENS, 0)
+        async_copy.async_copy_global_to_shared(to, x[slot], mask=live[slot] & wanted)
+        if EXTRA:
+            to = buffers[5 * PLACE + 3 + slot].index(0)
+            async_copy.async_copy_global_to_shared(to, x[2 + slot], mask=live[2 + slot] & wanted)
     async_copy.commit_group()
 
 
 @gluon.jit
 def _products(
     buffers, w, x, live, steps,
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
     """overlapped._products for both slots: sums of the slots [ROWS, TOKENS], then their extra sums [ROWS, EXTRA]."""
     gl.assume(steps > 0)  # as in project.one_slot
@@ -65,11 +70,13 @@ def _products(
     mma_extra: gl.constexpr = product_layout(max(EXTRA, 16), gl.num_warps())
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     left_extra: gl.constexpr = gl.DotOperandLayout(0, mma_extra, 2)
-    w_buffer, x_buffer, y_buffer, more_buffer, most_buffer = buffers
     x0, x1, x2, x3 = x
-    for first in gl.static_range(STAGES - 2):
-        _start(buffers, w, (x0, x1, x2, x3), live, first, first < steps, TOKENS, EXTRA)
+    for step in gl.static_range(PLACES):
+        start_words(buffers[5 * step], w, step < steps)
         w += COLUMNS
+    for step in gl.static_range(PLACES - 1):
+        _start(buffers, (x0, x1, x2, x3), live, step, step < steps, TOKENS, EXTRA)
+        async_copy.commit_group()  # of nothing: in the loop words come as a group of their own
         x0 += COLUMNS
         x1 += COLUMNS
         if EXTRA:
@@ -79,50 +86,64 @@ def _products(
     sums1 = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
     extra0 = warpgroup_mma_init(gl.zeros((ROWS, max(EXTRA, 16)), gl.float32, mma_extra))
     extra1 = warpgroup_mma_init(gl.zeros((ROWS, max(EXTRA, 16)), gl.float32, mma_extra))
-    for pair in range(0, steps, 2):
-        for half in gl.static_range(2):
-            step = pair + half
-            async_copy.wait_group(STAGES - 3)
-            barrier()  # this tile has come, and nobody reads tile `step` - 2 any more, whose place is next
-            ahead = step + STAGES - 2
-            _start(buffers, w, (x0, x1, x2, x3), live, ahead % STAGES, ahead < steps, TOKENS, EXTRA)
+    async_copy.wait_group(2 * PLACES - 3)
+    barrier()
+    for first in range(0, steps, unrolled(PLACES)):
+        for number in gl.static_range(unrolled(PLACES)):
+            nothing = first >> 30  # which the compiler does not know
+            if PLACES == 2 and number > 0:
+                async_copy.wait_group(1)
+                barrier()
+            own, other = _operands(buffers[5 * (number % PLACES)].load(left))
+            right = buffers[5 * (number % PLACES) + 1].index(nothing).slice(0, TOKENS, 0).permute((1, 0))
+            sums0 = warpgroup_mma(own, right, sums0, is_async=True)
+            right = buffers[5 * (number % PLACES) + 2].index(nothing).slice(0, TOKENS, 0).permute((1, 0))
+            sums1 = warpgroup_mma(other, right, sums1, is_async=True)
+            if EXTRA:
+                own = gl.convert_layout(own, left_extra, assert_trivial=True)
+                other = gl.convert_layout(other, left_extra, assert_trivial=True)
+                right = buffers[5 * (number % PLACES) + 3].index(nothing).permute((1, 0))
+                extra0 = warpgroup_mma(own, right, extra0, is_async=True)
+                right = buffers[5 * (number % PLACES) + 4].index(nothing).permute((1, 0))
+                extra1 = warpgroup_mma(other, right, extra1, is_async=True)
+                sums0, sums1, extra0, extra1 = warpgroup_mma_wait(4, deps=(sums0, sums1, extra0, extra1))
+                extra0, extra1 = warpgroup_mma_init(extra0), warpgroup_mma_init(extra1)
+            else:
+                sums0, sums1 = warpgroup_mma_wait(2, deps=(sums0, sums1))  # the other set's products have ended
+            sums0, sums1 = warpgroup_mma_init(sums0), warpgroup_mma_init(sums1)
+            if PLACES > 2:
+                async_copy.wait_group(2 * PLACES - 5)  # the next tile has come
+            barrier()  # for all; nobody reads the tokens of the one before any more, nor this one's words
+            ahead = first + number + PLACES
+            _start(buffers, (x0, x1, x2, x3), live, (number + PLACES - 1) % PLACES, ahead - 1 < steps, TOKENS, EXTRA)
+            start_words(buffers[5 * (number % PLACES)], w, ahead < steps)
             w += COLUMNS
             x0 += COLUMNS
             x1 += COLUMNS
             if EXTRA:
                 x2 += COLUMNS
                 x3 += COLUMNS
-            stage = step % STAGES
-            own, other = _operands(w_buffer.index(stage).load(left))
-            sums0 = warpgroup_mma(own, x_buffer.index(stage).slice(0, TOKENS, 0).permute((1, 0)), sums0, is_async=True)
-            sums1 = warpgroup_mma(
-                other, y_buffer.index(stage).slice(0, TOKENS, 0).permute((1, 0)), sums1, is_async=True
-            )
-            if EXTRA:
-                own = gl.convert_layout(own, left_extra, assert_trivial=True)
-                other = gl.convert_layout(other, left_extra, assert_trivial=True)
-                extra0 = warpgroup_mma(own, more_buffer.index(stage).permute((1, 0)), extra0, is_async=True)
-                extra1 = warpgroup_mma(other, most_buffer.index(stage).permute((1, 0)), extra1, is_async=True)
-                sums0, sums1, extra0, extra1 = warpgroup_mma_wait(4, deps=(sums0, sums1, extra0, extra1))
-                extra0, extra1 = warpgroup_mma_init(extra0), warpgroup_mma_init(extra1)
-            else:
-                sums0, sums1 = warpgroup_mma_wait(2, deps=(sums0, sums1))  # the other set's products have ended
-            sums0, sums1 = warpgroup_mma_init(sums0), warpgroup_mma_init(sums1)
+        if PLACES == 2:
+            async_copy.wait_group(1)
+            barrier()
     return warpgroup_mma_wait(0, deps=(sums0, sums1, extra0, extra1))
 
 
 @gluon.jit
 def _buffers(
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr
 ):
     shared: gl.constexpr = gl.NVMMASharedLayout(2 * COLUMNS, 16, 2)
-    return (
-        gl.allocate_shared_memory(gl.int16, [STAGES, ROWS, COLUMNS], shared),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, COLUMNS], shared),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, COLUMNS], shared),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, max(EXTRA, 8), COLUMNS], shared),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, max(EXTRA, 8), COLUMNS], shared),
-    )
+    made = ()
+    for _ in gl.static_range(PLACES):
+        made = made + (
+            gl.allocate_shared_memory(gl.int16, [ROWS, COLUMNS], shared),
+            gl.allocate_shared_memory(gl.bfloat16, [1, TOKENS, COLUMNS], shared),
+            gl.allocate_shared_memory(gl.bfloat16, [1, TOKENS, COLUMNS], shared),
+            gl.allocate_shared_memory(gl.bfloat16, [1, max(EXTRA, 8), COLUMNS], shared),
+            gl.allocate_shared_memory(gl.bfloat16, [1, max(EXTRA, 8), COLUMNS], shared),
+        )
+    return made
 
 
 @gluon.jit(do_not_specialize=["top_k", "capacity", "bias_expert", "bias_row", "bias_up", "limit", "alpha"])
@@ -131,7 +152,7 @@ def project_in(
     hidden, inner, top_k, capacity, x_row, w_unit, w_row, w_up,
     gate_shift, up_shift, bias_expert, bias_row, bias_up, limit, alpha,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, GROUP: gl.constexpr,
-    STAGES: gl.constexpr, ACTIVATION: gl.constexpr,
+    PLACES: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """project.project_in for PAIR; `hidden` is an even number of COLUMNS."""
     after_the_one_before()
@@ -144,44 +165,40 @@ def project_in(
     middle, end1 = gl.load(offsets + 2 * unit + 1), gl.load(offsets + 2 * unit + 2)
     begin0, begin1 = gl.load(offsets + 2 * unit) + skipped, middle + skipped
     w, k = words_in(words, unit, first_row, inner, w_unit, w_row, w_up, ROWS, COLUMNS)
-    buffers = _buffers(2 * ROWS, COLUMNS, TOKENS, EXTRA, STAGES)
+    buffers = _buffers(2 * ROWS, COLUMNS, TOKENS, EXTRA, PLACES)
     expert0, expert1 = gl.load(experts + 2 * unit), gl.load(experts + 2 * unit + 1)
     steps = hidden // COLUMNS
     most = gl.maximum(middle - begin0, end1 - begin1)
+    given = (
+        w, x, out, order, begin0, middle, begin1, end1, k, top_k, x_row, steps, first_row, inner, gate_shift, up_shift,
+        expert0, expert1, bias, bias_expert, bias_row, bias_up, limit, alpha,
+    )  # fmt: skip
+    half: gl.constexpr = max(TOKENS // 2, 8)
     if EXTRA and most > TOKENS:
-        _in(
-            buffers, w, x, out, order, begin0, middle, begin1, end1, k, top_k, x_row, steps, first_row, inner,
-            gate_shift, up_shift, expert0, expert1, bias, bias_expert, bias_row, bias_up, limit, alpha,
-            ROWS, COLUMNS, TOKENS, EXTRA, STAGES, ACTIVATION,
-        )  # fmt: skip
-    elif most > TOKENS // 2:
-        _in(
-            buffers, w, x, out, order, begin0, middle, begin1, end1, k, top_k, x_row, steps, first_row, inner,
-            gate_shift, up_shift, expert0, expert1, bias, bias_expert, bias_row, bias_up, limit, alpha,
-            ROWS, COLUMNS, TOKENS, 0, STAGES, ACTIVATION,
-        )  # fmt: skip
+        _in(buffers, given, ROWS, COLUMNS, TOKENS, EXTRA, PLACES, ACTIVATION)
+    elif most > half:
+        _in(buffers, given, ROWS, COLUMNS, TOKENS, 0, PLACES, ACTIVATION)
     else:
-        _in(
-            buffers, w, x, out, order, begin0, middle, begin1, end1, k, top_k, x_row, steps, first_row, inner,
-            gate_shift, up_shift, expert0, expert1, bias, bias_expert, bias_row, bias_up, limit, alpha,
-            ROWS, COLUMNS, TOKENS // 2, 0, STAGES, ACTIVATION,
-        )  # fmt: skip
+        _in(buffers, given, ROWS, COLUMNS, half, 0, PLACES, ACTIVATION)
 
 
 @gluon.jit
 def _in(
-    buffers, w, x, out, order, begin0, end0, begin1, end1, k, top_k, x_row, steps, first_row, inner,
-    gate_shift, up_shift, expert0, expert1, bias, bias_expert, bias_row, bias_up, limit, alpha,
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr,
-    ACTIVATION: gl.constexpr,
+    buffers, given,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr,
+    PLACES: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
+    (
+        w, x, out, order, begin0, end0, begin1, end1, k, top_k, x_row, steps, first_row, inner, gate_shift, up_shift,
+        expert0, expert1, bias, bias_expert, bias_row, bias_up, limit, alpha,
+    ) = given  # fmt: skip
     rest: gl.constexpr = max(EXTRA, 16)
     a0, live0 = tokens_at(x, order, begin0, end0, k, top_k, x_row, COLUMNS, TOKENS)
     a1, live1 = tokens_at(x, order, begin1, end1, k, top_k, x_row, COLUMNS, TOKENS)
     b0, more0 = tokens_at(x, order, begin0 + TOKENS, end0, k, top_k, x_row, COLUMNS, rest)
     b1, more1 = tokens_at(x, order, begin1 + TOKENS, end1, k, top_k, x_row, COLUMNS, rest)
     sums0, sums1, extra0, extra1 = _products(
-        buffers, w, (a0, a1, b0, b1), (live0, live1, more0, more1), steps, 2 * ROWS, COLUMNS, TOKENS, EXTRA, STAGES
+        buffers, w, (a0, a1, b0, b1), (live0, live1, more0, more1), steps, 2 * ROWS, COLUMNS, TOKENS, EXTRA, PLACES
     )
     write_inner(
         sums0, out, begin0, end0, first_row, inner, gate_shift, up_shift, expert0, bias, bias_expert, bias_row,
@@ -207,7 +224,7 @@ def project_out(
     x, words, out, order, offsets, tiles, experts, weights, bias,
     inner, hidden, capacity, w_unit, w_row, shift, bias_expert, bias_row,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, GROUP: gl.constexpr,
-    STAGES: gl.constexpr,
+    PLACES: gl.constexpr,
 ):  # fmt: skip
     """project.project_out for PAIR in one split; `inner` is an even number of COLUMNS."""
     after_the_one_before()
@@ -220,40 +237,40 @@ def project_out(
     middle, end1 = gl.load(offsets + 2 * unit + 1), gl.load(offsets + 2 * unit + 2)
     begin0, begin1 = gl.load(offsets + 2 * unit) + skipped, middle + skipped
     w, k = words_out(words, unit, first_row, hidden, w_unit, w_row, ROWS, COLUMNS)
-    buffers = _buffers(ROWS, COLUMNS, TOKENS, EXTRA, STAGES)
+    buffers = _buffers(ROWS, COLUMNS, TOKENS, EXTRA, PLACES)
     expert0, expert1 = gl.load(experts + 2 * unit), gl.load(experts + 2 * unit + 1)
     steps = inner // COLUMNS
     most = gl.maximum(middle - begin0, end1 - begin1)
+    given = (
+        w, x, out, order, weights, begin0, middle, begin1, end1, k, steps, first_row, inner, hidden, shift, expert0,
+        expert1, bias, bias_expert, bias_row,
+    )  # fmt: skip
+    half: gl.constexpr = max(TOKENS // 2, 8)
     if EXTRA and most > TOKENS:
-        _out(
-            buffers, w, x, out, order, weights, begin0, middle, begin1, end1, k, steps, first_row, inner, hidden,
-            shift, expert0, expert1, bias, bias_expert, bias_row, ROWS, COLUMNS, TOKENS, EXTRA, STAGES,
-        )  # fmt: skip
-    elif most > TOKENS // 2:
-        _out(
-            buffers, w, x, out, order, weights, begin0, middle, begin1, end1, k, steps, first_row, inner, hidden,
-            shift, expert0, expert1, bias, bias_expert, bias_row, ROWS, COLUMNS, TOKENS, 0, STAGES,
-        )  # fmt: skip
+        _out(buffers, given, ROWS, COLUMNS, TOKENS, EXTRA, PLACES)
+    elif most > half:
+        _out(buffers, given, ROWS, COLUMNS, TOKENS, 0, PLACES)
     else:
-        _out(
-            buffers, w, x, out, order, weights, begin0, middle, begin1, end1, k, steps, first_row, inner, hidden,
-            shift, expert0, expert1, bias, bias_expert, bias_row, ROWS, COLUMNS, TOKENS // 2, 0, STAGES,
-        )  # fmt: skip
+        _out(buffers, given, ROWS, COLUMNS, half, 0, PLACES)
 
 
 @gluon.jit
 def _out(
-    buffers, w, x, out, order, weights, begin0, end0, begin1, end1, k, steps, first_row, inner, hidden,
-    shift, expert0, expert1, bias, bias_expert, bias_row,
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr,
+    buffers, given,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr,
+    PLACES: gl.constexpr,
 ):  # fmt: skip
+    (
+        w, x, out, order, weights, begin0, end0, begin1, end1, k, steps, first_row, inner, hidden, shift, expert0,
+        expert1, bias, bias_expert, bias_row,
+    ) = given  # fmt: skip
     rest: gl.constexpr = max(EXTRA, 16)
     a0, live0 = positions_at(x, begin0, end0, k, inner, COLUMNS, TOKENS)
     a1, live1 = positions_at(x, begin1, end1, k, inner, COLUMNS, TOKENS)
     b0, more0 = positions_at(x, begin0 + TOKENS, end0, k, inner, COLUMNS, rest)
     b1, more1 = positions_at(x, begin1 + TOKENS, end1, k, inner, COLUMNS, rest)
     sums0, sums1, extra0, extra1 = _products(
-        buffers, w, (a0, a1, b0, b1), (live0, live1, more0, more1), steps, ROWS, COLUMNS, TOKENS, EXTRA, STAGES
+        buffers, w, (a0, a1, b0, b1), (live0, live1, more0, more1), steps, ROWS, COLUMNS, TOKENS, EXTRA, PLACES
     )
     write_outer(
         sums0, out, order, weights, begin0, end0, first_row, hidden, shift, expert0, bias, bias_expert, bias_row,

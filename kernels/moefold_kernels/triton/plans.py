@@ -32,6 +32,7 @@ class Tile:
     columns: int
     warps: int
     stages: int
+    """Steps whose words and tokens are under way at once; in the overlapped modes at least two, each with its place."""
     group: int = 1
     """Tiles of entries that run side by side on one block of rows."""
     splits: int = 1
@@ -48,17 +49,18 @@ class Tile:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise FormatError(f"there is no mode {self.mode!r}; there are: {', '.join(MODES)}")
-        if self.terms not in (0, 2) or (self.terms and (not self.overlapped or self.extra)):
-            raise FormatError(f"terms is {self.terms!r}, and must be 0, or 2 in an overlapped mode with nothing extra")
+        if self.terms not in (0, 2) or (self.terms and (not self.overlapped or (self.extra and self.paired))):
+            raise FormatError(
+                f"terms is {self.terms!r}, and must be 0, or 2 in an overlapped mode (overlapped_pair: nothing extra)"
+            )
         least = 4 if self.terms else 8 if self.overlapped else 16
-        sizes = {"tokens": least, "rows": 16, "columns": 16, "warps": 1, "ahead": 1} | (
-            {"extra": 16} if self.extra else {}
-        )
+        sizes = {"tokens": least, "rows": 16, "columns": 16, "warps": 1, "ahead": 1}
+        sizes |= {"extra": 16} if self.extra else {}
         for name, least in sizes.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least or value & (value - 1):
                 raise FormatError(f"{name} is {value!r}, and must be a power of two, at least {least}")
-        for name, least in {"stages": 3 if self.overlapped else 1, "group": 1, "splits": 1}.items():
+        for name, least in {"stages": 2 if self.overlapped else 1, "group": 1, "splits": 1}.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise FormatError(f"{name} is {value!r}, and must be a whole number, at least {least}")
@@ -154,8 +156,8 @@ def tile_fits(tile: Tile, gated: bool, memory: int, format: str = layout.EXPONEN
 def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
     """What the few-bit formats' kernels on Hopper take of shared memory.
 
-    leveled.py: planes and bf16 tokens of 128 columns a stage. e4m3.py, in steps of `columns`: planes (with a stage
-    less), two terms of each token, factors of each group.
+    leveled.py: planes and bf16 tokens of 128 columns a place (stage). e4m3.py, in steps of `columns`: planes, two terms
+    of each token, factors of each group.
     """
     rows, entries = tile.rows * (2 if gated else 1), tile.entries * (2 if tile.paired else 1)
     bits = layout_pairs.magnitude_bits(format) + layout_pairs.STATE_BITS
@@ -163,7 +165,7 @@ def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
     if not tile.terms:
         return tile.stages * (planes + 256 * entries) + 1024
     halves = 2 if tile.columns > 128 else 1
-    return halves * ((tile.stages - 1) * planes + tile.stages * (256 + 16) * entries) + 4096
+    return halves * tile.stages * (planes + (256 + 16) * entries) + 4096
 
 
 def alone(tile: Tile, second: bool) -> Plan:

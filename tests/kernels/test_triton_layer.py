@@ -27,6 +27,22 @@ PLANS = {
 JOINED = [name for name in PLANS if name.startswith("joined")]
 
 
+def overlapped(mode: str, tokens: int, extra: int, places: int, columns: int = 64) -> Plan:
+    """A plan for overlapped.py or overlapped_pair.py."""
+    first, second = ((rows, columns, 4, places) for rows in (32, 64))
+    return Plan(Tile(mode, tokens, extra, *first), Tile(mode, tokens, extra, *second))
+
+
+HOPPERS = {
+    "pair 16 and 16, two places": overlapped("overlapped_pair", 16, 16, 2),
+    "pair 32, three places": overlapped("overlapped_pair", 32, 0, 3),
+    "pair 8, six places": overlapped("overlapped_pair", 8, 0, 6),
+    "slot 64 and 16, four places": overlapped("overlapped", 64, 16, 4),
+    "slot 16, two places": overlapped("overlapped", 16, 0, 2),
+    "slot 32 and 32, eight places": overlapped("overlapped", 32, 32, 8, columns=32),
+}
+
+
 @pytest.fixture(autouse=True)
 def poisoned():
     """Memory that nobody writes holds NaN, and the largest integers."""
@@ -182,6 +198,20 @@ def test_compiled_with_the_plans_that_users_get(shape, tokens, device):
             *(t.to(device) for t in arguments), *operands(layer.to(device)), "silu", 0.0, 0.0, torch.float32
         )
         assert_near(found, expected(layer, *arguments))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", HOPPERS)
+def test_hoppers_kernels(plan, device, monkeypatch):
+    """None of the plain kernels runs; experts with no entry, a few, and more than a tile."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("for compute capability 9.0")
+    monkeypatch.delattr(kernels.project, "project_in")
+    monkeypatch.delattr(kernels.project, "project_out")
+    layer = random_layer(6, 640, 384)
+    for tokens, skew in ((1, 0.0), (7, 0.0), (150, 0.0), (150, 9.0)):
+        arguments = batch(tokens, 640, 2, 6, skew=skew)
+        assert_near(run(layer, *arguments, device, plan=HOPPERS[plan]), expected(layer, *arguments))
 
 
 @pytest.mark.gpu

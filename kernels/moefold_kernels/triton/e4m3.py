@@ -47,7 +47,7 @@ from moefold_kernels.triton.e4m3_stage import (
 from moefold_kernels.triton.e4m3_tokens import write_terms
 from moefold_kernels.triton.leveled_planes import entries_of, planes_at
 from moefold_kernels.triton.leveled_stage import HALF, STEP, low_words
-from moefold_kernels.triton.overlapped import activated, after_the_one_before, barrier, share, write_outer
+from moefold_kernels.triton.overlapped import activated, after_the_one_before, barrier, end_copies, share, write_outer
 
 TABLE, CODES, FACTOR = (gl.constexpr(number) for number in (INTEGERS, E4M3, 24))
 """Integers of a matrix in `levels`; where those for this file begin; and the factor among them (levels.e4m3_table)."""
@@ -225,6 +225,7 @@ def _products(
     total0, total1 = _both_added(
         total0, total1, done0, done1, before, buffers, groups - 1, PLACES - 1, FACTORS, TOKENS, OTHERS
     )
+    end_copies()
     return _terms_added(total0, ROWS, TOKENS), _terms_added(total1, ROWS, others)
 
 

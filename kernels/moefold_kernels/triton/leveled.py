@@ -34,6 +34,7 @@ from moefold_kernels.triton.overlapped import (
     after_the_one_before,
     barrier,
     copy_layout,
+    end_copies,
     positions_at,
     product_layout,
     share,
@@ -141,7 +142,9 @@ def _products(
                         low += low_words(FORMAT, STEP)
                     scale += 1
                 async_copy.commit_group()
-    return warpgroup_mma_wait(0, deps=(sums0, sums1, extra0, extra1))
+    sums0, sums1, extra0, extra1 = warpgroup_mma_wait(0, deps=(sums0, sums1, extra0, extra1))
+    end_copies()
+    return sums0, sums1, extra0, extra1
 
 
 @gluon.jit(do_not_specialize=["top_k", "capacity", "bias_expert", "bias_row", "bias_up", "limit", "alpha"])

@@ -131,6 +131,13 @@ def start_words(to, w, wanted):
 
 
 @gluon.jit
+def end_copies():
+    """Behind the loop: Triton gives memory of places to what follows, and copies of nothing may be under way to it."""
+    async_copy.wait_group(0)
+    barrier()
+
+
+@gluon.jit
 def _start(buffers, x, live, more, more_live, PLACE: gl.constexpr, wanted, TOKENS: gl.constexpr, EXTRA: gl.constexpr):
     """Ask for one tile of tokens."""
     to = buffers[3 * PLACE + 1].index(0).slice(0, TOKENS, 0)
@@ -197,6 +204,7 @@ def _products(
             async_copy.wait_group(1)
             barrier()
     sums, extra = warpgroup_mma_wait(0, deps=(sums, extra))
+    end_copies()
     return sums, extra
 
 

@@ -21,6 +21,7 @@ from moefold_kernels.triton.decode import BOTH
 from moefold_kernels.triton.overlapped import (
     after_the_one_before,
     barrier,
+    end_copies,
     positions_at,
     product_layout,
     share,
@@ -126,7 +127,9 @@ def _products(
         if PLACES == 2:
             async_copy.wait_group(1)
             barrier()
-    return warpgroup_mma_wait(0, deps=(sums0, sums1, extra0, extra1))
+    sums0, sums1, extra0, extra1 = warpgroup_mma_wait(0, deps=(sums0, sums1, extra0, extra1))
+    end_copies()
+    return sums0, sums1, extra0, extra1
 
 
 @gluon.jit

@@ -13,7 +13,7 @@ import torch
 from moefold_kernels.errors import FormatError
 from moefold_kernels.triton import configs
 from moefold_kernels.triton.configs import SHIPPED, Shape
-from moefold_kernels.triton.plans import STEP, Plan, Tile, alone, fits, join, leveled_bytes
+from moefold_kernels.triton.plans import STEP, Plan, Tile, alone, fits, join, leveled_bytes, tile_fits
 
 GPU = torch.device("cuda")
 H200 = 232448  # bytes of shared memory of a block
@@ -126,13 +126,18 @@ def test_planes_and_terms_of_a_format_have_to_fit(folder):
     """Which depends on the format: pair8 has planes of twice pair4's size."""
     first = Tile("overlapped_pair", 8, 0, 64, 256, 8, 6, terms=2)
     made, few = Plan(first, replace(first, rows=128)), SHAPE._replace(format="pair4")
-    assert leveled_bytes(first, True, "pair4") == 2 * 6 * (128 * 68 + 16 * 272) + 4096
-    assert leveled_bytes(first, True, "pair8") == 2 * 6 * (128 * 132 + 16 * 272) + 4096
-    assert leveled_bytes(replace(first, columns=128), False, "pair6") == 6 * (64 * 100 + 16 * 272) + 4096
-    assert leveled_bytes(replace(first, terms=0, stages=3), False, "pair6") == 3 * (64 * 100 + 16 * 256) + 1024
+    assert leveled_bytes(first, True, "pair4") == 2 * 6 * (128 * 68 + 16 * 272) + 8192
+    assert leveled_bytes(first, True, "pair8") == 2 * 6 * (128 * 132 + 16 * 272) + 8192
+    assert leveled_bytes(replace(first, columns=128), False, "pair6") == 6 * (64 * 100 + 16 * 272) + 8192
+    assert leveled_bytes(replace(first, terms=0, stages=3), False, "pair6") == 3 * (64 * 100 + 16 * 256) + 4096
     ship(folder, {few: made})
     assert configs.choose(few, GPU) == made
     assert configs.choose(few._replace(format="pair8"), GPU) == configs.rule(few)
+    wide = Tile("overlapped", 256, 32, 64, 64, 8, 3)  # steps of leveled.py have 128 columns, whatever the tile's
+    assert tile_fits(replace(wide, stages=2), True, 232448, "pair4")
+    assert not tile_fits(wide, True, 232448, "pair4")
+    assert not tile_fits(replace(wide, extra=0, stages=5), True, 232448)  # 240 KB of places
+    assert tile_fits(replace(wide, extra=0, stages=4), True, 232448)
 
 
 def test_plans_that_get_other_kernels_than_they_want_are_named(folder, monkeypatch):

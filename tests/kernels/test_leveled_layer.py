@@ -162,7 +162,7 @@ def test_hoppers_kernels_with_e4m3_operands(plan, format, sizes, device, monkeyp
     for module in (kernels.project, leveled):
         monkeypatch.delattr(module, "project_in")
         monkeypatch.delattr(module, "project_out")
-    biased, (hidden, inner) = "8" in plan, sizes
+    biased, (hidden, inner) = "8" in plan or "and" in plan, sizes
     layer = leveled_layer(format, 6, hidden, inner, biased=biased, device=device, coded=True)
     activation = kernels.Activation("clamped", 1.5, 1.702) if biased else kernels.SILU
     for tokens, skew in ((1, 0.0), (3, 0.0), (150, 9.0)):

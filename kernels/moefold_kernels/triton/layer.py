@@ -34,6 +34,8 @@ class Activation(NamedTuple):
 
 SILU = Activation()
 
+WIDEST = 64
+"""Columns of a tile that overlapped.py takes: what is copied for a row is at most 128 bytes, as products read it."""
 LEVELED = 2.0**-63
 """The shift of few-bit formats: `rescale` multiplies by its inverse."""
 
@@ -189,7 +191,7 @@ def gate_up(
             shifts = {"gate_shift": _shift(kind.tops[0]), "up_shift": _shift(kind.tops[1])}
             operands, apart = (x, base, None, None, None, *lists), _apart(kind.gate, kind.up)
         shared |= {"w_unit": base.stride(0), "w_row": base.stride(1), "w_up": apart} | shifts
-        if low < 0 and fused and mode != project.DENSE.value and _overlaps(tile, target, base, x):
+        if low < 0 and fused and mode != project.DENSE.value and _overlaps(tile, target, base, x, 2):
             launch(_overlapped(tile).project_in, grid, x, base, *lists, **shared, PLACES=tile.stages, ACTIVATION=fused)
             continue
         launch(
@@ -257,7 +259,7 @@ def down(
                 _shift(kind.tops[2]),
             )
         shared |= {"w_unit": base.stride(0), "w_row": base.stride(1)}
-        if low < 0 and splits == 1 and mode != project.DENSE.value and _overlaps(tile, target, base, rows):
+        if low < 0 and splits == 1 and mode != project.DENSE.value and _overlaps(tile, target, base, rows, 1):
             launch(
                 _overlapped(tile).project_out,
                 (programs,),
@@ -327,12 +329,20 @@ def _guess(entries: int, experts: int, tile: Tile) -> bool:
     return 4 * experts <= entries <= 0.75 * tile.entries * experts
 
 
-def _overlaps(tile: Tile, target: Target, words: Tensor, x: Tensor) -> bool:
-    """Whether overlapped.py takes this: 16-byte copies, and an even number of whole tiles of columns."""
+def _overlaps(tile: Tile, target: Target, words: Tensor, x: Tensor, matrices: int) -> bool:
+    """Whether overlapped.py takes this: 16-byte copies, an even number of whole tiles of columns, 16 rows a warp.
+
+    `matrices` are side by side in a tile.
+    """
     aligned = all(stride % 8 == 0 for stride in (*words.stride()[:2], x.stride(0)))
     aligned &= words.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0
-    whole = words.shape[2] % (2 * tile.columns) == 0
-    return tile.overlapped and target.overlap and aligned and whole
+    whole = words.shape[2] % (2 * tile.columns) == 0 and tile.columns <= WIDEST
+    return tile.overlapped and target.overlap and aligned and whole and _shared_by_warps(tile, matrices)
+
+
+def _shared_by_warps(tile: Tile, matrices: int) -> bool:
+    """Whether groups of four warps, each of which has 16 rows, share a tile's rows."""
+    return tile.warps % 4 == 0 and tile.rows * matrices >= 16 * tile.warps
 
 
 def _planes(kind: Leveled, matrix: Planes) -> tuple[tuple[Tensor, ...], int, dict[str, Any]]:
@@ -343,12 +353,12 @@ def _planes(kind: Leveled, matrix: Planes) -> tuple[tuple[Tensor, ...], int, dic
 
 
 def _decodes_fast(tile: Tile, target: Target, kind: Leveled, x: Tensor, matrices: int) -> bool:
-    """Whether leveled.py takes this: whole steps of columns, and 16-byte copies (`matrices` side by side in a tile)."""
-    whole = not any(size % STEP for size in (kind.hidden, kind.inner)) and tile.warps % 4 == 0
+    """The same of leveled.py, whose steps have columns of their own number."""
+    whole = not any(size % STEP for size in (kind.hidden, kind.inner))
     aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
     parts = [part for matrix in (kind.wide, kind.narrow) for part in matrix if part is not None]
     aligned &= all(part.is_contiguous() and part.data_ptr() % 16 == 0 for part in parts)
-    return tile.overlapped and target.overlap and aligned and whole and tile.rows >= 16 * tile.warps // matrices
+    return tile.overlapped and target.overlap and aligned and whole and _shared_by_warps(tile, matrices)
 
 
 def _paired(planes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

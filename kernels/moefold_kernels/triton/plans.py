@@ -12,6 +12,8 @@ STEP = 128
 GROUP = layout_pairs.GROUP
 """Rows of gate and up in terms come in so many: they are columns of down, with a factor for a group."""
 PER_WARP = 16
+WRITING = 4096
+"""Bytes of shared memory that a program's last lines take beside its places, at most as seen; e4m3's twice that."""
 LEAST_REGISTERS, MOST_REGISTERS = 64, 248
 """Of a thread."""
 MODES = ("pair", "slot", "overlapped_pair", "overlapped")
@@ -146,11 +148,14 @@ def fits(plan: Plan, memory: int, format: str = layout.EXPONENT) -> bool:
 
 
 def tile_fits(tile: Tile, gated: bool, memory: int, format: str = layout.EXPONENT) -> bool:
-    """The same of one tile, which has twice its rows where there is a gate; some stages need a little less."""
-    rows, entries = tile.rows * (2 if gated else 1), tile.entries * (2 if tile.paired else 1)
-    if tile.terms and format != layout.EXPONENT:
+    """The same of one tile, which has twice its rows where there is a gate.
+
+    Plain Triton takes a little less than its stages; the overlapped kernels what they say, and some to write with.
+    """
+    if tile.overlapped and format != layout.EXPONENT:
         return leveled_bytes(tile, gated, format) <= memory
-    return 2 * (rows + entries) * tile.columns * tile.stages <= memory + 16384
+    rows, entries = tile.rows * (2 if gated else 1), tile.entries * (2 if tile.paired else 1)
+    return 2 * (rows + entries) * tile.columns * tile.stages <= memory + (-WRITING if tile.overlapped else 16384)
 
 
 def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
@@ -163,9 +168,9 @@ def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
     bits = layout_pairs.magnitude_bits(format) + layout_pairs.STATE_BITS
     planes = rows * (16 * bits + 4)  # of 128 columns
     if not tile.terms:
-        return tile.stages * (planes + 256 * entries) + 1024
+        return tile.stages * (planes + 256 * entries) + WRITING
     halves = 2 if tile.columns > 128 else 1
-    return halves * tile.stages * (planes + (256 + 16) * entries) + 4096
+    return halves * tile.stages * (planes + (256 + 16) * entries) + 2 * WRITING
 
 
 def alone(tile: Tile, second: bool) -> Plan:

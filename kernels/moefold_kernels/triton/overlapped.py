@@ -9,8 +9,9 @@ EXTRA, TOKENS, or a half or a quarter of TOKENS, so that a last tile of few cost
 Each of the places for words and tokens under way is a buffer of its own, and the loop over steps is unrolled by
 places: between a copy and any reading of the same buffer Triton puts a barrier, so stages of one buffer took two
 barriers a step instead of one (docs/kernels.md). Words are in registers once decoded, so new ones come where they
-were; tokens are read until their product ends, so new ones come where those of the step before were. An odd number of
-places is unrolled twice, and steps beyond the last are of zeros: four or six places do not waste any.
+were; tokens are read until their product ends, so new ones come where those of the step before were. Steps beyond the
+last are of zeros, at most places - 1 of them, or twice that and one more with an odd number of places, which is
+unrolled twice.
 
 Gluon is experimental in Triton (3.6 and 3.7 tried); the plain kernels do the same wherever this file cannot.
 """

@@ -62,8 +62,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *operands: Any, **options: Any) -
 def settle(kernel: Any) -> None:
     """Let a kernel's key in Triton's cache be the same in each process, whichever kernels were started before.
 
-    Triton 3.6 forgets what a function reads of its module where the function was not hashed before its caller, so the
-    key depends on which kernel came first, and a kernel that one process compiled another compiles anew. Here a
+    Triton (3.6, 3.7) forgets what a function reads of its module where it was not hashed before its caller, so the key
+    depends on which kernel came first, and a kernel that one process compiled another compiles anew. Here a
     function is hashed after all that it calls.
     """
     for name in kernel.fn.__code__.co_names:

@@ -46,7 +46,7 @@ from moefold_kernels.triton.e4m3_stage import (
 )
 from moefold_kernels.triton.e4m3_tokens import write_terms
 from moefold_kernels.triton.leveled_planes import entries_of, planes_at
-from moefold_kernels.triton.leveled_stage import HALF, STEP, low_words
+from moefold_kernels.triton.leveled_stage import HALF, STEP, behind
 from moefold_kernels.triton.overlapped import activated, after_the_one_before, barrier, end_copies, share, write_outer
 
 TABLE, CODES, FACTOR = (gl.constexpr(number) for number in (INTEGERS, E4M3, 24))
@@ -129,7 +129,6 @@ def _products(
     # Words of 128 columns are read in one go: new ones come where these were, a step earlier than to the place before.
     # Those of 256 would need twice the registers, and asked for by halves, half a row at a time, they came more slowly.
     READ: gl.constexpr = HALVES == 1
-    w, low, scale = planes
     x0, x1 = x
     f0, f1 = factors
     for first in gl.static_range(PLACES - 1):
@@ -166,12 +165,9 @@ def _products(
     barrier()
     for first in range(0, steps, PLACES):
         for place in gl.static_range(PLACES):
-            if PLACES == 2 and place > 0:
-                async_copy.wait_group(1 if READ else 0)
-                barrier()
             ahead = first + place + PLACES
             if PLACES == 2 and not READ:
-                start_words(buffers, (w, low, scale), 1 - place, ahead - 1 < steps, FORMAT, HALVES)
+                start_words(buffers, planes, 1 - place, ahead - 1 < steps, FORMAT, HALVES)
             scales = scales_of(buffers, place, ROWS, HALVES, of_rows)
             for half in gl.static_range(HALVES):
                 words = words_of(buffers, half, place, ROWS, FORMAT)
@@ -187,21 +183,16 @@ def _products(
                             async_copy.wait_group(2 * PLACES - 5 if READ else PLACES - 3)
                         barrier()  # for all, and nobody reads the step before, whose place is free, or this one's words
                         if PLACES > 2 and not READ:
-                            start_words(
-                                buffers, (w, low, scale), _gone(place, PLACES), ahead - 1 < steps, FORMAT, HALVES
-                            )
+                            start_words(buffers, planes, _gone(place, PLACES), ahead - 1 < steps, FORMAT, HALVES)
                         start_tokens(
                             buffers, (x0, x1), live, (f0, f1), factor_live, _gone(place, PLACES), ahead - 1 < steps,
                             FACTORS, HALVES, TOKENS, OTHERS,
                         )  # fmt: skip
                         async_copy.commit_group()
                         if READ:
-                            start_words(buffers, (w, low, scale), place, ahead < steps, FORMAT, HALVES)
+                            start_words(buffers, planes, place, ahead < steps, FORMAT, HALVES)
                             async_copy.commit_group()
-                        w += STEP // 8 * HALVES
-                        if FORMAT != "pair4":
-                            low += low_words(FORMAT, STEP) * HALVES
-                        scale += HALVES
+                        planes = behind(planes, FORMAT, HALVES)
                         x0 += 2 * HALF * groups
                         x1 += 2 * HALF * groups
                         if FACTORS:
@@ -218,9 +209,9 @@ def _products(
                             buffers, at(TOKENS_OF + 4 + 2 * half + part, place), first >> 30, theirs, done1, OTHERS
                         )
                     before = scale_of(scales[half], part)
-        if PLACES == 2:
-            async_copy.wait_group(1 if READ else 0)
-            barrier()
+            if PLACES == 2:
+                async_copy.wait_group(1 if READ else 0)  # the next step has come
+                barrier()
     done0, done1 = _finished(sums0, sums1, OTHERS)
     total0, total1 = _both_added(
         total0, total1, done0, done1, before, buffers, groups - 1, PLACES - 1, FACTORS, TOKENS, OTHERS

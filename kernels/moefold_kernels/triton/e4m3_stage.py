@@ -17,7 +17,7 @@ import triton.experimental.gluon as gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from moefold_kernels.triton.leveled_stage import HALF, STEP, low_words
+from moefold_kernels.triton.leveled_stage import HALF, STEP, behind, copy_words, low_words
 
 WORDS, LOW, SCALE, TOKENS_OF, FACTOR_OF = (gl.constexpr(i) for i in (0, 2, 4, 5, 13))
 """Numbers of buffers: two halves of `words` and of `low`, scales, four groups of either slot's tokens, and factors.
@@ -131,11 +131,8 @@ def _place(
 @gluon.jit
 def start_words(buffers, planes, PLACE: gl.constexpr, wanted, FORMAT: gl.constexpr, HALVES: gl.constexpr):
     for half in gl.static_range(HALVES):
-        to = buffers[at(WORDS + half, PLACE)]
-        async_copy.async_copy_global_to_shared(to, planes[0] + STEP // 8 * half, mask=wanted)
-        if FORMAT != "pair4":
-            to = buffers[at(LOW + half, PLACE)]
-            async_copy.async_copy_global_to_shared(to, planes[1] + low_words(FORMAT, STEP) * half, mask=wanted)
+        words, low = buffers[at(WORDS + half, PLACE)], buffers[at(LOW + half, PLACE)]
+        copy_words(words, low, planes, half, wanted, FORMAT)
     async_copy.async_copy_global_to_shared(buffers[at(SCALE, PLACE)], planes[2], mask=wanted)
 
 
@@ -157,11 +154,7 @@ def start_tokens(
 @gluon.jit
 def begin_words(buffers, planes, steps, PLACES: gl.constexpr, FORMAT: gl.constexpr, HALVES: gl.constexpr):
     """Ask for the words of the first steps, and point behind them."""
-    w, low, scale = planes
     for first in gl.static_range(PLACES if HALVES == 1 else PLACES - 1):
-        start_words(buffers, (w, low, scale), first, first < steps, FORMAT, HALVES)
-        w += STEP // 8 * HALVES
-        if FORMAT != "pair4":
-            low += low_words(FORMAT, STEP) * HALVES
-        scale += HALVES
-    return w, low, scale
+        start_words(buffers, planes, first, first < steps, FORMAT, HALVES)
+        planes = behind(planes, FORMAT, HALVES)
+    return planes

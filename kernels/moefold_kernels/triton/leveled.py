@@ -25,8 +25,8 @@ from moefold_kernels.triton.leveled_stage import (
     TOKENS_OF,
     at,
     begin_words,
+    behind,
     buffers_of,
-    low_words,
     start_tokens,
     start_words,
 )
@@ -65,7 +65,6 @@ def _products(
     left_extra: gl.constexpr = gl.DotOperandLayout(0, mma_extra, 2)
     units: gl.constexpr = units_layout(ROWS, gl.num_warps())
     sets: gl.constexpr = (2 if PAIRED else 1) * (2 if EXTRA else 1)
-    w, low, scale = planes
     x0, x1, x2, x3 = x
     for first in gl.static_range(2 * PLACES - 1):
         wanted = first < 2 * steps
@@ -136,11 +135,8 @@ def _products(
                 x2 += HALF
                 x3 += HALF
                 if half == 1:
-                    start_words(buffers, (w, low, scale), place, ahead < steps, FORMAT)
-                    w += STEP // 8
-                    if FORMAT != "pair4":
-                        low += low_words(FORMAT, STEP)
-                    scale += 1
+                    start_words(buffers, planes, place, ahead < steps, FORMAT)
+                    planes = behind(planes, FORMAT, 1)
                 async_copy.commit_group()
     sums0, sums1, extra0, extra1 = warpgroup_mma_wait(0, deps=(sums0, sums1, extra0, extra1))
     end_copies()

@@ -72,10 +72,27 @@ def _place(ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, FORMAT
 
 
 @gluon.jit
-def start_words(buffers, planes, PLACE: gl.constexpr, wanted, FORMAT: gl.constexpr):
-    async_copy.async_copy_global_to_shared(buffers[at(WORDS, PLACE)], planes[0], mask=wanted)
+def copy_words(words, low, planes, half: gl.constexpr, wanted, FORMAT: gl.constexpr):
+    """Ask for STEP columns of the planes, the `half`-th behind `planes`."""
+    async_copy.async_copy_global_to_shared(words, planes[0] + STEP // 8 * half, mask=wanted)
     if FORMAT != "pair4":
-        async_copy.async_copy_global_to_shared(buffers[at(LOW, PLACE)], planes[1], mask=wanted)
+        async_copy.async_copy_global_to_shared(low, planes[1] + low_words(FORMAT, STEP) * half, mask=wanted)
+
+
+@gluon.jit
+def behind(planes, FORMAT: gl.constexpr, HALVES: gl.constexpr):
+    """The planes of the next step of HALVES * STEP columns."""
+    w, low, scale = planes
+    w += STEP // 8 * HALVES
+    if FORMAT != "pair4":
+        low += low_words(FORMAT, STEP) * HALVES
+    scale += HALVES
+    return w, low, scale
+
+
+@gluon.jit
+def start_words(buffers, planes, PLACE: gl.constexpr, wanted, FORMAT: gl.constexpr):
+    copy_words(buffers[at(WORDS, PLACE)], buffers[at(LOW, PLACE)], planes, 0, wanted, FORMAT)
     async_copy.async_copy_global_to_shared(buffers[at(SCALE, PLACE)], planes[2], mask=wanted)
 
 
@@ -96,11 +113,7 @@ def start_tokens(
 @gluon.jit
 def begin_words(buffers, planes, steps, PLACES: gl.constexpr, FORMAT: gl.constexpr):
     """Ask for the words of the first steps, and point behind them."""
-    w, low, scale = planes
     for first in gl.static_range(PLACES):
-        start_words(buffers, (w, low, scale), first, first < steps, FORMAT)
-        w += STEP // 8
-        if FORMAT != "pair4":
-            low += low_words(FORMAT, STEP)
-        scale += 1
-    return w, low, scale
+        start_words(buffers, planes, first, first < steps, FORMAT)
+        planes = behind(planes, FORMAT, 1)
+    return planes

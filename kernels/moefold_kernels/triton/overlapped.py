@@ -16,10 +16,6 @@ unrolled twice.
 Gluon is experimental in Triton (3.6 and 3.7 tried); the plain kernels do the same wherever this file cannot.
 """
 
-# ruff: noqa: RUF005 - the compiler knows tuples' `+`, and no `*given`
-# mypy: disable-error-code=assignment
-# (tuples that grow)
-
 from __future__ import annotations
 
 import triton.experimental.gluon as gluon
@@ -29,6 +25,15 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 
 from moefold_kernels.triton.decode import RESTORE
 from moefold_kernels.triton.decode import SLOT as DECODE_SLOT
+from moefold_kernels.triton.overlapped_stage import (
+    buffers_of,
+    extra_of,
+    start_tokens,
+    start_words,
+    tokens_of,
+    unrolled,
+    words_of,
+)
 
 SILU, CLAMPED = gl.constexpr(1), gl.constexpr(2)  # as in project.py
 
@@ -103,49 +108,11 @@ def _operand(words):
     )
 
 
-@gluon.constexpr_function
-def unrolled(places):
-    """Steps in a loop's body: places in turn, and an even number, since two sets of operand registers take turns."""
-    return places if places % 2 == 0 else 2 * places
-
-
-@gluon.jit
-def _buffers(
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr
-):
-    shared: gl.constexpr = gl.NVMMASharedLayout(2 * COLUMNS, 16, 2)
-    made = ()
-    for _ in gl.static_range(PLACES):
-        made = made + (
-            gl.allocate_shared_memory(gl.int16, [ROWS, COLUMNS], shared),
-            gl.allocate_shared_memory(gl.bfloat16, [1, TOKENS, COLUMNS], shared),
-            gl.allocate_shared_memory(gl.bfloat16, [1, max(EXTRA, 8), COLUMNS], shared),
-        )
-    return made
-
-
-@gluon.jit
-def start_words(to, w, wanted):
-    """Ask for one tile of words."""
-    async_copy.async_copy_global_to_shared(to, w, mask=wanted)
-    async_copy.commit_group()
-
-
 @gluon.jit
 def end_copies():
     """Behind the loop: Triton gives memory of places to what follows, and copies of nothing may be under way to it."""
     async_copy.wait_group(0)
     barrier()
-
-
-@gluon.jit
-def _start(buffers, x, live, more, more_live, PLACE: gl.constexpr, wanted, TOKENS: gl.constexpr, EXTRA: gl.constexpr):
-    """Ask for one tile of tokens."""
-    to = buffers[3 * PLACE + 1].index(0).slice(0, TOKENS, 0)
-    async_copy.async_copy_global_to_shared(to, x, mask=live & wanted)
-    if EXTRA:
-        async_copy.async_copy_global_to_shared(buffers[3 * PLACE + 2].index(0), more, mask=more_live & wanted)
-    async_copy.commit_group()
 
 
 @gluon.jit
@@ -161,10 +128,10 @@ def _products(
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     left_extra: gl.constexpr = gl.DotOperandLayout(0, mma_extra, 2)
     for step in gl.static_range(PLACES):
-        start_words(buffers[3 * step], w, step < steps)
+        start_words(buffers, w, step, 1, step < steps)
         w += COLUMNS
     for step in gl.static_range(PLACES - 1):
-        _start(buffers, x, live, more, more_live, step, step < steps, TOKENS, EXTRA)
+        start_tokens(buffers, (x, more), (live, more_live), step, 1, step < steps, TOKENS, EXTRA)
         async_copy.commit_group()  # of nothing: in the loop words come as a group of their own
         x += COLUMNS
         if EXTRA:
@@ -176,15 +143,12 @@ def _products(
     for first in range(0, steps, unrolled(PLACES)):
         for number in gl.static_range(unrolled(PLACES)):
             nothing = first >> 30  # which the compiler does not know
-            if PLACES == 2 and number > 0:
-                async_copy.wait_group(1)
-                barrier()
-            operand = _operand(buffers[3 * (number % PLACES)].load(left))
-            right = buffers[3 * (number % PLACES) + 1].index(nothing).slice(0, TOKENS, 0).permute((1, 0))
+            operand = _operand(buffers[words_of(number % PLACES, 1)].load(left))
+            right = buffers[tokens_of(number % PLACES, 1, 0)].index(nothing).slice(0, TOKENS, 0).permute((1, 0))
             sums = warpgroup_mma(operand, right, sums, is_async=True)
             if EXTRA:
                 again = gl.convert_layout(operand, left_extra, assert_trivial=True)
-                right = buffers[3 * (number % PLACES) + 2].index(nothing).permute((1, 0))
+                right = buffers[extra_of(number % PLACES, 1, 0)].index(nothing).permute((1, 0))
                 extra = warpgroup_mma(again, right, extra, is_async=True)
                 sums, extra = warpgroup_mma_wait(2, deps=(sums, extra))  # the other set's products have ended
                 extra = warpgroup_mma_init(extra)
@@ -195,15 +159,18 @@ def _products(
                 async_copy.wait_group(2 * PLACES - 5)  # the next tile has come
             barrier()  # for all; nobody reads the tokens of the one before any more, nor this one's words
             ahead = first + number + PLACES
-            _start(buffers, x, live, more, more_live, (number + PLACES - 1) % PLACES, ahead - 1 < steps, TOKENS, EXTRA)
-            start_words(buffers[3 * (number % PLACES)], w, ahead < steps)
+            start_tokens(
+                buffers, (x, more), (live, more_live), (number + PLACES - 1) % PLACES, 1, ahead - 1 < steps, TOKENS,
+                EXTRA,
+            )  # fmt: skip
+            start_words(buffers, w, number % PLACES, 1, ahead < steps)
             w += COLUMNS
             x += COLUMNS
             if EXTRA:
                 more += COLUMNS
-        if PLACES == 2:
-            async_copy.wait_group(1)
-            barrier()
+            if PLACES == 2:
+                async_copy.wait_group(1)  # the next tile has come
+                barrier()
     sums, extra = warpgroup_mma_wait(0, deps=(sums, extra))
     end_copies()
     return sums, extra
@@ -275,7 +242,7 @@ def project_in(
     if begin >= end:
         return
     w, k = words_in(words, unit, first_row, inner, w_unit, w_row, w_up, ROWS, COLUMNS)
-    buffers = _buffers(2 * ROWS, COLUMNS, TOKENS, EXTRA, PLACES)
+    buffers = buffers_of(2 * ROWS, COLUMNS, TOKENS, EXTRA, PLACES, 1)
     expert = gl.load(experts + place)
     steps = hidden // COLUMNS
     given = (
@@ -384,7 +351,7 @@ def project_out(
     if begin >= end:
         return
     w, k = words_out(words, unit, first_row, hidden, w_unit, w_row, ROWS, COLUMNS)
-    buffers = _buffers(ROWS, COLUMNS, TOKENS, EXTRA, PLACES)
+    buffers = buffers_of(ROWS, COLUMNS, TOKENS, EXTRA, PLACES, 1)
     expert = gl.load(experts + place)
     steps = inner // COLUMNS
     given = (

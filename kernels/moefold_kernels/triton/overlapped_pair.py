@@ -6,10 +6,6 @@ PAIR a tile of words is read once. A slot's product is as wide as the fuller slo
 half of it.
 """
 
-# ruff: noqa: RUF005 - the compiler knows tuples' `+`, and no `*given`
-# mypy: disable-error-code=assignment
-# (tuples that grow)
-
 from __future__ import annotations
 
 import triton.experimental.gluon as gluon
@@ -25,13 +21,20 @@ from moefold_kernels.triton.overlapped import (
     positions_at,
     product_layout,
     share,
-    start_words,
     tokens_at,
-    unrolled,
     words_in,
     words_out,
     write_inner,
     write_outer,
+)
+from moefold_kernels.triton.overlapped_stage import (
+    buffers_of,
+    extra_of,
+    start_tokens,
+    start_words,
+    tokens_of,
+    unrolled,
+    words_of,
 )
 
 
@@ -49,18 +52,6 @@ def _operands(words):
 
 
 @gluon.jit
-def _start(buffers, x, live, PLACE: gl.constexpr, wanted, TOKENS: gl.constexpr, EXTRA: gl.constexpr):
-    """Ask for one tile of each slot's tokens."""
-    for slot in gl.static_range(2):
-        to = buffers[5 * PLACE + 1 + slot].index(0).slice(0, TOKENS, 0)
-        async_copy.async_copy_global_to_shared(to, x[slot], mask=live[slot] & wanted)
-        if EXTRA:
-            to = buffers[5 * PLACE + 3 + slot].index(0)
-            async_copy.async_copy_global_to_shared(to, x[2 + slot], mask=live[2 + slot] & wanted)
-    async_copy.commit_group()
-
-
-@gluon.jit
 def _products(
     buffers, w, x, live, steps,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
@@ -73,10 +64,10 @@ def _products(
     left_extra: gl.constexpr = gl.DotOperandLayout(0, mma_extra, 2)
     x0, x1, x2, x3 = x
     for step in gl.static_range(PLACES):
-        start_words(buffers[5 * step], w, step < steps)
+        start_words(buffers, w, step, 2, step < steps)
         w += COLUMNS
     for step in gl.static_range(PLACES - 1):
-        _start(buffers, (x0, x1, x2, x3), live, step, step < steps, TOKENS, EXTRA)
+        start_tokens(buffers, (x0, x1, x2, x3), live, step, 2, step < steps, TOKENS, EXTRA)
         async_copy.commit_group()  # of nothing: in the loop words come as a group of their own
         x0 += COLUMNS
         x1 += COLUMNS
@@ -92,20 +83,17 @@ def _products(
     for first in range(0, steps, unrolled(PLACES)):
         for number in gl.static_range(unrolled(PLACES)):
             nothing = first >> 30  # which the compiler does not know
-            if PLACES == 2 and number > 0:
-                async_copy.wait_group(1)
-                barrier()
-            own, other = _operands(buffers[5 * (number % PLACES)].load(left))
-            right = buffers[5 * (number % PLACES) + 1].index(nothing).slice(0, TOKENS, 0).permute((1, 0))
+            own, other = _operands(buffers[words_of(number % PLACES, 2)].load(left))
+            right = buffers[tokens_of(number % PLACES, 2, 0)].index(nothing).slice(0, TOKENS, 0).permute((1, 0))
             sums0 = warpgroup_mma(own, right, sums0, is_async=True)
-            right = buffers[5 * (number % PLACES) + 2].index(nothing).slice(0, TOKENS, 0).permute((1, 0))
+            right = buffers[tokens_of(number % PLACES, 2, 1)].index(nothing).slice(0, TOKENS, 0).permute((1, 0))
             sums1 = warpgroup_mma(other, right, sums1, is_async=True)
             if EXTRA:
                 own = gl.convert_layout(own, left_extra, assert_trivial=True)
                 other = gl.convert_layout(other, left_extra, assert_trivial=True)
-                right = buffers[5 * (number % PLACES) + 3].index(nothing).permute((1, 0))
+                right = buffers[extra_of(number % PLACES, 2, 0)].index(nothing).permute((1, 0))
                 extra0 = warpgroup_mma(own, right, extra0, is_async=True)
-                right = buffers[5 * (number % PLACES) + 4].index(nothing).permute((1, 0))
+                right = buffers[extra_of(number % PLACES, 2, 1)].index(nothing).permute((1, 0))
                 extra1 = warpgroup_mma(other, right, extra1, is_async=True)
                 sums0, sums1, extra0, extra1 = warpgroup_mma_wait(4, deps=(sums0, sums1, extra0, extra1))
                 extra0, extra1 = warpgroup_mma_init(extra0), warpgroup_mma_init(extra1)
@@ -116,37 +104,22 @@ def _products(
                 async_copy.wait_group(2 * PLACES - 5)  # the next tile has come
             barrier()  # for all; nobody reads the tokens of the one before any more, nor this one's words
             ahead = first + number + PLACES
-            _start(buffers, (x0, x1, x2, x3), live, (number + PLACES - 1) % PLACES, ahead - 1 < steps, TOKENS, EXTRA)
-            start_words(buffers[5 * (number % PLACES)], w, ahead < steps)
+            start_tokens(
+                buffers, (x0, x1, x2, x3), live, (number + PLACES - 1) % PLACES, 2, ahead - 1 < steps, TOKENS, EXTRA
+            )
+            start_words(buffers, w, number % PLACES, 2, ahead < steps)
             w += COLUMNS
             x0 += COLUMNS
             x1 += COLUMNS
             if EXTRA:
                 x2 += COLUMNS
                 x3 += COLUMNS
-        if PLACES == 2:
-            async_copy.wait_group(1)
-            barrier()
+            if PLACES == 2:
+                async_copy.wait_group(1)  # the next tile has come
+                barrier()
     sums0, sums1, extra0, extra1 = warpgroup_mma_wait(0, deps=(sums0, sums1, extra0, extra1))
     end_copies()
     return sums0, sums1, extra0, extra1
-
-
-@gluon.jit
-def _buffers(
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr
-):
-    shared: gl.constexpr = gl.NVMMASharedLayout(2 * COLUMNS, 16, 2)
-    made = ()
-    for _ in gl.static_range(PLACES):
-        made = made + (
-            gl.allocate_shared_memory(gl.int16, [ROWS, COLUMNS], shared),
-            gl.allocate_shared_memory(gl.bfloat16, [1, TOKENS, COLUMNS], shared),
-            gl.allocate_shared_memory(gl.bfloat16, [1, TOKENS, COLUMNS], shared),
-            gl.allocate_shared_memory(gl.bfloat16, [1, max(EXTRA, 8), COLUMNS], shared),
-            gl.allocate_shared_memory(gl.bfloat16, [1, max(EXTRA, 8), COLUMNS], shared),
-        )
-    return made
 
 
 @gluon.jit(do_not_specialize=["top_k", "capacity", "bias_expert", "bias_row", "bias_up", "limit", "alpha"])
@@ -168,7 +141,7 @@ def project_in(
     middle, end1 = gl.load(offsets + 2 * unit + 1), gl.load(offsets + 2 * unit + 2)
     begin0, begin1 = gl.load(offsets + 2 * unit) + skipped, middle + skipped
     w, k = words_in(words, unit, first_row, inner, w_unit, w_row, w_up, ROWS, COLUMNS)
-    buffers = _buffers(2 * ROWS, COLUMNS, TOKENS, EXTRA, PLACES)
+    buffers = buffers_of(2 * ROWS, COLUMNS, TOKENS, EXTRA, PLACES, 2)
     expert0, expert1 = gl.load(experts + 2 * unit), gl.load(experts + 2 * unit + 1)
     steps = hidden // COLUMNS
     most = gl.maximum(middle - begin0, end1 - begin1)
@@ -240,7 +213,7 @@ def project_out(
     middle, end1 = gl.load(offsets + 2 * unit + 1), gl.load(offsets + 2 * unit + 2)
     begin0, begin1 = gl.load(offsets + 2 * unit) + skipped, middle + skipped
     w, k = words_out(words, unit, first_row, hidden, w_unit, w_row, ROWS, COLUMNS)
-    buffers = _buffers(ROWS, COLUMNS, TOKENS, EXTRA, PLACES)
+    buffers = buffers_of(ROWS, COLUMNS, TOKENS, EXTRA, PLACES, 2)
     expert0, expert1 = gl.load(experts + 2 * unit), gl.load(experts + 2 * unit + 1)
     steps = inner // COLUMNS
     most = gl.maximum(middle - begin0, end1 - begin1)

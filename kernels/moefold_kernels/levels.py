@@ -1,8 +1,9 @@
 """A matrix's levels in the few-bit pair formats, as the kernels take them: 32-bit integers for a module's buffer.
 
-The first eight are what triton/leveled_decode.py looks up: the two levels of pair4, each twice; high bytes of eight
-levels, then their low bytes (pair5, pair6); those of the eight pieces' beginnings and steps (pair8). The next 32 are
-the bf16 bits of all levels. Then comes what triton/e4m3_decode.py takes (`e4m3_table`).
+The first 32 are what triton/leveled_decode.py looks up (`operand_table`), the next 32 the bf16 bits of all levels. Then
+comes what triton/e4m3_decode.py takes (`e4m3_table`). Integers that kernels look up stand there four times, so that a
+thread loads one of its own and ptxas does not hold it in a uniform register, from which it has to be moved at every
+use.
 """
 
 from __future__ import annotations
@@ -13,32 +14,35 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from moefold_kernels import eighths, layout, layout_pairs
+from moefold_kernels import eighths, layout
 from moefold_kernels.layout_pairs import ALONE
 
-E4M3 = 40
+BITS = 32
+"""Where the levels' bf16 bits begin."""
+E4M3 = BITS + 32
 """Where the 28 integers for e4m3 operands begin (`e4m3_table`)."""
 INTEGERS = E4M3 + 28
 """Of a matrix in `row_tables`."""
 SIGN = 0x80
 """The bit of an e4m3 number."""
-FACTOR = 2.0
-"""Of every bf16 operand that leveled.py makes: 2 is a bf16 of which the low byte is zero."""
 
 
 def row_tables(format: str, levels: Sequence[float]) -> list[int]:
-    """One matrix's levels as the kernels' 32-bit integers: for the assembly, then all levels' bf16 bits."""
+    """One matrix's levels as the kernels' 32-bit integers."""
     bits = _bits(levels)
-    if format == "pair4":
-        made = [low | low << 16 for low in bits]
-    elif format == "pair8":
-        begins, steps = layout_pairs.pieces(levels)
-        made = [*_bytes(_bits(begins)), *_bytes(_bits(steps))]
-    else:
-        made = _bytes(bits + [0] * (8 - len(bits)))
-    row = [*made, *[0] * (8 - len(made)), *bits, *[0] * (32 - len(bits))]
-    row = [*row, *[0] * (E4M3 - len(row)), *e4m3_table(format, levels)]
+    row = [*operand_table(format, levels), *bits, *[0] * (32 - len(bits)), *e4m3_table(format, levels)]
     return [*row, *[0] * (INTEGERS - len(row))]
+
+
+def operand_table(format: str, levels: Sequence[float]) -> list[int]:
+    """What triton/leveled_decode.py takes, each integer four times.
+
+    Two of the high bytes of up to eight levels, two of their low bytes (zeros for pair8, whose levels' numbers are
+    their bytes), and the two of the `state_table` of either slot, whole numbers kept in every format.
+    """
+    bits = [] if format == "pair8" else _bits(levels)
+    states = (half for slot in range(layout.SLOTS) for half in _states(slot, SIGN - 1))
+    return _fourfold([*_bytes(bits + [0] * (8 - len(bits))), *states])
 
 
 def state_table(format: str, slot: int) -> tuple[int, int]:
@@ -46,7 +50,11 @@ def state_table(format: str, slot: int) -> tuple[int, int]:
 
     A byte is the sign and a mask of magnitude bits, or nothing; pair4's mask is its upper level.
     """
-    kept, codes = eighths.UPPER if format == "pair4" else SIGN - 1, []
+    return _states(slot, eighths.UPPER if format == "pair4" else SIGN - 1)
+
+
+def _states(slot: int, kept: int) -> tuple[int, int]:
+    codes = []
     for state in range(2 * ALONE):
         shared, own = state < ALONE, (state - ALONE) >> 1 == slot
         negative = state >> (slot if shared else 0) & 1
@@ -57,9 +65,8 @@ def state_table(format: str, slot: int) -> tuple[int, int]:
 def e4m3_table(format: str, levels: Sequence[float]) -> list[int]:
     """What triton/e4m3_decode.py takes, or nothing where the levels are no e4m3 numbers (eighths.py).
 
-    Six integers, each four times, so that a thread loads one of its own and ptxas does not hold it in a uniform
-    register, from which it has to be moved at every use: two of levels, and the `state_table` of either slot. Then the
-    factor, a float32's bits.
+    Six integers, each four times: two of levels, and the `state_table` of either slot. Then the factor, a float32's
+    bits.
     """
     found = eighths.codes(format, levels)
     if found is None:
@@ -72,7 +79,7 @@ def e4m3_table(format: str, levels: Sequence[float]) -> list[int]:
     else:
         own = [_integer(codes[:4]), _integer(codes[4:])]
     each = [*own, *(half for slot in range(layout.SLOTS) for half in state_table(format, slot))]
-    return [*(one for one in each for _ in range(4)), *struct.unpack("<i", struct.pack("<f", factor))]
+    return [*_fourfold(each), *struct.unpack("<i", struct.pack("<f", factor))]
 
 
 def coded(format: str, levels: Mapping[str, Sequence[float]]) -> bool:
@@ -85,6 +92,10 @@ def layer_tables(format: str, levels: Mapping[str, Sequence[float]]) -> Tensor:
     up, down = levels["up_proj"], levels["down_proj"]
     rows = [row_tables(format, one) for one in (levels.get("gate_proj", up), up, down)]
     return torch.tensor(rows, dtype=torch.int64, device="cpu").to(torch.int32)
+
+
+def _fourfold(integers: Sequence[int]) -> list[int]:
+    return [one for one in integers for _ in range(4)]
 
 
 def _bits(values: Sequence[float]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The assembly for the few-bit formats against the definition, bit by bit, by a few instructions of PTX in Python."""
+"""bf16 operands of the few-bit formats against the definition, bit by bit, by PTX's instructions in Python."""
 
 from __future__ import annotations
 
@@ -6,68 +6,96 @@ import pytest
 import torch
 from leveled import FORMATS, matrix, uneven
 from ptx import run
+from torch import Tensor
 
-from moefold_kernels import reference_pairs
-from moefold_kernels.levels import FACTOR, row_tables
+from moefold_kernels import layout_pairs, reference_pairs
+from moefold_kernels.bench.weights import LEVELS
+from moefold_kernels.levels import E4M3, row_tables
 
 pytest.importorskip("triton", reason="needs triton")
 from moefold_kernels.triton import leveled_decode
+from moefold_kernels.triton.leveled_launch import prepared
 
-ROWS = 12
-
-
-def levels_of(format: str) -> list[float]:
-    return torch.tensor(uneven(format)).bfloat16().tolist()
-
-
-def thread_of(format: str, planes: dict[str, torch.Tensor], row: int, unit: int, thread: int) -> dict[str, list[int]]:
-    """What a thread of a group of four has of 16 columns of a row: two words, words of `low`, the scale twice."""
-    words = planes["words"][row, 2 * unit : 2 * unit + 2].tolist()
-    low = {
-        "pair4": lambda plane: [],
-        "pair5": lambda plane: [int(plane[unit // 2]) >> 2 * (unit % 2)],
-        "pair6": lambda plane: [int(plane[unit])],
-        "pair8": lambda plane: plane[2 * unit : 2 * unit + 2].tolist(),
-    }[format](planes["low"][row] if "low" in planes else None)
-    scale = int(planes["scale"][row, unit // 4]) & 0xFFFF
-    return {"words": words, "gather": [thread | (thread + 4) << 4], "low": low, "scale": [scale | scale << 16]}
+ROWS, COLUMNS, GROUP = 6, 192, 64
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = [("pair4", "uneven"), ("pair5", "uneven"), ("pair6", "uneven"), *((format, "fp8") for format in FORMATS)]
 
 
-def same(format: str, planes: dict[str, torch.Tensor], calculate) -> None:
-    """Whether `calculate` (what a thread has, row, thread, slots, slot) gives FACTOR times what the slots read."""
-    levels = levels_of(format)
-    right = [FACTOR * reference_pairs.decode(format, planes, levels, 128, slot) for slot in range(2)]
-    for row in range(ROWS):
-        for unit, thread in ((unit, thread) for unit in range(8) for thread in range(4)):
-            has = thread_of(format, planes, row, unit, thread)
-            columns = [16 * unit + 8 * eight + 2 * thread + i for eight in (0, 1) for i in (0, 1)]
-            for slots, slot in ((2, 0), (1, 0), (1, 1)):
-                found = torch.tensor(calculate(has, row, thread, slots, slot)).to(torch.int32).view(torch.bfloat16)
-                wanted = torch.cat([right[slot + i][row, columns] for i in range(slots)])
-                assert torch.equal(found, wanted), (row, unit, thread, slots, slot)
+def levels_of(format: str, kind: str) -> list[float]:
+    return torch.tensor(uneven(format)).bfloat16().tolist() if kind == "uneven" else list(LEVELS[format])
 
 
-def instructions(format: str, table: list[int], scale: list[int], slots: int, slot: int) -> list[int]:
-    """What integer instructions look up: for one slot its signs, and the row's levels, those of pair4 scaled."""
-    own = table[: leveled_decode.TABLES[format]]
-    if format == "pair4":
-        factor = torch.tensor(scale).to(torch.int32).view(torch.bfloat16)
-        scaled = [torch.tensor([one]).to(torch.int32).view(torch.bfloat16) * factor for one in own]
-        own = [int(one.view(torch.int32)) for one in scaled]
-    return (list(leveled_decode.SLOT_SIGNS.value[2 * slot : 2 * slot + 2]) if slots == 1 else []) + own
+def low_of(format: str, plane: Tensor, thread: int, word: int) -> list[int]:
+    """A thread's word of `low` [words] for eight columns of a group, moved as the kernel moves it."""
+    if format == "pair8":
+        return [int(plane[2 * thread + word])]
+    if format == "pair6":
+        return [int(plane[thread]) >> 2 * word]
+    return [int(plane[thread // 2]) >> 2 * (thread % 2) + word]
 
 
-def planes_of(format: str) -> dict[str, torch.Tensor]:
-    return reference_pairs.encode(format, *matrix(format, ROWS, 128, seed=3))
+def bf16(registers: list[int]) -> Tensor:
+    """The two of each register, lower half first."""
+    return torch.tensor([half for one in registers for half in (one & 0xFFFF, one >> 16)]).short().view(torch.bfloat16)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_integer_instructions(format):
-    table = row_tables(format, levels_of(format))
+def operands(format: str, table: list[int], planes: dict[str, Tensor], place: tuple[int, int], slots: int, slot: int):
+    """bf16 [slots, GROUP] of a row and a group as the threads' registers lie in a product."""
+    row, group = place
+    own = [table[4 * number] for number in range(leveled_decode.TABLES[format])]
+    states = [table[16 + 8 * each + 4 * half] for each in range(2) for half in range(2)]
+    one = int(planes["scale"][row, group]) & 0xFFFF
+    both = one << 16 | 0x1234 if group % 2 else 0x12340000 | one
+    scale = run(leveled_decode.scale_assembly(format, group % 2), 1, [both])
+    made = torch.zeros(slots, GROUP, dtype=torch.bfloat16)
+    each = GROUP * layout_pairs.low_bits(format) // 32
+    low = planes["low"][row, each * group : each * (group + 1)] if "low" in planes else torch.empty(0)
+    for thread in range(4):
+        for word in range(2):
+            given = [int(planes["words"][row, 8 * group + 2 * thread + word])]
+            given += low_of(format, low, thread, word) if "low" in planes else []
+            given += [*scale, *own, *(states if slots == 2 else states[2 * slot : 2 * slot + 2])]
+            found = run(leveled_decode.assembly(format, slots), 4 * slots, given)
+            for number, register in enumerate(found):
+                four, half = number // 2 % 2, number % 2
+                at = 32 * word + 16 * four + 8 * half + 2 * thread
+                made[number // 4, at : at + 2] = bf16([register])
+    return made
 
-    def calculate(has, row, thread, slots, slot):
-        given = has["words"] + has["gather"] + has["low"] + (has["scale"] if format != "pair4" else [])
-        given += instructions(format, table, has["scale"], slots, slot)
-        return run(leveled_decode.assembly(format, slots), 2 * slots, given)
 
-    same(format, planes_of(format), calculate)
+@pytest.mark.parametrize(("slots", "slot"), [(2, 0), (1, 0), (1, 1)])
+@pytest.mark.parametrize(("format", "kind"), CASES)
+def test_registers_are_the_definitions(format, kind, slots, slot):
+    """In the order of columns that `prepared` gives tokens; what a slot does not read is next to nothing."""
+    levels = levels_of(format, kind)
+    planes = reference_pairs.encode(format, *matrix(format, ROWS, COLUMNS, seed=3))
+    table = row_tables(format, levels)
+    order = prepared(torch.arange(COLUMNS, device=DEVICE)[None].bfloat16())[0].long().cpu()
+    factor = 1.0
+    if format == "pair8":  # what leveled.py multiplies sums with
+        factor = torch.tensor([table[E4M3 + 24]]).to(torch.int32).view(torch.float32).item()
+        factor *= 2.0 ** (120 - leveled_decode.SCALE_EXPONENT)
+    for number in range(slots):
+        right = reference_pairs.decode(format, planes, levels, COLUMNS, slot + number)
+        for row in range(ROWS):
+            for group in range(COLUMNS // GROUP):
+                found = operands(format, table, planes, (row, group), slots, slot)[number].double() * factor
+                wanted = right[row, order[GROUP * group : GROUP * (group + 1)]].double()
+                if format == "pair8":  # the factor is not rounded with them, and level 0 stands for zero
+                    scale = planes["scale"].view(torch.bfloat16)[row, group].double()
+                    assert bool(((found - wanted).abs() <= wanted.abs() * 2**-7 + levels[0] * scale).all())
+                    assert not found[wanted == 0].any()
+                    continue
+                assert torch.equal(found[wanted != 0], wanted[wanted != 0])
+                assert bool((found[wanted == 0].abs() < 2.0**-124).all())
+
+
+def test_columns_change_places_within_their_group():
+    x = torch.arange(320, dtype=torch.float32).view(2, 160)[:, :128].to(torch.bfloat16).to(DEVICE)
+    made = prepared(x)
+    assert made.shape == x.shape
+    number = torch.arange(64, device=DEVICE)
+    column = number // 2 % 4 * 16 + number // 16 * 4 + number % 2 * 2 + number // 8 % 2
+    assert torch.equal(made.view(2, 2, 64), x.reshape(2, 2, 64)[..., column])
+    assert sorted(column.tolist()) == list(range(64))
+    assert prepared(x[:0]).shape == (0, 128)

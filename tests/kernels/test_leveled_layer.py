@@ -48,6 +48,7 @@ FAST |= {"pair 8": fast("overlapped_pair", 8), "slot 8, splits": fast("overlappe
 FAST |= {
     "pair 16 and 16, splits": fast("overlapped_pair", 16, extra=16, stages=2, splits=2),
     "slot 64 and 32": fast("overlapped", 64, extra=32, stages=2),
+    "slot 64, 16 warps": fast("overlapped", 64, warps=16, stages=3),
 }
 
 
@@ -120,7 +121,7 @@ def test_operands_that_do_not_fit():
     good, arguments = operands(layer), batch(3, 64, 2, 4)
     for change, said in (
         ({"down_low": None}, "pair6 needs down_low"),
-        ({"levels": good.levels[:, 1:].contiguous()}, r"levels is \[3, 67\]"),
+        ({"levels": good.levels[:, 1:].contiguous()}, r"levels is \[3, 91\]"),
         ({"gate_up_scale": good.gate_up_scale.float()}, "scales int16"),
         ({"down_packed": good.down_packed[:, :, 1:]}, "down_packed is"),
     ):
@@ -141,7 +142,7 @@ def test_hoppers_kernels(plan, format, device, monkeypatch):
     monkeypatch.delattr(kernels.project, "project_in")
     monkeypatch.delattr(kernels.project, "project_out")
     biased = "splits" in plan
-    layer = leveled_layer(format, 6, 640, 384, biased=biased, device=device, alike="8" in plan)
+    layer = leveled_layer(format, 6, 640, 384, biased=biased, device=device, coded=format == "pair8")
     activation = kernels.Activation("clamped", 1.5, 1.702) if biased else kernels.SILU
     for tokens, skew in ((1, 0.0), (3, 0.0), (150, 0.0), (150, 9.0)):
         arguments = batch(tokens, 640, 2, 6, skew=skew)
@@ -177,3 +178,31 @@ def test_levels_of_other_numbers_get_bf16_operands(device):
     arguments = batch(5, 256, 2, 6)
     assert not weights_of(operands(layer)).packed.coded
     assert_near(run(layer, *arguments, device, E4M3["slot-4"]), expected(layer, *arguments))
+
+
+@pytest.mark.parametrize("plan", ["pair 16", "slot 128"])
+def test_levels_of_pair8_that_are_no_numbers(plan, device, monkeypatch):
+    """Those that kernels do not know by their numbers take the plain ones, on every device."""
+    monkeypatch.setattr(kernels.leveled_launch, "gate_up", None)
+    layer = leveled_layer("pair8", 6, 256, 128, device=device)
+    arguments = batch(5, 256, 2, 6)
+    assert not weights_of(operands(layer)).packed.coded
+    assert_near(run(layer, *arguments, device, FAST[plan]), expected(layer, *arguments))
+
+
+@pytest.mark.parametrize("sizes", [(256, 128), (320, 128)])
+@pytest.mark.parametrize("kind", ["e4m3", "bf16", "plain"])
+def test_tiles_that_plain_kernels_can_hold(kind, sizes, device):
+    """On Hopper project.py gets narrow ones of overlapped modes, whichever kernel they were made for."""
+    layer = leveled_layer("pair8", 6, *sizes, device=device)  # levels that are no fp8 numbers
+    held = weights_of(operands(layer))
+    plan = {"e4m3": E4M3["pair-8"], "bf16": FAST["slot 128"], "plain": PLAIN["pair"]}[kind]
+    found = kernels.able(held, plan, True)
+    if kind == "plain":
+        assert found == plan
+    else:
+        assert all(tile.columns <= 32 and tile.stages <= 3 and not tile.terms for tile in found.tiles)
+        assert [tile.rows for tile in found.tiles] == [tile.rows for tile in plan.tiles]
+    assert kernels.apart(held, plan) == found
+    arguments = batch(5, sizes[0], 2, 6)
+    assert_near(run(layer, *arguments, device, plan), expected(layer, *arguments))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moefold_kernels import layout
 from moefold_kernels.triton.configs import Shape
-from moefold_kernels.triton.plans import Plan, Tile, leveled_bytes, tile_fits
+from moefold_kernels.triton.plans import STEP, Plan, Tile, leveled_bytes, tile_fits
 from moefold_kernels.triton.portability import Target
 from moefold_kernels.triton.regimes import (
     E4M3,
@@ -61,6 +61,8 @@ class Room(NamedTuple):
 
 def candidates(shape: Shape, room: Room, before: Plan) -> tuple[list[Tile], list[Tile]]:
     """The tiles to try for gate and up, and for down, beginning with those of the plan that the shape has now."""
+    if shape.format != layout.EXPONENT and (shape.hidden % STEP or shape.inner % STEP):
+        room = room._replace(overlap=False)  # project.py does those
     return _side(shape, room, 0, before.first), _side(shape, room, 1, before.second)
 
 
@@ -80,8 +82,8 @@ def _tiles(shape: Shape, room: Room, side: int) -> Iterator[Tile]:
             for group in regime.groups:
                 tile = Tile(kind.mode, kind.tokens, kind.extra, rows, columns, warps, stages, group, terms=kind.terms)
                 yield tile
-                if kind.terms and kind.tokens in (32, 64) and warps == 8:
-                    yield replace(tile, registers=REGISTERS_SHARED)
+                if kind.terms and kind.tokens in REGISTERS_SHARED and warps == 8:
+                    yield replace(tile, registers=REGISTERS_SHARED[kind.tokens])
                 if side and (leveled or regime is REGIMES[0]) and _idle(tile, shape, room):
                     yield from (replace(tile, splits=splits) for splits in (2, 4) if shape.inner >= 512 * splits)
 

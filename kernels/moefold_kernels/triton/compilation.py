@@ -23,7 +23,7 @@ from moefold_kernels import layout, layout_pairs
 from moefold_kernels.bench.cases import Shape
 from moefold_kernels.errors import BenchmarkError
 from moefold_kernels.levels import INTEGERS
-from moefold_kernels.triton import e4m3_launch, layer
+from moefold_kernels.triton import e4m3_launch, layer, leveled_launch
 from moefold_kernels.triton.plans import Plan
 from moefold_kernels.triton.weights import Leveled, Planes, Projections, Weights
 
@@ -154,7 +154,7 @@ def _run(job: Job) -> None:
         x = torch.zeros(index.numel(), shape.inner, dtype=torch.bfloat16, device=job.device)
         layer.down(
             weights,
-            layer.Inner(x, e4m3_launch.between(x) if plan.second.terms else None),
+            layer.Inner(x, e4m3_launch.between(x) if plan.second.terms else None, leveled_launch.takes(weights, plan)),
             index,
             scales,
             tables,

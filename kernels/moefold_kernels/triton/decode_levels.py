@@ -10,10 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moefold_kernels.levels import BITS as BITS_AT
 from moefold_kernels.levels import INTEGERS
 
 TABLE = tl.constexpr(INTEGERS)
-"""Integers of a matrix: eight for the assembly, then the levels' bf16 bits (levels.py)."""
+"""Integers of a matrix (levels.py)."""
+BITS = tl.constexpr(BITS_AT)
+"""Where among them the levels' bf16 bits are."""
 
 
 @triton.jit
@@ -29,7 +32,7 @@ def _fields(row, planes, column, inside, LOW: tl.constexpr):
         across: tl.constexpr = 32 // LOW  # columns a word
         word = tl.load(low + row * (2 * LOW * groups) + column // across, mask=inside, other=0)
         number |= word >> 4 * (column % 8) + LOW * (column % across // 8) & (1 << LOW) - 1
-    level = (tl.load(levels[:, None] + 8 + number) << 16).to(tl.float32, bitcast=True)
+    level = (tl.load(levels[:, None] + BITS + number) << 16).to(tl.float32, bitcast=True)
     bits = tl.load(scale + row * groups + column // 64, mask=inside, other=0).to(tl.int32)
     product = (level * (bits << 16).to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
     return nibble & 7, product + 0x7FFF + (product >> 16 & 1) >> 16  # to nearest even: the interpreter cuts bits off

@@ -28,11 +28,13 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 
 from moefold_kernels.levels import E4M3, INTEGERS
 from moefold_kernels.triton.decode import RESTORE
-from moefold_kernels.triton.e4m3_operands import decoded, scale_of, scales_of, units_layout, words_of
+from moefold_kernels.triton.e4m3_operands import decoded, scale_of, scales_of
 from moefold_kernels.triton.e4m3_stage import (
     FACTOR_OF,
     FEW,
+    LOW,
     TOKENS_OF,
+    WORDS,
     at,
     begin_words,
     buffers_of,
@@ -47,8 +49,21 @@ from moefold_kernels.triton.e4m3_stage import (
 from moefold_kernels.triton.e4m3_tokens import write_terms
 from moefold_kernels.triton.leveled_planes import entries_of, planes_at
 from moefold_kernels.triton.leveled_stage import HALF, STEP, behind
-from moefold_kernels.triton.overlapped import activated, after_the_one_before, barrier, end_copies, share, write_outer
+from moefold_kernels.triton.leveled_words import units_layout, words_of
+from moefold_kernels.triton.overlapped import (
+    activated,
+    after_the_one_before,
+    barrier,
+    end_copies,
+    entries_at,
+    gates_of,
+    share,
+    write_outer,
+)
 
+EARLY = gl.constexpr(32)
+"""Tokens from which on what the last lines need of entries is asked for before the products: it takes 2 to 8 registers,
+which otherwise are worth more (docs/kernels.md)."""
 TABLE, CODES, FACTOR = (gl.constexpr(number) for number in (INTEGERS, E4M3, 24))
 """Integers of a matrix in `levels`; where those for this file begin; and the factor among them (levels.e4m3_table)."""
 
@@ -166,11 +181,11 @@ def _products(
     for first in range(0, steps, PLACES):
         for place in gl.static_range(PLACES):
             ahead = first + place + PLACES
-            if PLACES == 2 and not READ:
+            if PLACES == 2 and not READ:  # before words are read: behind that it took 2 to 22 registers more
                 start_words(buffers, planes, 1 - place, ahead - 1 < steps, FORMAT, HALVES)
             scales = scales_of(buffers, place, ROWS, HALVES, of_rows)
             for half in gl.static_range(HALVES):
-                words = words_of(buffers, half, place, ROWS, FORMAT)
+                words = words_of(buffers[at(WORDS + half, place)], buffers[at(LOW + half, place)], ROWS, FORMAT)
                 for part in gl.static_range(2):
                     ours, theirs = decoded(words[part], words[2 + part], tables, states, ROWS, FORMAT, PAIRED, left)
                     done0, done1 = _finished(sums0, sums1, OTHERS)
@@ -274,14 +289,20 @@ def _scales_at(factors, begin, end, groups, skipped, TOKENS: gl.constexpr):
 
 
 @gluon.jit
+def _factors_at(token_factors, order, begin, end, top_k, TOKENS: gl.constexpr):
+    """What to multiply the sums of a tile's entries with; a thread reads one, as in `entries_at`."""
+    n = begin + gl.arange(0, TOKENS, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    token = gl.load(order + n, mask=n < end, other=0) // top_k
+    return gl.load(token_factors + token, mask=n < end, other=0.0)
+
+
+@gluon.jit
 def _write_inner(
-    sums, token_factors, out, factors, order, begin, end, first_row, inner, top_k, levels, expert, bias, bias_expert,
-    bias_row, bias_up, limit, alpha, ROWS: gl.constexpr, TOKENS: gl.constexpr, ACTIVATION: gl.constexpr,
+    sums, token_factors, out, factors, begin, end, first_row, inner, levels, expert, bias, bias_expert, bias_row,
+    bias_up, limit, alpha, ROWS: gl.constexpr, TOKENS: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """overlapped.write_inner, with factors of tokens and matrices, and e4m3 terms as the result."""
-    n = begin + gl.arange(0, TOKENS, gl.SliceLayout(0, sums.type.layout))
-    token = gl.load(order + n, mask=n < end, other=0) // top_k
-    sums *= gl.load(token_factors + token, mask=n < end, other=0.0)[None, :]
+    sums *= gl.convert_layout(token_factors, gl.SliceLayout(0, sums.type.layout))[None, :]
     gate, up = gl.split(gl.permute(gl.reshape(sums, (ROWS // 8, 2, 8, TOKENS)), (0, 2, 3, 1)))
     gate, up = gl.reshape(gate, (ROWS, TOKENS)) * _factor(levels), gl.reshape(up, (ROWS, TOKENS))
     up *= _factor(levels + TABLE)
@@ -326,7 +347,9 @@ def project_in(
     )  # fmt: skip
     half: gl.constexpr = fewer(TOKENS)
     few0, few1 = end0 - begin0 <= half, end1 - begin1 <= half
-    if PAIRED:
+    if half == TOKENS and EXTRA == 0:  # so few that all widths are one
+        _in(buffers, given, ROWS, TOKENS, TOKENS if PAIRED else 0, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES)
+    elif PAIRED:
         if few0 and few1:
             _in(buffers, given, ROWS, half, half, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES)
         elif few0:
@@ -358,17 +381,28 @@ def _in(
     if OTHERS > 0:
         n, live = _twice(begin1, end1, OTHERS)
         a1, live1 = _terms_at(x, gl.load(order + n, mask=live, other=0) // top_k, live, hidden, 0, OTHERS)
+    early: gl.constexpr = TOKENS >= EARLY
+    t0, t1 = begin0, begin0  # of nothing
+    if early:
+        t0 = _factors_at(token_factors, order, begin0, end0, top_k, TOKENS)
+        t1 = t0
+        if OTHERS > 0:
+            t1 = _factors_at(token_factors, order, begin1, end1, top_k, OTHERS)
     sums0, sums1 = _products(
         buffers, planes, (a0, a1), (live0, live1), (factors, factors), (live0, live1), steps, slot, levels, TABLE,
         2 * ROWS, TOKENS, OTHERS, PLACES, FORMAT, PAIRED, False, HALVES,
     )  # fmt: skip
+    if not early:
+        t0 = _factors_at(token_factors, order, begin0, end0, top_k, TOKENS)
     _write_inner(
-        sums0, token_factors, out, factors, order, begin0, end0, first_row, inner, top_k, levels,
-        gl.load(experts + place), bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS, TOKENS, ACTIVATION,
+        sums0, t0, out, factors, begin0, end0, first_row, inner, levels, gl.load(experts + place), bias, bias_expert,
+        bias_row, bias_up, limit, alpha, ROWS, TOKENS, ACTIVATION,
     )  # fmt: skip
     if OTHERS > 0:
+        if not early:
+            t1 = _factors_at(token_factors, order, begin1, end1, top_k, OTHERS)
         _write_inner(
-            sums1, token_factors, out, factors, order, begin1, end1, first_row, inner, top_k, levels,
+            sums1, t1, out, factors, begin1, end1, first_row, inner, levels,
             gl.load(experts + place + (1 if PAIRED else 0)), bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS,
             OTHERS, ACTIVATION,
         )  # fmt: skip
@@ -387,11 +421,13 @@ def project_out(
     tile, first_row = share(program, gl.cdiv(hidden, ROWS), ROWS, GROUP)
     unit = gl.load(tiles + tile)  # the tables are of two kernels before
     if unit < 0:
+        after_the_one_before()  # also here: that this kernel has ended must mean that the one before it has
         return
     skipped = gl.load(tiles + capacity + tile) * (TOKENS + EXTRA)
     place, begin0, end0, begin1, end1 = entries_of(offsets, unit, slot, skipped, PAIRED)
     if not PAIRED:
         if begin0 >= end0:
+            after_the_one_before()
             return
         begin1 = begin0 + TOKENS
     begin = gl.program_id(1) * part
@@ -407,7 +443,9 @@ def project_out(
     )  # fmt: skip
     half: gl.constexpr = fewer(TOKENS)
     few0, few1 = end0 - begin0 <= half, end1 - begin1 <= half
-    if PAIRED:
+    if half == TOKENS and EXTRA == 0:
+        _out(buffers, given, ROWS, TOKENS, TOKENS if PAIRED else 0, PLACES, FORMAT, PAIRED, HALVES)
+    elif PAIRED:
         if few0 and few1:
             _out(buffers, given, ROWS, half, half, PLACES, FORMAT, PAIRED, HALVES)
         elif few0:
@@ -441,17 +479,28 @@ def _out(
         n, live = _twice(begin1, end1, OTHERS)
         a1, live1 = _terms_at(x, gl.where(live, n, 0), live, inner, begin, OTHERS)
         f1, there1 = _scales_at(factors, begin1, end1, inner // HALF, begin, OTHERS)
+    early: gl.constexpr = TOKENS >= EARLY
+    entries0, entries1 = begin0, begin0  # of nothing
+    if early:
+        entries0 = gates_of(entries_at(order, begin0, end0, TOKENS), weights)
+        entries1 = entries0
+        if OTHERS > 0:
+            entries1 = gates_of(entries_at(order, begin1, end1, OTHERS), weights)
     sums0, sums1 = _products(
         buffers, planes, (a0, a1), (live0, live1), (f0, f1), (there0, there1), steps, slot, levels + 2 * TABLE, 0,
         ROWS, TOKENS, OTHERS, PLACES, FORMAT, PAIRED, True, HALVES,
     )  # fmt: skip
     shift = _factor(levels + 2 * TABLE) / RESTORE
+    if not early:
+        entries0 = gates_of(entries_at(order, begin0, end0, TOKENS), weights)
     write_outer(
-        sums0, out, order, weights, begin0, end0, first_row, hidden, shift, gl.load(experts + place), bias,
-        bias_expert, bias_row, ROWS, TOKENS,
+        sums0, out, entries0, begin0, end0, first_row, hidden, shift, gl.load(experts + place), bias, bias_expert,
+        bias_row, ROWS, TOKENS,
     )  # fmt: skip
     if OTHERS > 0:
+        if not early:
+            entries1 = gates_of(entries_at(order, begin1, end1, OTHERS), weights)
         write_outer(
-            sums1, out, order, weights, begin1, end1, first_row, hidden, shift,
+            sums1, out, entries1, begin1, end1, first_row, hidden, shift,
             gl.load(experts + place + (1 if PAIRED else 0)), bias, bias_expert, bias_row, ROWS, OTHERS,
         )  # fmt: skip

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moefold_kernels.triton.leveled_launch import aligned, planes_of
 from moefold_kernels.triton.plans import GROUP, STEP, Plan, Tile
 from moefold_kernels.triton.portability import Target, launch, power_of_two
 from moefold_kernels.triton.weights import Leveled, Weights
-
-ALIGNED = 16
 
 
 class Terms(NamedTuple):
@@ -26,9 +25,7 @@ def takes(weights: Weights, plan: Plan) -> bool:
     kind = weights.packed
     if not plan.first.terms or not isinstance(kind, Leveled) or not (kind.coded and kind.gated):
         return False
-    planes = [part for matrix in (kind.wide, kind.narrow) for part in matrix if part is not None]
-    aligned = all(part.is_contiguous() and part.data_ptr() % ALIGNED == 0 for part in planes)
-    return aligned and Target.of(weights.places).overlap and not (kind.hidden % STEP or kind.inner % STEP)
+    return aligned(kind) and Target.of(weights.places).overlap and not (kind.hidden % STEP or kind.inner % STEP)
 
 
 def cut(tile: Tile, kind: Leveled, columns: int) -> dict[str, Any]:
@@ -72,7 +69,7 @@ def gate_up(
     """`tables`: order, offsets, tiles, experts and bias; `options`: numbers and constants of the kernel."""
     from moefold_kernels.triton import e4m3
 
-    launch(e4m3.project_in, grid, *tokens, *_planes(kind, 0), *out, *tables, w_up=kind.inner, **options)
+    launch(e4m3.project_in, grid, *tokens, *planes_of(kind, kind.wide), *out, *tables, w_up=kind.inner, **options)
 
 
 def down(
@@ -81,10 +78,4 @@ def down(
     """The same, with the gate weights before the bias."""
     from moefold_kernels.triton import e4m3
 
-    launch(e4m3.project_out, grid, *rows, *_planes(kind, 1), out, *tables, **options)
-
-
-def _planes(kind: Leveled, number: int) -> tuple[Tensor, ...]:
-    matrix = (kind.wide, kind.narrow)[number]
-    low = matrix.words if matrix.low is None else matrix.low
-    return matrix.words, low, matrix.scale.view(torch.int32), kind.levels
+    launch(e4m3.project_out, grid, *rows, *planes_of(kind, kind.narrow), out, *tables, **options)

@@ -6,8 +6,7 @@ is unrolled by places, and one barrier a step is left (two places: two). Tokens'
 index is nothing that the compiler knows: it computed all addresses for products before the loop otherwise, and kept
 each in a register.
 
-Words lie in whole rows of 64 bytes, of which every other two are turned by a half, so that the four rows that a quarter
-of a warp reads lie in different banks. A token's values of a group of 64 columns are 128 bytes of two terms
+A token's values of a group of 64 columns are 128 bytes of two terms
 (e4m3_tokens.py), here as 2 * TOKENS rows: first terms before second ones.
 """
 
@@ -17,7 +16,7 @@ import triton.experimental.gluon as gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from moefold_kernels.triton.leveled_stage import HALF, STEP, behind, copy_words, low_words
+from moefold_kernels.triton.leveled_stage import HALF, STEP, behind, copy_words, low_words, turned
 
 WORDS, LOW, SCALE, TOKENS_OF, FACTOR_OF = (gl.constexpr(i) for i in (0, 2, 4, 5, 13))
 """Numbers of buffers: two halves of `words` and of `low`, scales, four groups of either slot's tokens, and factors.
@@ -46,13 +45,6 @@ def fewer(tokens):
 def product_layout(tokens, warps):
     """The layout of sums [rows, width]: a warp has 16 rows."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, width(tokens), 32])
-
-
-@gluon.constexpr_function
-def turned(words):
-    """Rows of so many words: a warp's reading of them, a few words a thread, has no bank twice."""
-    vector, phase = {16: (8, 2), 8: (4, 4)}.get(words, (1, 1))
-    return gl.SwizzledSharedLayout(vector, phase, 2 if vector > 1 else 1, [1, 0])
 
 
 @gluon.constexpr_function

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from moefold_kernels import layout, layout_pairs
-from moefold_kernels.levels import FACTOR
-from moefold_kernels.triton import e4m3_launch, joined, project
+from moefold_kernels.triton import e4m3_launch, joined, leveled_launch, project
 from moefold_kernels.triton.configs import Shape, choose
 from moefold_kernels.triton.e4m3_launch import Terms
 from moefold_kernels.triton.plans import STEP, Plan, Tile
@@ -36,6 +35,9 @@ SILU = Activation()
 
 WIDEST = 64
 """Columns of a tile that overlapped.py takes: what is copied for a row is at most 128 bytes, as products read it."""
+NARROW, SHALLOW = 32, 3
+"""Columns and stages of a tile of an overlapped mode, at most, where project.py does pairs in few bits: up to 129 KB of
+a block's memory then (compiled for Hopper; a tile of 64 x 256 took up to 459)."""
 LEVELED = 2.0**-63
 """The shift of few-bit formats: `rescale` multiplies by its inverse."""
 
@@ -64,7 +66,7 @@ def forward(
     """
     plan = plan or plan_for(weights, *top_k_index.shape)
     plan = plan if joins(weights, activation, plan.first) else replace(plan, joined=False)
-    plan = plan if activation.name in ACTIVATIONS and e4m3_launch.takes(weights, plan) else in_bf16(plan)
+    plan = able(weights, plan, activation.name in ACTIVATIONS)
     top_k_index = top_k_index.contiguous()  # here, as `combine` reads it before the kernel in front of it has ended
     x = hidden.to(torch.bfloat16)
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -84,9 +86,27 @@ def joins(weights: Weights, activation: Activation, tile: Tile) -> bool:
     return alike and fused and whole and not isinstance(weights.packed, Leveled)
 
 
-def apart(plan: Plan) -> Plan:
-    """The plan with a launch for each projection, and bf16 rows between them."""
-    return in_bf16(replace(plan, joined=False))
+def apart(weights: Weights, plan: Plan) -> Plan:
+    """The plan with a launch for each projection, bf16 rows between them in their order, and no activation fused."""
+    return able(weights, replace(plan, joined=False), False)
+
+
+def able(weights: Weights, plan: Plan, fused: bool) -> Plan:
+    """The plan with bf16 operands unless e4m3.py takes it, and tiles that project.py can hold where that does pairs.
+
+    In few bits, that is: there it makes integers of all of a tile's columns, 256 of which do not fit a block's memory.
+    """
+    if fused and e4m3_launch.takes(weights, plan):
+        return plan
+    plan = in_bf16(plan)
+    if not isinstance(weights.packed, Leveled) or (fused and leveled_launch.takes(weights, plan)):
+        return plan
+
+    def narrow(tile: Tile) -> Tile:
+        columns, stages = min(tile.columns, NARROW), min(tile.stages, SHALLOW)
+        return replace(tile, columns=columns, stages=stages) if tile.overlapped else tile
+
+    return replace(plan, first=narrow(plan.first), second=narrow(plan.second))
 
 
 def in_bf16(plan: Plan) -> Plan:
@@ -140,6 +160,8 @@ class Inner(NamedTuple):
     rows: Tensor  # [entry, inner] bf16; none where all experts have
     terms: Terms | None = None
     """those of pairs, for e4m3.py."""
+    ordered: bool = False
+    """whether those of pairs have their columns in the order of leveled_tokens.py, for leveled.py."""
 
     @property
     def values(self) -> Tensor:
@@ -158,6 +180,7 @@ def gate_up(
     out = x.new_empty(entries, inner if fused or not gated else 2 * inner)
     bias = None if biases is None else (biases.gate if biases.gate is not None else biases.up)
     terms = e4m3_launch.empty(len(tables.order), inner, x, inner // layout_pairs.GROUP) if tile.terms else None
+    ordered = fused is not None and leveled_launch.takes(weights, plan)
     for kind, mode, first, table in _kinds(weights, tables.first, tile):
         shared = {
             "hidden": hidden, "inner": inner, "top_k": top_k, "capacity": table.shape[1], "x_row": x.stride(0),
@@ -176,14 +199,15 @@ def gate_up(
             )  # fmt: skip
             continue
         if isinstance(kind, Leveled):
-            planes, low, more = _planes(kind, kind.wide)
-            if fused and _decodes_fast(tile, target, kind, x, 2):
-                launch(
-                    _leveled().project_in, grid, x, *_paired(planes), *lists, **_narrow(shared, tile), **more,
-                    shift=LEVELED / FACTOR,
-                    w_up=inner, ACTIVATION=fused, PLACES=tile.stages,
+            if ordered:
+                leveled_launch.gate_up(
+                    grid, leveled_launch.prepared(x), kind, out,
+                    (tables.order, tables.offsets, table, weights.experts, bias),
+                    _narrow(shared | {"x_row": hidden}, tile)
+                    | {"shift": LEVELED, "ACTIVATION": fused, "PLACES": tile.stages},
                 )  # fmt: skip
                 continue
+            planes, low = _planes(kind, kind.wide)
             base, shifts = kind.wide.words, dict.fromkeys(("gate_shift", "up_shift"), LEVELED)
             operands, apart = (x, *planes, *lists), 0
         else:
@@ -203,7 +227,7 @@ def gate_up(
     if fused is None:
         assert activation.function is not None
         out = activation.function(out).to(x.dtype).contiguous()
-    return Inner(out, terms)
+    return Inner(out, terms, ordered)
 
 
 def down(
@@ -242,14 +266,15 @@ def down(
             )  # fmt: skip
             continue
         if isinstance(kind, Leveled):
-            planes, low, more = _planes(kind, kind.narrow)
-            if _decodes_fast(tile, target, kind, rows, 1):
-                launch(
-                    _leveled().project_out, (programs, splits), rows, *_paired(planes), *lists,
-                    **_narrow(shared, tile), **more, part=part, out_split=parts.stride(0), shift=LEVELED / FACTOR,
-                    PLACES=tile.stages,
+            if x.ordered:
+                leveled_launch.down(
+                    (programs, splits), rows, kind, parts,
+                    (tables.order, tables.offsets, table, weights.experts, gates, bias),
+                    _narrow(shared, tile)
+                    | {"part": part, "out_split": parts.stride(0), "shift": LEVELED, "PLACES": tile.stages},
                 )  # fmt: skip
                 continue
+            planes, low = _planes(kind, kind.narrow)
             base, operands, shift = kind.narrow.words, (rows, *planes, *lists), LEVELED
         else:
             base, operands, low, shift = (
@@ -337,46 +362,19 @@ def _overlaps(tile: Tile, target: Target, words: Tensor, x: Tensor, matrices: in
     aligned = all(stride % 8 == 0 for stride in (*words.stride()[:2], x.stride(0)))
     aligned &= words.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0
     whole = words.shape[2] % (2 * tile.columns) == 0 and tile.columns <= WIDEST
-    return tile.overlapped and target.overlap and aligned and whole and _shared_by_warps(tile, matrices)
+    return tile.overlapped and target.overlap and aligned and whole and leveled_launch.shared_by_warps(tile, matrices)
 
 
-def _shared_by_warps(tile: Tile, matrices: int) -> bool:
-    """Whether groups of four warps, each of which has 16 rows, share a tile's rows."""
-    return tile.warps % 4 == 0 and tile.rows * matrices >= 16 * tile.warps
-
-
-def _planes(kind: Leveled, matrix: Planes) -> tuple[tuple[Tensor, ...], int, dict[str, Any]]:
-    """Planes and levels as kernels take them, the bits of the plane `low`, and what only leveled.py takes."""
+def _planes(kind: Leveled, matrix: Planes) -> tuple[tuple[Tensor, ...], int]:
+    """Planes and levels as project.py takes them, and the bits of the plane `low`."""
     low = matrix.words if matrix.low is None else matrix.low  # any pointer, where nothing is read
-    levels = kind.levels
-    return (matrix.words, low, matrix.scale, levels), layout_pairs.low_bits(kind.format), {"FORMAT": kind.format}
-
-
-def _decodes_fast(tile: Tile, target: Target, kind: Leveled, x: Tensor, matrices: int) -> bool:
-    """The same of leveled.py, whose steps have columns of their own number."""
-    whole = not any(size % STEP for size in (kind.hidden, kind.inner))
-    aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-    parts = [part for matrix in (kind.wide, kind.narrow) for part in matrix if part is not None]
-    aligned &= all(part.is_contiguous() and part.data_ptr() % 16 == 0 for part in parts)
-    return tile.overlapped and target.overlap and aligned and whole and _shared_by_warps(tile, matrices)
-
-
-def _paired(planes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The planes with two scales in an integer."""
-    words, low, scale, levels = planes
-    return words, low, scale.view(torch.int32), levels
+    return (matrix.words, low, matrix.scale, kind.levels), layout_pairs.low_bits(kind.format)
 
 
 def _narrow(shared: dict[str, Any], tile: Tile, *but: str) -> dict[str, Any]:
     """What leveled.py and e4m3.py take of these."""
     taken = {name: value for name, value in shared.items() if name not in ("COLUMNS", *but)}
     return taken | {"PAIRED": tile.paired}
-
-
-def _leveled() -> Any:
-    from moefold_kernels.triton import leveled
-
-    return leveled
 
 
 def _overlapped(tile: Tile) -> Any:

@@ -2,11 +2,16 @@
 
 As in overlapped.py and overlapped_pair.py two sets of operand registers take turns; a program serves both slots of a
 pair from one reading (PAIRED), or one. A step is 128 columns, two groups: words of 64 bytes a row, and the two scales
-of a row in one copy of 4 bytes; tokens come by groups, each where those of the group before were. Integer instructions
-make operands of words (leveled_decode.py). Products are as wide as the fuller slot needs: TOKENS and EXTRA, TOKENS, or
-a half or a quarter of it. Any levels will do; those that are e4m3 numbers have e4m3.py, which is faster for fewer
-entries.
+of a row in one copy of 4 bytes; tokens come by groups, each where those of the group before were. A step's words are
+read in one go, before copies are asked for, behind which reading would queue; new ones come where they were. Integer
+instructions make operands of words (leveled_decode.py). Products are as wide as the fuller slot needs: TOKENS and
+EXTRA, TOKENS, or a half or a quarter of it. Levels that are e4m3 numbers have e4m3.py, which is faster for fewer
+entries; pair8's have to be such numbers here, too.
 """
+
+# ruff: noqa: RUF005 - the compiler knows tuples' `+`, and no `*given`
+# mypy: disable-error-code=assignment
+# (tuples that grow)
 
 from __future__ import annotations
 
@@ -15,12 +20,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 
-from moefold_kernels.levels import INTEGERS
-from moefold_kernels.triton.leveled_operands import decoded, signs_of, units_layout
+from moefold_kernels.levels import E4M3, INTEGERS
+from moefold_kernels.triton.leveled_decode import SCALE_EXPONENT
+from moefold_kernels.triton.leveled_operands import decoded, read, scale_of
 from moefold_kernels.triton.leveled_planes import entries_of, planes_at
 from moefold_kernels.triton.leveled_stage import (
     EXTRA_OF,
     HALF,
+    PART,
     STEP,
     TOKENS_OF,
     at,
@@ -30,21 +37,59 @@ from moefold_kernels.triton.leveled_stage import (
     start_tokens,
     start_words,
 )
+from moefold_kernels.triton.leveled_tokens import write_inner
+from moefold_kernels.triton.leveled_words import word_layout
 from moefold_kernels.triton.overlapped import (
     after_the_one_before,
     barrier,
     copy_layout,
     end_copies,
+    entries_at,
+    gated,
+    gates_of,
     positions_at,
     product_layout,
     share,
     tokens_at,
-    write_inner,
     write_outer,
 )
 
-TABLE = gl.constexpr(INTEGERS)
-"""Of a matrix in `levels`."""
+TABLE, FACTOR_AT = gl.constexpr(INTEGERS), gl.constexpr(E4M3 + 24)
+"""Integers of a matrix in `levels`; where among them the factor of e4m3 numbers is."""
+NUMBERS = gl.constexpr(2.0 ** (120 - SCALE_EXPONENT))
+"""What pair8's products of numbers and scales have to be multiplied with, beside the factor."""
+
+
+@gluon.jit
+def _shift(levels, shift, FORMAT: gl.constexpr):
+    """`shift`, and what leveled_decode.py leaves out of pair8's operands."""
+    if FORMAT == "pair8":
+        shift = gl.load(levels + FACTOR_AT).to(gl.float32, bitcast=True) * shift * NUMBERS
+    return shift
+
+
+@gluon.jit
+def _right(buffers, number: gl.constexpr, nothing, part: gl.constexpr, TOKENS: gl.constexpr):
+    """Tokens of the columns of a set of operands, turned."""
+    found = buffers[number].index(nothing).slice(0, TOKENS, 0)
+    return found.slice(PART * part, PART, 1).permute((1, 0))
+
+
+@gluon.jit
+def _begin_tokens(
+    buffers, x, live, steps, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr, PAIRED: gl.constexpr
+):  # fmt: skip
+    """Ask for the tokens of the first groups, one less than places have, and point behind them."""
+    x0, x1, x2, x3 = x
+    for first in gl.static_range(2 * PLACES - 1):
+        wanted = first < 2 * steps
+        start_tokens(buffers, (x0, x1, x2, x3), live, first % 2, first // 2, wanted, TOKENS, EXTRA, PAIRED)
+        async_copy.commit_group()
+        x0 += HALF
+        x1 += HALF
+        x2 += HALF
+        x3 += HALF
+    return x0, x1, x2, x3
 
 
 @gluon.jit
@@ -55,89 +100,83 @@ def _products(
 ):  # fmt: skip
     """Sums [ROWS, TOKENS] of both slots, then [ROWS, EXTRA], over `steps` times STEP columns; nothing for what is not.
 
-    The first PLACES steps' words have been asked for; `planes` point behind them. Rows 8 to 15 of every 16 have
-    the levels at `levels + up`.
+    The first PLACES steps' words have been asked for, and tokens of one group less; pointers are behind them. Rows 8 to
+    15 of every 16 have the levels at `levels + up`.
     """
     gl.assume(steps > 0)
     mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
     mma_extra: gl.constexpr = product_layout(max(EXTRA, 16), gl.num_warps())
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     left_extra: gl.constexpr = gl.DotOperandLayout(0, mma_extra, 2)
-    units: gl.constexpr = units_layout(ROWS, gl.num_warps())
+    rows: gl.constexpr = word_layout(ROWS, gl.num_warps())
     sets: gl.constexpr = (2 if PAIRED else 1) * (2 if EXTRA else 1)
     x0, x1, x2, x3 = x
-    for first in gl.static_range(2 * PLACES - 1):
-        wanted = first < 2 * steps
-        start_tokens(buffers, (x0, x1, x2, x3), live, first % 2, first // 2, wanted, TOKENS, EXTRA, PAIRED)
-        async_copy.commit_group()
-        x0 += HALF
-        x1 += HALF
-        x2 += HALF
-        x3 += HALF
-    thread = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(0, units))), 0), 0)
-    gather = thread | (thread + 4) << 4
-    shared = gl.where(slot == 0, signs_of(0, 0), signs_of(1, 0)).to(gl.int32)
-    alone = gl.where(slot == 0, signs_of(0, 1), signs_of(1, 1)).to(gl.int32)
-    signs = (gl.full((ROWS, 4, 4), shared, gl.int32, units), gl.full((ROWS, 4, 4), alone, gl.int32, units))
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, units)))
-    own = levels + gl.where(row % 16 >= 8, up, 0)
-    tables = (
-        gl.load(own), gl.load(own + 1), gl.load(own + 2), gl.load(own + 3),
-        gl.load(own + 4), gl.load(own + 5), gl.load(own + 6), gl.load(own + 7),
-    )  # fmt: skip
+    thread = levels + gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, rows)), 0)  # [1, 4]: each has its own
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, rows))
+    own = thread + gl.where(gl.expand_dims(row, 1) % 16 >= 8, up, 0)
+    tables = gl.load(own), gl.load(own + 4), gl.load(own + 8), gl.load(own + 12)
+    first = 16 if PAIRED else 16 + 8 * slot
+    states = gl.load(thread + first), gl.load(thread + first + 4)
+    if PAIRED:
+        states = states + (gl.load(thread + 24), gl.load(thread + 28))
     sums0 = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
     sums1 = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
     extra0 = warpgroup_mma_init(gl.zeros((ROWS, max(EXTRA, 16)), gl.float32, mma_extra))
     extra1 = warpgroup_mma_init(gl.zeros((ROWS, max(EXTRA, 16)), gl.float32, mma_extra))
     async_copy.wait_group(2 * PLACES - 2)
     barrier()
+    words = read(buffers, 0, ROWS, FORMAT)
     for first in range(0, steps, PLACES):
         for place in gl.static_range(PLACES):
             nothing = first >> 30  # which the compiler does not know
+            ahead = first + place + PLACES
             for half in gl.static_range(2):
-                ours, theirs = decoded(buffers, place, gather, signs, tables, half, ROWS, FORMAT, PAIRED, left)
-                right = buffers[at(TOKENS_OF + half, place)].index(nothing).slice(0, TOKENS, 0).permute((1, 0))
-                sums0 = warpgroup_mma(ours, right, sums0, is_async=True)
-                if PAIRED:
-                    right = buffers[at(TOKENS_OF + 2 + half, place)].index(nothing).slice(0, TOKENS, 0).permute((1, 0))
-                    sums1 = warpgroup_mma(theirs, right, sums1, is_async=True)
-                if EXTRA:
-                    ours = gl.convert_layout(ours, left_extra, assert_trivial=True)
-                    right = buffers[at(EXTRA_OF + half, place)].index(nothing).permute((1, 0))
-                    extra0 = warpgroup_mma(ours, right, extra0, is_async=True)
+                scale = scale_of(words, half, FORMAT)
+                for part in gl.static_range(2):
+                    ours, theirs = decoded(words, scale, half, part, tables, states, ROWS, FORMAT, PAIRED, left)
+                    right = _right(buffers, at(TOKENS_OF + half, place), nothing, part, TOKENS)
+                    sums0 = warpgroup_mma(ours, right, sums0, is_async=True)
                     if PAIRED:
-                        theirs = gl.convert_layout(theirs, left_extra, assert_trivial=True)
-                        right = buffers[at(EXTRA_OF + 2 + half, place)].index(nothing).permute((1, 0))
-                        extra1 = warpgroup_mma(theirs, right, extra1, is_async=True)
-                if PAIRED and EXTRA:
-                    sums0, sums1, extra0, extra1 = warpgroup_mma_wait(sets, deps=(sums0, sums1, extra0, extra1))
-                    extra0, extra1 = warpgroup_mma_init(extra0), warpgroup_mma_init(extra1)
-                elif EXTRA:
-                    sums0, extra0 = warpgroup_mma_wait(sets, deps=(sums0, extra0))
-                    extra0 = warpgroup_mma_init(extra0)
-                elif PAIRED:
-                    sums0, sums1 = warpgroup_mma_wait(sets, deps=(sums0, sums1))
-                else:
-                    sums0 = warpgroup_mma_wait(sets, deps=(sums0,))
-                sums0 = warpgroup_mma_init(sums0)
-                if PAIRED:
-                    sums1 = warpgroup_mma_init(sums1)
-                async_copy.wait_group(2 * PLACES - 3)  # the next half has come
-                barrier()  # for all, and nobody reads the tokens of the one before, or after a second half, the words
-                ahead = first + place + PLACES
-                wanted = ahead - 1 + half < steps
-                start_tokens(
-                    buffers, (x0, x1, x2, x3), live, 1 - half, (place + PLACES - 1 + half) % PLACES, wanted,
-                    TOKENS, EXTRA, PAIRED,
-                )  # fmt: skip
-                x0 += HALF
-                x1 += HALF
-                x2 += HALF
-                x3 += HALF
-                if half == 1:
-                    start_words(buffers, planes, place, ahead < steps, FORMAT)
-                    planes = behind(planes, FORMAT, 1)
-                async_copy.commit_group()
+                        right = _right(buffers, at(TOKENS_OF + 2 + half, place), nothing, part, TOKENS)
+                        sums1 = warpgroup_mma(theirs, right, sums1, is_async=True)
+                    if EXTRA:
+                        ours = gl.convert_layout(ours, left_extra, assert_trivial=True)
+                        right = _right(buffers, at(EXTRA_OF + half, place), nothing, part, EXTRA)
+                        extra0 = warpgroup_mma(ours, right, extra0, is_async=True)
+                        if PAIRED:
+                            theirs = gl.convert_layout(theirs, left_extra, assert_trivial=True)
+                            right = _right(buffers, at(EXTRA_OF + 2 + half, place), nothing, part, EXTRA)
+                            extra1 = warpgroup_mma(theirs, right, extra1, is_async=True)
+                    if PAIRED and EXTRA:
+                        sums0, sums1, extra0, extra1 = warpgroup_mma_wait(sets, deps=(sums0, sums1, extra0, extra1))
+                        extra0, extra1 = warpgroup_mma_init(extra0), warpgroup_mma_init(extra1)
+                    elif EXTRA:
+                        sums0, extra0 = warpgroup_mma_wait(sets, deps=(sums0, extra0))
+                        extra0 = warpgroup_mma_init(extra0)
+                    elif PAIRED:
+                        sums0, sums1 = warpgroup_mma_wait(sets, deps=(sums0, sums1))
+                    else:
+                        sums0 = warpgroup_mma_wait(sets, deps=(sums0,))
+                    sums0 = warpgroup_mma_init(sums0)
+                    if PAIRED:
+                        sums1 = warpgroup_mma_init(sums1)
+                    if part == 0:
+                        async_copy.wait_group(2 * PLACES - 3)  # the next half has come
+                        barrier()  # for all, and nobody reads the tokens of the one before, nor this step's words
+                        start_tokens(
+                            buffers, (x0, x1, x2, x3), live, 1 - half, (place + PLACES - 1 + half) % PLACES,
+                            ahead - 1 + half < steps, TOKENS, EXTRA, PAIRED,
+                        )  # fmt: skip
+                        x0 += HALF
+                        x1 += HALF
+                        x2 += HALF
+                        x3 += HALF
+                        if half == 0:
+                            start_words(buffers, planes, place, ahead < steps, FORMAT)
+                            planes = behind(planes, FORMAT, 1)
+                        async_copy.commit_group()
+                    elif half == 1:
+                        words = read(buffers, (place + 1) % PLACES, ROWS, FORMAT)
     sums0, sums1, extra0, extra1 = warpgroup_mma_wait(0, deps=(sums0, sums1, extra0, extra1))
     end_copies()
     return sums0, sums1, extra0, extra1
@@ -151,6 +190,8 @@ def project_in(
     ACTIVATION: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """overlapped.project_in; `hidden` is a number of STEPs, planes are contiguous [unit, row, word], gate rows first.
+
+    Columns of `x` and of `out` have the order of leveled_tokens.py.
 
     `w_up`: rows from a gate row to its up row, within a unit of 2 * inner.
     """
@@ -203,31 +244,33 @@ def _in(
     if PAIRED:
         a1, live1 = tokens_at(x, order, begin1, end1, k, top_k, x_row, HALF, TOKENS)
         b1, more1 = tokens_at(x, order, begin1 + TOKENS, end1, k, top_k, x_row, HALF, rest)
+    live = live0, live1, more0, more1
+    at = _begin_tokens(buffers, (a0, a1, b0, b1), live, steps, TOKENS, EXTRA, PLACES, PAIRED)
     sums0, sums1, extra0, extra1 = _products(
-        buffers, planes, (a0, a1, b0, b1), (live0, live1, more0, more1), steps, slot, levels, TABLE,
-        2 * ROWS, TOKENS, EXTRA, PLACES, FORMAT, PAIRED,
-    )  # fmt: skip
-    expert = gl.load(experts + place)
-    write_inner(
-        sums0, out, begin0, end0, first_row, inner, shift, shift, expert, bias, bias_expert, bias_row, bias_up, limit,
-        alpha, ROWS, TOKENS, ACTIVATION,
-    )  # fmt: skip
+        buffers, planes, at, live, steps, slot, levels, TABLE, 2 * ROWS, TOKENS, EXTRA, PLACES, FORMAT, PAIRED
+    )
+    shifts = _shift(levels, shift, FORMAT), _shift(levels + TABLE, shift, FORMAT)
+    given = out, first_row, inner, shifts, bias, bias_expert, bias_row, bias_up, limit, alpha
+    _activate(sums0, begin0, end0, gl.load(experts + place), given, ROWS, TOKENS, ACTIVATION)
     if EXTRA:
-        write_inner(
-            extra0, out, begin0 + TOKENS, end0, first_row, inner, shift, shift, expert, bias, bias_expert, bias_row,
-            bias_up, limit, alpha, ROWS, EXTRA, ACTIVATION,
-        )  # fmt: skip
+        _activate(extra0, begin0 + TOKENS, end0, gl.load(experts + place), given, ROWS, EXTRA, ACTIVATION)
     if PAIRED:
-        expert = gl.load(experts + place + 1)
-        write_inner(
-            sums1, out, begin1, end1, first_row, inner, shift, shift, expert, bias, bias_expert, bias_row, bias_up,
-            limit, alpha, ROWS, TOKENS, ACTIVATION,
-        )  # fmt: skip
+        _activate(sums1, begin1, end1, gl.load(experts + place + 1), given, ROWS, TOKENS, ACTIVATION)
         if EXTRA:
-            write_inner(
-                extra1, out, begin1 + TOKENS, end1, first_row, inner, shift, shift, expert, bias, bias_expert,
-                bias_row, bias_up, limit, alpha, ROWS, EXTRA, ACTIVATION,
-            )  # fmt: skip
+            _activate(extra1, begin1 + TOKENS, end1, gl.load(experts + place + 1), given, ROWS, EXTRA, ACTIVATION)
+
+
+@gluon.jit
+def _activate(
+    sums, begin, end, expert, given, ROWS: gl.constexpr, TOKENS: gl.constexpr, ACTIVATION: gl.constexpr
+):  # fmt: skip
+    """Activations of the sums of a slot's entries, written."""
+    out, first_row, inner, shifts, bias, bias_expert, bias_row, bias_up, limit, alpha = given
+    value = gated(
+        sums, first_row, inner, shifts[0], shifts[1], expert, bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS,
+        TOKENS, ACTIVATION,
+    )  # fmt: skip
+    write_inner(value, out, begin, end, first_row, inner, ROWS, TOKENS)
 
 
 @gluon.jit(do_not_specialize=["capacity", "bias_expert", "bias_row"])
@@ -237,16 +280,18 @@ def project_out(
     ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, GROUP: gl.constexpr, PLACES: gl.constexpr,
     FORMAT: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
-    """overlapped.project_out, in splits of `part` columns (a number of STEPs, as `inner` is)."""
+    """overlapped.project_out of what `project_in` wrote, in splits of `part` columns (whole STEPs, as `inner` is)."""
     slot = 0 if PAIRED else gl.program_id(0) % 2
     program = gl.program_id(0) if PAIRED else gl.program_id(0) // 2
     tile, first_row = share(program, gl.cdiv(hidden, ROWS), ROWS, GROUP)
     unit = gl.load(tiles + tile)  # the tables are of two kernels before
     if unit < 0:
+        after_the_one_before()  # also here: that this kernel has ended must mean that the one before it has
         return
     skipped = gl.load(tiles + capacity + tile) * (TOKENS + EXTRA)
     place, begin0, end0, begin1, end1 = entries_of(offsets, unit, slot, skipped, PAIRED)
     if not PAIRED and begin0 >= end0:
+        after_the_one_before()
         return
     begin = gl.program_id(1) * part
     out += gl.program_id(1).to(gl.int64) * out_split
@@ -283,34 +328,37 @@ def _out(
     ) = given  # fmt: skip
     k = begin + gl.arange(0, HALF, gl.SliceLayout(0, copy_layout(HALF, gl.num_warps())))
     rest: gl.constexpr = max(EXTRA, 16)
+    entries0, rest0 = entries_at(order, begin0, end0, TOKENS), entries_at(order, begin0 + TOKENS, end0, rest)
+    entries1, rest1 = entries0, rest0
+    if PAIRED:
+        entries1, rest1 = entries_at(order, begin1, end1, TOKENS), entries_at(order, begin1 + TOKENS, end1, rest)
     a0, live0 = positions_at(x, begin0, end0, k, inner, HALF, TOKENS)
     b0, more0 = positions_at(x, begin0 + TOKENS, end0, k, inner, HALF, rest)
     a1, live1, b1, more1 = a0, live0, b0, more0
     if PAIRED:
         a1, live1 = positions_at(x, begin1, end1, k, inner, HALF, TOKENS)
         b1, more1 = positions_at(x, begin1 + TOKENS, end1, k, inner, HALF, rest)
+    live = live0, live1, more0, more1
+    at = _begin_tokens(buffers, (a0, a1, b0, b1), live, steps, TOKENS, EXTRA, PLACES, PAIRED)
+    entries0, rest0 = gates_of(entries0, weights), gates_of(rest0, weights)
+    entries1, rest1 = gates_of(entries1, weights), gates_of(rest1, weights)
     sums0, sums1, extra0, extra1 = _products(
-        buffers, planes, (a0, a1, b0, b1), (live0, live1, more0, more1), steps, slot, levels + 2 * TABLE, 0,
-        ROWS, TOKENS, EXTRA, PLACES, FORMAT, PAIRED,
-    )  # fmt: skip
-    expert = gl.load(experts + place)
-    write_outer(
-        sums0, out, order, weights, begin0, end0, first_row, hidden, shift, expert, bias, bias_expert, bias_row, ROWS,
-        TOKENS,
-    )  # fmt: skip
+        buffers, planes, at, live, steps, slot, levels + 2 * TABLE, 0, ROWS, TOKENS, EXTRA, PLACES, FORMAT, PAIRED
+    )
+    shift = _shift(levels + 2 * TABLE, shift, FORMAT)
+    given = out, first_row, hidden, shift, bias, bias_expert, bias_row
+    _write(sums0, entries0, begin0, end0, gl.load(experts + place), given, ROWS, TOKENS)
     if EXTRA:
-        write_outer(
-            extra0, out, order, weights, begin0 + TOKENS, end0, first_row, hidden, shift, expert, bias, bias_expert,
-            bias_row, ROWS, EXTRA,
-        )  # fmt: skip
+        _write(extra0, rest0, begin0 + TOKENS, end0, gl.load(experts + place), given, ROWS, EXTRA)
     if PAIRED:
-        expert = gl.load(experts + place + 1)
-        write_outer(
-            sums1, out, order, weights, begin1, end1, first_row, hidden, shift, expert, bias, bias_expert, bias_row,
-            ROWS, TOKENS,
-        )  # fmt: skip
+        _write(sums1, entries1, begin1, end1, gl.load(experts + place + 1), given, ROWS, TOKENS)
         if EXTRA:
-            write_outer(
-                extra1, out, order, weights, begin1 + TOKENS, end1, first_row, hidden, shift, expert, bias,
-                bias_expert, bias_row, ROWS, EXTRA,
-            )  # fmt: skip
+            _write(extra1, rest1, begin1 + TOKENS, end1, gl.load(experts + place + 1), given, ROWS, EXTRA)
+
+
+@gluon.jit
+def _write(sums, entries, begin, end, expert, given, ROWS: gl.constexpr, TOKENS: gl.constexpr):
+    out, first_row, hidden, shift, bias, bias_expert, bias_row = given
+    write_outer(
+        sums, out, entries, begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row, ROWS, TOKENS
+    )

@@ -1,142 +1,140 @@
-"""The few-bit pair formats to bf16 operands in registers, on Hopper: PTX for four positions of a row at a time.
+"""The few-bit pair formats to bf16 operands in registers, on Hopper: PTX for a word, which is eight positions of a row.
 
-A thread of a product holds columns 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t of every 16 (t: its number in a group of four), so
-byte t of each of two words: one `prmt` gathers its four nibbles in 16 bits, and they are selectors at once. A state
-looks up the high byte of +2, -2 or 0 for each slot; magnitudes come as layout_pairs.py says, exactly as the definition
-rounds them: the level times the scale, rounded once. Their product is exact.
+A bf16 number is two bytes, so two look-ups of four positions each and one `prmt` that puts bytes side by side make two
+operand registers; nibbles of a word are the look-ups' selectors as they lie. Columns 0 and 2, 1 and 3, ... of a word
+share a register (leveled_tokens.py brings tokens into that order).
+
+    pair4, pair5, pair6   high and low bytes of the levels are tables of eight. The high byte gets the state's sign and
+                          is dropped where the state drops the position; then the level is multiplied by the row's
+                          scale, as the definition rounds it. What is dropped keeps its level's low byte, as a number
+                          below 2 ** -125, times the scale
+    pair8                 a level's number n is the byte of an fp8 number (eighths.py), and n * 16 the bits of a bf16
+                          number: 2 ** -120 of it. Its low byte is four bits of (low), moved to the upper nibble, its
+                          high byte the fifth. What multiplies it is the row's scale with the state's sign, or what is
+                          left of it without its high byte, which makes zero of such numbers
+
+Eight positions take 17 (pair4), 18 (pair5, pair6) and 24 (pair8) integer instructions for one slot, 25 to 34 for both,
+and four multiplications a slot. Four positions at a time, of words that all four threads of a row had to read, took 20
+to 44, and 4 to 16 multiplications (docs/kernels.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import triton.language as tl
-
-from moefold_kernels import layout, layout_pairs
-from moefold_kernels.layout_pairs import ALONE
-
-_PLUS, _MINUS = 0x40, 0xC0  # high bytes of +2 and -2
-
-
-def _signs(slot: int) -> tuple[str, str]:
-    """The table of states for a slot: eight bytes, in two registers."""
-    codes = []
-    for state in range(2 * ALONE):
-        shared, own = state < ALONE, (state - ALONE) >> 1 == slot
-        negative = state >> (slot if shared else 0) & 1
-        codes.append((_MINUS if negative else _PLUS) if shared or own else 0)
-    return tuple("0x" + bytes(reversed(codes[i : i + 4])).hex().upper() for i in (0, 4))  # type: ignore[return-value]
+LOWS = {"pair4": 0, "pair5": 1, "pair6": 1, "pair8": 1}
+"""Words of the plane `low` for eight columns; pair5's and pair6's are moved so that a column's bits are the lowest."""
+TABLES = {"pair4": 4, "pair5": 4, "pair6": 4, "pair8": 0}
+"""Registers of levels (levels.operand_table): high bytes of eight, low bytes."""
+EVEN, ODD = 0, 1
+"""Of the two registers of four columns: that of columns 0 and 2, that of 1 and 3."""
+_LOW_MASK = {"pair5": 0x11111111, "pair6": 0x33333333}
+_TOP = {"pair4": (3, 0x11111111), "pair5": (2, 0x22222222), "pair6": (1, 0x44444444), "pair8": (3, 0x11111111)}
+"""How far the nibbles' fourth bits are moved to be the highest bits of selectors, and their mask."""
+_BY_SIGN = 0xA8
+"""`lop3`'s (a | b) & c: a number, its sign bits set, and what a state keeps of it."""
+SCALE_EXPONENT = 64
+"""pair8's scales are given times two to this, so that products with numbers near 2 ** -125 are no subnormal ones (for
+scales from 2 ** -61 on); scales have to be below 2 ** 64."""
 
 
-def _join(shift: int, low: str, mask: int) -> str:
-    """PTX of selectors c: the bits `mask` of `low`, and above them the level bits of `a`, moved by `shift`."""
-    top = 0x8888 >> shift
-    return f"""
-    shr.u32 d, a, {shift};
-    and.b32 d, d, 0x{top:04X};
-    lop3.b32 c, {low}, 0x{mask:04X}, d, 0xEA;"""
+def _selectors(format: str, word: str, low: str) -> str:
+    """PTX of c and d: selectors of levels of the word's first four positions and of the others."""
+    shift, top = _TOP[format]
+    lines = f"""
+    shr.u32 c, {word}, {shift};
+    and.b32 c, c, 0x{top:08X};"""
+    if format in _LOW_MASK:
+        lines += f"""
+    lop3.b32 c, {low}, 0x{_LOW_MASK[format]:08X}, c, 0xEA;"""
+    return (
+        lines
+        + """
+    shr.u32 d, c, 16;"""
+    )
 
 
-def _look_up(found: tuple[str, str], tables: Sequence[str]) -> str:
-    """PTX of bf16 of four positions in two registers, by selectors c in tables of high bytes and of low bytes."""
-    return f"""
-    prmt.b32 high, {tables[0]}, {tables[1]}, c;
-    prmt.b32 less, {tables[2]}, {tables[3]}, c;
-    prmt.b32 {found[0]}, less, high, 0x5140;
-    prmt.b32 {found[1]}, less, high, 0x7362;"""
+def _levels(scale: str, tables: Sequence[str], slots: Sequence[tuple[str, str]]) -> str:
+    """PTX for pair4, pair5 and pair6 behind _selectors."""
+    lines = f"""
+    prmt.b32 a, {tables[0]}, {tables[1]}, c;
+    prmt.b32 b, {tables[0]}, {tables[1]}, d;
+    prmt.b32 c, {tables[2]}, {tables[3]}, c;
+    prmt.b32 d, {tables[2]}, {tables[3]}, d;"""
+    for slot, (first, second) in enumerate(slots):
+        for four, (state, high, less) in enumerate((("s", "a", "c"), ("z", "b", "d"))):
+            lines += f"""
+    prmt.b32 t, {first}, {second}, {state};
+    lop3.b32 t, {high}, 0x80808080, t, 0x{_BY_SIGN:02X};"""
+            for half, bytes_of in ((EVEN, 0x6240), (ODD, 0x7351)):
+                result = f"${4 * slot + 2 * four + half}"
+                lines += f"""
+    prmt.b32 x, {less}, t, 0x{bytes_of:04X};
+    mul.rn.bf16x2 {result}, x, {scale};"""
+    return lines
 
 
-_SCALED = """
-    mul.rn.bf16x2 m, m, {0};
-    mul.rn.bf16x2 n, n, {0};"""
-
-
-def _magnitudes(format: str, low: Sequence[str], scale: str, tables: Sequence[str]) -> str:
-    """PTX of m and n: the magnitudes of four positions, scaled; `a` holds their nibbles."""
-    if format == "pair4":  # the two levels come scaled; a mask for each half by the sign of a byte
-        return f"""
-    shl.b32 b, a, 4;
-    prmt.b32 m, a, b, 0x88CC;
-    prmt.b32 n, a, b, 0x99DD;
-    lop3.b32 m, m, {tables[1]}, {tables[0]}, 0xCA;
-    lop3.b32 n, n, {tables[1]}, {tables[0]}, 0xCA;"""
-    if format == "pair8":  # begin + i * step; 0x43.. is 128 + i
-        return f"""
-    prmt.b32 b, {low[0]}, {low[1]}, $GATHER;
-    shr.u32 c, b, 2;{_join(1, "c", 0x3333)}{_look_up(("m", "n"), tables[:4])}{_look_up(("x", "y"), tables[4:])}
-    and.b32 b, b, 0x3333;
-    prmt.b32 b, numbers, b, b;
-    prmt.b32 c, b, plus, 0x5140;
-    prmt.b32 d, b, plus, 0x5342;
-    add.rn.bf16x2 c, c, minus;
-    add.rn.bf16x2 d, d, minus;
-    fma.rn.bf16x2 m, c, x, m;
-    fma.rn.bf16x2 n, d, y, n;""" + _SCALED.format(scale)
-    bits = layout_pairs.low_bits(format)
-    own = _join(3 - bits, "b", {1: 0x1111, 2: 0x3333}[bits])
-    return f"""
-    shr.u32 b, {low[0]}, {bits};
-    prmt.b32 b, {low[0]}, b, $GATHER;{own}{_look_up(("m", "n"), tables)}""" + _SCALED.format(scale)
-
-
-TABLES = {"pair4": 2, "pair5": 4, "pair6": 4, "pair8": 8}
-"""Registers that a row's levels take: two scaled levels; high bytes of eight, low bytes; those of pieces and steps."""
-LOWS = {"pair4": 0, "pair5": 1, "pair6": 1, "pair8": 2}
-"""Words of the plane `low` for 16 columns (pair5's is moved to them before)."""
+def _numbers(scale: str, low: str, slots: Sequence[tuple[str, str]]) -> str:
+    """PTX for pair8 behind _selectors."""
+    lines = f"""
+    mov.b32 t, 0x00000100;
+    prmt.b32 c, t, t, c;
+    prmt.b32 d, t, t, d;
+    shl.b32 a, {low}, 4;
+    and.b32 a, a, 0xF0F0F0F0;
+    and.b32 b, {low}, 0xF0F0F0F0;
+    prmt.b32 m0, a, c, 0x6140;
+    prmt.b32 m1, b, c, 0x7150;
+    prmt.b32 m2, a, d, 0x6342;
+    prmt.b32 m3, b, d, 0x7352;
+    mov.b32 ones, 0xFFFFFFFF;"""
+    for slot, (first, second) in enumerate(slots):
+        for four, state in enumerate(("s", "z")):
+            lines += f"""
+    prmt.b32 t, {first}, {second}, {state};"""
+            for half, bytes_of in ((EVEN, 0x2404), (ODD, 0x3414)):
+                lines += f"""
+    prmt.b32 x, t, ones, 0x{bytes_of:04X};
+    lop3.b32 x, {scale}, 0x80008000, x, 0x{_BY_SIGN:02X};
+    mul.rn.bf16x2 ${4 * slot + 2 * four + half}, m{2 * four + half}, x;"""
+    return lines
 
 
 def assembly(format: str, slots: int) -> str:
-    """PTX of four positions: for each slot two registers of two operands.
+    """PTX of eight columns: for each slot, of the first four columns and of the others, the registers EVEN and ODD.
 
-    Operands: the results; two words; `prmt`'s selector of the thread's bytes; words of `low`; the scale twice in a
-    register (not for pair4); for one slot its two tables of signs; the row's levels.
+    Operands: the results; a word; a word of `low` (LOWS); the row's scale twice in a register (`scale_assembly`); the
+    row's registers of levels (TABLES); the two of each slot's states (levels.operand_table).
     """
-    names = iter(f"${number}" for number in range(2 * slots, 99))
-    words, gather = [next(names), next(names)], next(names)
-    low = [next(names) for _ in range(LOWS[format])]
-    scale = "" if format == "pair4" else next(names)
-    signs = [next(names), next(names)] if slots == 1 else []
+    names = iter(f"${number}" for number in range(4 * slots, 99))
+    word = next(names)
+    low = next(names) if LOWS[format] else ""
+    scale = next(names)
     tables = [next(names) for _ in range(TABLES[format])]
-    return block(format, [f"${number}" for number in range(2 * slots)], words, gather, low, scale, signs, tables)
-
-
-def block(
-    format: str,
-    results: Sequence[str],
-    words: Sequence[str],
-    gather: str,
-    low: Sequence[str],
-    scale: str,
-    signs: Sequence[str],
-    tables: Sequence[str],
-) -> str:
-    """The same with names of one's own for the operands."""
-    each = [tuple(signs)] if signs else [_signs(slot) for slot in range(layout.SLOTS)]
-    lines = _magnitudes(format, low, scale, tables).replace("$GATHER", gather)
-    for slot, (shared, alone) in enumerate(each):
-        lines += f"""
-    mov.b32 x, {shared};
-    mov.b32 y, {alone};
-    prmt.b32 high, x, y, s;
-    prmt.b32 x, high, none, 0x1404;
-    prmt.b32 y, high, none, 0x3424;
-    mul.rn.bf16x2 {results[2 * slot]}, x, m;
-    mul.rn.bf16x2 {results[2 * slot + 1]}, y, n;"""
+    states = [(next(names), next(names)) for _ in range(slots)]
+    rest = _numbers(scale, low, states) if format == "pair8" else _levels(scale, tables, states)
     return f"""{{
-    .reg .b32 a, b, c, d, s, m, n, x, y, high, less, none, numbers, plus, minus;
-    mov.b32 none, 0;
-    mov.b32 numbers, 0x03020100;
-    mov.b32 plus, 0x43434343;
-    mov.b32 minus, 0xC300C300;
-    prmt.b32 a, {words[0]}, {words[1]}, {gather};
-    and.b32 s, a, 0x7777;{lines}
+    .reg .b32 a, b, c, d, m0, m1, m2, m3, ones, s, t, x, z;
+    and.b32 s, {word}, 0x77777777;
+    shr.u32 z, s, 16;{_selectors(format, word, low)}{rest}
     }}"""
 
 
 def constraints(format: str, slots: int) -> str:
     """Of `assembly`, as Triton wants them."""
-    given = 3 + LOWS[format] + (format != "pair4") + 2 * (slots == 1) + TABLES[format]
-    return ",".join(["=r"] * 2 * slots + ["r"] * given)
+    given = 2 + LOWS[format] + TABLES[format] + 2 * slots
+    return ",".join(["=r"] * 4 * slots + ["r"] * given)
 
 
-SLOT_SIGNS = tl.constexpr(tuple(int(code, 16) for slot in range(layout.SLOTS) for code in _signs(slot)))
+def scale_assembly(format: str, group: int) -> str:
+    """PTX: of the two scales in $1 the first or the second one, twice, times 2 ** SCALE_EXPONENT for pair8."""
+    twice = f"prmt.b32 $0, $1, $1, 0x{(0x1010, 0x3232)[group]:04X};"
+    if format != "pair8":
+        return twice
+    bits = (127 + SCALE_EXPONENT) << 7
+    return f"""{{
+    .reg .b32 s, f;
+    mov.b32 f, 0x{bits << 16 | bits:08X};
+    prmt.b32 s, $1, $1, 0x{(0x1010, 0x3232)[group]:04X};
+    mul.rn.bf16x2 $0, s, f;
+    }}"""

@@ -1,4 +1,8 @@
-"""What a program of leveled.py holds in shared memory, planes and tokens, of each step at a place."""
+"""What a program of leveled.py holds in shared memory, planes and tokens, of each step at a place.
+
+Words lie in whole rows of 64 bytes, of which every other two are turned by a half, so that the four rows that half a
+warp reads lie in different banks.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,9 @@ from moefold_kernels.layout_pairs import MAGNITUDE_BITS, low_bits
 STEP = gl.constexpr(128)
 """Columns of a step."""
 HALF = gl.constexpr(64)
-"""Columns of a group, and of one set of operands."""
+"""Columns of a group."""
+PART = gl.constexpr(32)
+"""Columns of one set of operands."""
 WORDS, LOW, SCALE, TOKENS_OF, EXTRA_OF, COUNT = (gl.constexpr(i) for i in (0, 1, 2, 3, 7, 11))
 """Numbers of a place's buffers: `words`, `low`, scales, two halves of either slot's tokens, of extra ones; of all."""
 _LOW_BITS = gl.constexpr({f: low_bits(f) for f in MAGNITUDE_BITS})
@@ -28,6 +34,13 @@ def plane_layout(words, warps):
     """The layout of a copy of a plane to shared memory: 16 bytes a thread, or 4 (scales)."""
     across = max(1, words // 4)
     return gl.BlockedLayout([1, min(words, 4)], [32 // across, across], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def turned(words):
+    """Rows of so many words: a warp's reading of them, a few words a thread, has no bank twice."""
+    vector, phase = {16: (8, 2), 8: (4, 4)}.get(words, (1, 1))
+    return gl.SwizzledSharedLayout(vector, phase, 2 if vector > 1 else 1, [1, 0])
 
 
 @gluon.constexpr_function
@@ -50,24 +63,23 @@ def buffers_of(
 
 @gluon.jit
 def _place(ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr):
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    turned: gl.constexpr = gl.NVMMASharedLayout(2 * HALF, 16, 2)
+    tokens: gl.constexpr = gl.NVMMASharedLayout(2 * HALF, 16, 2)
     others: gl.constexpr = TOKENS if PAIRED else 8
     more: gl.constexpr = max(EXTRA, 8)
     most: gl.constexpr = more if PAIRED else 8
     lows: gl.constexpr = low_words(FORMAT, STEP)
     return (
-        gl.allocate_shared_memory(gl.int32, [ROWS, STEP // 8], plain),
-        gl.allocate_shared_memory(gl.int32, [ROWS if FORMAT != "pair4" else 1, lows], plain),
-        gl.allocate_shared_memory(gl.int32, [ROWS, 1], plain),
-        gl.allocate_shared_memory(gl.bfloat16, [1, TOKENS, HALF], turned),
-        gl.allocate_shared_memory(gl.bfloat16, [1, TOKENS, HALF], turned),
-        gl.allocate_shared_memory(gl.bfloat16, [1, others, HALF], turned),
-        gl.allocate_shared_memory(gl.bfloat16, [1, others, HALF], turned),
-        gl.allocate_shared_memory(gl.bfloat16, [1, more, HALF], turned),
-        gl.allocate_shared_memory(gl.bfloat16, [1, more, HALF], turned),
-        gl.allocate_shared_memory(gl.bfloat16, [1, most, HALF], turned),
-        gl.allocate_shared_memory(gl.bfloat16, [1, most, HALF], turned),
+        gl.allocate_shared_memory(gl.int32, [ROWS, STEP // 8], turned(STEP // 8)),
+        gl.allocate_shared_memory(gl.int32, [ROWS if FORMAT != "pair4" else 1, lows], turned(lows)),
+        gl.allocate_shared_memory(gl.int32, [ROWS, 1], turned(1)),
+        gl.allocate_shared_memory(gl.bfloat16, [1, TOKENS, HALF], tokens),
+        gl.allocate_shared_memory(gl.bfloat16, [1, TOKENS, HALF], tokens),
+        gl.allocate_shared_memory(gl.bfloat16, [1, others, HALF], tokens),
+        gl.allocate_shared_memory(gl.bfloat16, [1, others, HALF], tokens),
+        gl.allocate_shared_memory(gl.bfloat16, [1, more, HALF], tokens),
+        gl.allocate_shared_memory(gl.bfloat16, [1, more, HALF], tokens),
+        gl.allocate_shared_memory(gl.bfloat16, [1, most, HALF], tokens),
+        gl.allocate_shared_memory(gl.bfloat16, [1, most, HALF], tokens),
     )
 
 

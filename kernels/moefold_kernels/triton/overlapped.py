@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from moefold_kernels.triton.decode import RESTORE
 from moefold_kernels.triton.decode import SLOT as DECODE_SLOT
 from moefold_kernels.triton.overlapped_stage import (
+    begin_words,
     buffers_of,
     extra_of,
     start_tokens,
@@ -116,34 +117,44 @@ def end_copies():
 
 
 @gluon.jit
-def _products(
-    buffers, w, x, live, more, more_live, steps,
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
+def _begin_tokens(
+    buffers, x, live, more, more_live, steps,
+    COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
-    """Sums [ROWS, TOKENS] and [ROWS, EXTRA] over `steps` tiles of COLUMNS columns."""
-    gl.assume(steps > 0)  # as in project.one_slot
-    mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
-    mma_extra: gl.constexpr = product_layout(max(EXTRA, 16), gl.num_warps())
-    # the same registers for both: where a thread's part of an operand lies does not depend on the product's width
-    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    left_extra: gl.constexpr = gl.DotOperandLayout(0, mma_extra, 2)
-    for step in gl.static_range(PLACES):
-        start_words(buffers, w, step, 1, step < steps)
-        w += COLUMNS
+    """Ask for the tokens of the first PLACES - 1 steps, and point behind them."""
     for step in gl.static_range(PLACES - 1):
         start_tokens(buffers, (x, more), (live, more_live), step, 1, step < steps, TOKENS, EXTRA)
         async_copy.commit_group()  # of nothing: in the loop words come as a group of their own
         x += COLUMNS
         if EXTRA:
             more += COLUMNS
+    return x, more
+
+
+@gluon.jit
+def _products(
+    buffers, w, x, live, more, more_live, steps,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
+):  # fmt: skip
+    """Sums [ROWS, TOKENS] and [ROWS, EXTRA] over `steps` tiles of COLUMNS columns.
+
+    The first PLACES steps' words have been asked for, and tokens of one less; pointers are behind them.
+    """
+    gl.assume(steps > 0)  # as in project.one_slot
+    mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
+    mma_extra: gl.constexpr = product_layout(max(EXTRA, 16), gl.num_warps())
+    # the same registers for both: where a thread's part of an operand lies does not depend on the product's width
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    left_extra: gl.constexpr = gl.DotOperandLayout(0, mma_extra, 2)
     sums = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
     extra = warpgroup_mma_init(gl.zeros((ROWS, max(EXTRA, 16)), gl.float32, mma_extra))
     async_copy.wait_group(2 * PLACES - 3)
     barrier()
+    read = buffers[words_of(0, 1)].load(left)
     for first in range(0, steps, unrolled(PLACES)):
         for number in gl.static_range(unrolled(PLACES)):
             nothing = first >> 30  # which the compiler does not know
-            operand = _operand(buffers[words_of(number % PLACES, 1)].load(left))
+            operand = _operand(read)
             right = buffers[tokens_of(number % PLACES, 1, 0)].index(nothing).slice(0, TOKENS, 0).permute((1, 0))
             sums = warpgroup_mma(operand, right, sums, is_async=True)
             if EXTRA:
@@ -158,6 +169,8 @@ def _products(
             if PLACES > 2:
                 async_copy.wait_group(2 * PLACES - 5)  # the next tile has come
             barrier()  # for all; nobody reads the tokens of the one before any more, nor this one's words
+            if PLACES > 2:  # before copies, behind which reading would queue
+                read = buffers[words_of((number + 1) % PLACES, 1)].load(left)
             ahead = first + number + PLACES
             start_tokens(
                 buffers, (x, more), (live, more_live), (number + PLACES - 1) % PLACES, 1, ahead - 1 < steps, TOKENS,
@@ -171,9 +184,18 @@ def _products(
             if PLACES == 2:
                 async_copy.wait_group(1)  # the next tile has come
                 barrier()
+                read = buffers[words_of((number + 1) % PLACES, 1)].load(left)
     sums, extra = warpgroup_mma_wait(0, deps=(sums, extra))
     end_copies()
     return sums, extra
+
+
+@gluon.jit
+def _reciprocal(value):
+    """Of a number from 1 on, to a unit of float32's last place: a division is nine instructions."""
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [value], dtype=gl.float32, is_pure=True, pack=1
+    )
 
 
 @gluon.jit
@@ -193,10 +215,25 @@ def activated(
     if ACTIVATION == CLAMPED:
         gate = gl.minimum(gate, limit)
         up = gl.minimum(gl.maximum(up, -limit), limit)
-        value = gate / (1.0 + gl.exp(-gate * alpha)) * (up + 1.0)
+        value = gate * _reciprocal(1.0 + gl.exp(-gate * alpha)) * (up + 1.0)
     else:
-        value = gate / (1.0 + gl.exp(-gate)) * up
+        value = gate * _reciprocal(1.0 + gl.exp(-gate)) * up
     return value
+
+
+@gluon.jit
+def gated(
+    sums, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up, limit, alpha,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, ACTIVATION: gl.constexpr,
+):  # fmt: skip
+    """Activations [ROWS, TOKENS], float32, of sums of gate rows and up rows by eights."""
+    gate, up = gl.split(gl.permute(gl.reshape(sums, (ROWS // 8, 2, 8, TOKENS)), (0, 2, 3, 1)))
+    gate, up = gl.reshape(gate, (ROWS, TOKENS)), gl.reshape(up, (ROWS, TOKENS))
+    gate *= RESTORE * gate_shift
+    up *= RESTORE * up_shift
+    return activated(
+        gate, up, first_row, inner, expert, bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS, ACTIVATION
+    )
 
 
 @gluon.jit
@@ -205,13 +242,10 @@ def write_inner(
     limit, alpha, ROWS: gl.constexpr, TOKENS: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """project.write_inner for a gated layer with a fused activation: out [entry in order, inner]."""
-    gate, up = gl.split(gl.permute(gl.reshape(sums, (ROWS // 8, 2, 8, TOKENS)), (0, 2, 3, 1)))
-    gate, up = gl.reshape(gate, (ROWS, TOKENS)), gl.reshape(up, (ROWS, TOKENS))
-    gate = gate * RESTORE * gate_shift
-    up = up * RESTORE * up_shift
-    value = activated(
-        gate, up, first_row, inner, expert, bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS, ACTIVATION
-    )
+    value = gated(
+        sums, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS,
+        TOKENS, ACTIVATION,
+    )  # fmt: skip
     layout: gl.constexpr = store_layout(ROWS, gl.num_warps())
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     entry = begin + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
@@ -245,6 +279,7 @@ def project_in(
     buffers = buffers_of(2 * ROWS, COLUMNS, TOKENS, EXTRA, PLACES, 1)
     expert = gl.load(experts + place)
     steps = hidden // COLUMNS
+    w = begin_words(buffers, w, steps, COLUMNS, PLACES, 1)
     given = (
         w, x, out, order, begin, end, k, top_k, x_row, steps, first_row, inner, gate_shift, up_shift, expert, bias,
         bias_expert, bias_row, bias_up, limit, alpha,
@@ -273,6 +308,7 @@ def _in(
     ) = given  # fmt: skip
     a, live = tokens_at(x, order, begin, end, k, top_k, x_row, COLUMNS, TOKENS)
     b, b_live = tokens_at(x, order, begin + TOKENS, end, k, top_k, x_row, COLUMNS, max(EXTRA, 16))
+    a, b = _begin_tokens(buffers, a, live, b, b_live, steps, COLUMNS, TOKENS, EXTRA, PLACES)
     sums, extra = _products(buffers, w, a, live, b, b_live, steps, 2 * ROWS, COLUMNS, TOKENS, EXTRA, PLACES)
     write_inner(
         sums, out, begin, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up,
@@ -305,26 +341,44 @@ def positions_at(x, begin, end, k, inner, COLUMNS: gl.constexpr, N: gl.constexpr
 
 
 @gluon.jit
+def entries_at(order, begin, end, TOKENS: gl.constexpr):
+    """The entries of a tile, for `write_outer`; zero behind the end.
+
+    A thread reads one. Read as the sums lie, every thread would ask for a quarter of all, one after the other, and as
+    often for their gate weights, which took a fifth of the down projection of small experts (docs/kernels.md).
+    """
+    position = begin + gl.arange(0, TOKENS, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    return gl.load(order + position, mask=position < end, other=0)
+
+
+@gluon.jit
+def gates_of(entries, weights):
+    """The entries and their gate weights, float32. To be asked for when entries have come, or a program waits here."""
+    return entries, gl.load(weights + entries).to(gl.float32)
+
+
+@gluon.jit
 def write_outer(
-    sums, out, order, weights, begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row,
+    sums, out, entries, begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row,
     ROWS: gl.constexpr, TOKENS: gl.constexpr,
 ):  # fmt: skip
-    """project.write_outer: bias, gate weight, out [entry, hidden]."""
-    sums = sums * RESTORE * shift
+    """project.write_outer: bias, gate weight, out [entry, hidden]; `entries` of `gates_of`."""
+    entry, gates = entries
+    scale = RESTORE * shift
     if bias is not None:
         own: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 1], [32, 1], [gl.num_warps(), 1], [1, 0]))
         at = first_row + gl.arange(0, ROWS, own)
         start = bias + expert * bias_expert
         present = (at < hidden) & (gl.program_id(1) == 0)  # of several splits the first adds it
         addend = gl.load(start + at * bias_row, mask=present, other=0.0).to(gl.float32)
-        sums += gl.convert_layout(addend, gl.SliceLayout(1, sums.type.layout))[:, None]
-    position = begin + gl.arange(0, TOKENS, gl.SliceLayout(0, sums.type.layout))
-    entry = gl.load(order + position, mask=position < end, other=0)
-    sums *= gl.load(weights + entry, mask=position < end, other=0.0).to(gl.float32)[None, :]
+        sums = sums * scale + gl.convert_layout(addend, gl.SliceLayout(1, sums.type.layout))[:, None]
+    else:
+        gates *= scale
+    sums *= gl.convert_layout(gates, gl.SliceLayout(0, sums.type.layout))[None, :]
     layout: gl.constexpr = store_layout(ROWS, gl.num_warps())
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     position = begin + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
-    entry = gl.load(order + position, mask=position < end, other=0)
+    entry = gl.convert_layout(entry, gl.SliceLayout(0, layout))
     at = out + entry[None, :].to(gl.int64) * hidden + row[:, None]
     value = gl.convert_layout(sums.to(out.dtype.element_ty), layout)
     gl.store(at, value, mask=(row < hidden)[:, None] & (position < end)[None, :])
@@ -338,22 +392,25 @@ def project_out(
     PLACES: gl.constexpr,
 ):  # fmt: skip
     """project.project_out for SLOT in one split; `inner` is an even number of COLUMNS."""
-    after_the_one_before()
     program = gl.program_id(0) // 2
     slot = gl.program_id(0) % 2
     tile, first_row = share(program, gl.cdiv(hidden, ROWS), ROWS, GROUP)
-    unit = gl.load(tiles + tile)
+    unit = gl.load(tiles + tile)  # the tables are of two kernels before
     if unit < 0:
+        after_the_one_before()  # also here: that this kernel has ended must mean that the one before it has
         return
     place = 2 * unit + slot
     begin = gl.load(offsets + place) + gl.load(tiles + capacity + tile) * (TOKENS + EXTRA)
     end = gl.load(offsets + place + 1)
     if begin >= end:
+        after_the_one_before()
         return
     w, k = words_out(words, unit, first_row, hidden, w_unit, w_row, ROWS, COLUMNS)
     buffers = buffers_of(ROWS, COLUMNS, TOKENS, EXTRA, PLACES, 1)
     expert = gl.load(experts + place)
     steps = inner // COLUMNS
+    w = begin_words(buffers, w, steps, COLUMNS, PLACES, 1)
+    after_the_one_before()
     given = (
         w, x, out, order, weights, begin, end, k, steps, first_row, inner, hidden, shift, expert, bias, bias_expert,
         bias_row,
@@ -380,15 +437,19 @@ def _out(
         w, x, out, order, weights, begin, end, k, steps, first_row, inner, hidden, shift, expert, bias, bias_expert,
         bias_row,
     ) = given  # fmt: skip
+    entries = entries_at(order, begin, end, TOKENS)
+    more = entries_at(order, begin + TOKENS, end, max(EXTRA, 16))
     a, live = positions_at(x, begin, end, k, inner, COLUMNS, TOKENS)
     b, b_live = positions_at(x, begin + TOKENS, end, k, inner, COLUMNS, max(EXTRA, 16))
+    a, b = _begin_tokens(buffers, a, live, b, b_live, steps, COLUMNS, TOKENS, EXTRA, PLACES)
+    entries, more = gates_of(entries, weights), gates_of(more, weights)
     sums, extra = _products(buffers, w, a, live, b, b_live, steps, ROWS, COLUMNS, TOKENS, EXTRA, PLACES)
     write_outer(
-        sums, out, order, weights, begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row,
+        sums, out, entries, begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row,
         ROWS, TOKENS,
     )  # fmt: skip
     if EXTRA:
         write_outer(
-            extra, out, order, weights, begin + TOKENS, end, first_row, hidden, shift, expert, bias, bias_expert,
-            bias_row, ROWS, EXTRA,
+            extra, out, more, begin + TOKENS, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row, ROWS,
+            EXTRA,
         )  # fmt: skip

@@ -61,6 +61,15 @@ def start_words(buffers, w, PLACE: gl.constexpr, SLOTS: gl.constexpr, wanted):
 
 
 @gluon.jit
+def begin_words(buffers, w, steps, COLUMNS: gl.constexpr, PLACES: gl.constexpr, SLOTS: gl.constexpr):
+    """Ask for the words of the first steps, and point behind them."""
+    for step in gl.static_range(PLACES):
+        start_words(buffers, w, step, SLOTS, step < steps)
+        w += COLUMNS
+    return w
+
+
+@gluon.jit
 def start_tokens(
     buffers, x, live, PLACE: gl.constexpr, SLOTS: gl.constexpr, wanted, TOKENS: gl.constexpr, EXTRA: gl.constexpr
 ):

@@ -14,6 +14,8 @@ GROUP = layout_pairs.GROUP
 PER_WARP = 16
 WRITING = 4096
 """Bytes of shared memory that a program's last lines take beside its places, at most as seen; e4m3's twice that."""
+MOST_WRITING = 32768
+"""The same where they are float32, as sums of a part of the columns are."""
 LEAST_REGISTERS, MOST_REGISTERS = 64, 248
 """Of a thread."""
 MODES = ("pair", "slot", "overlapped_pair", "overlapped")
@@ -167,16 +169,20 @@ def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
     rows, entries = tile.rows * (2 if gated else 1), tile.entries * (2 if tile.paired else 1)
     bits = layout_pairs.magnitude_bits(format) + layout_pairs.STATE_BITS
     planes = rows * (16 * bits + 4)  # of 128 columns
+    writing = min(4 * tile.rows * tile.tokens, MOST_WRITING) if tile.splits > 1 else WRITING  # of float32 sums
     if not tile.terms:
-        return tile.stages * (planes + 256 * entries) + WRITING
+        if gated:  # activations are also brought into their order
+            writing = max(writing, 2 * tile.rows * tile.tokens)
+        return tile.stages * (planes + 256 * entries) + max(writing, WRITING)
     halves = 2 if tile.columns > 128 else 1
-    return halves * tile.stages * (planes + (256 + 16) * entries) + 2 * WRITING
+    return halves * tile.stages * (planes + (256 + 16) * entries) + max(writing, 2 * WRITING)
 
 
 def alone(tile: Tile, second: bool) -> Plan:
     """A plan in which a tile of the first or the second projection stands, with any tile that goes with it."""
     if not tile.terms:
-        return Plan(tile, tile)
+        shared = tile.overlapped and not second  # rows are of one matrix there
+        return Plan(tile, replace(tile, rows=max(tile.rows, PER_WARP * tile.warps)) if shared else tile)
     if second:
         return Plan(replace(tile, rows=max(tile.rows, GROUP), splits=1), tile)
     return Plan(tile, replace(tile, rows=max(tile.rows, PER_WARP * tile.warps)))

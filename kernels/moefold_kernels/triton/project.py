@@ -349,10 +349,12 @@ def project_out(
     tile, block, slot = share(tl.program_id(0), tl.cdiv(hidden, ROWS), GROUP, MODE)
     unit, number = tl.load(tiles + tile), tl.load(tiles + capacity + tile)
     if unit < 0:
+        after_the_one_before(CHAIN)  # also here: that this kernel has ended must mean that the one before it has
         return
     place = first + unit if MODE == DENSE else 2 * unit + (slot if MODE == SLOT else 0)
     begin, end = entries_of(offsets, place, number, TOKENS + EXTRA)
     if MODE == SLOT and begin >= end:
+        after_the_one_before(CHAIN)
         return
     row = (block * ROWS + tl.arange(0, ROWS)) % hidden
     skipped = tl.program_id(1) * part

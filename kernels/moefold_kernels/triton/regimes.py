@@ -52,8 +52,8 @@ OVERLAPPED: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
 )  # fmt: skip
 """Even numbers of places: odd ones are unrolled twice."""
 OVERLAPPED_PAIR: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
-    ((64, 64, 8, 4), (64, 64, 8, 6), (32, 64, 4, 4), (32, 64, 4, 6), (64, 32, 8, 6)),
-    ((128, 64, 8, 4), (128, 64, 8, 6), (64, 64, 4, 4), (64, 64, 4, 6), (128, 32, 8, 6)),
+    ((64, 64, 8, 4), (64, 64, 8, 6), (32, 64, 4, 4), (32, 64, 4, 6), (64, 32, 8, 6), (64, 32, 8, 5)),
+    ((128, 64, 8, 4), (128, 64, 8, 6), (64, 64, 4, 4), (64, 64, 4, 6), (128, 32, 8, 6), (128, 32, 8, 5)),
 )
 
 LEVELED: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
@@ -68,11 +68,11 @@ E4M3: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
 """The same with e4m3 operands (e4m3.py), and"""
 E4M3_MANY: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
     ((64, 128, 8, 2), (64, 256, 8, 2), (64, 128, 8, 4), (64, 128, 8, 3)),
-    ((64, 256, 4, 2), (64, 128, 4, 2), (128, 128, 8, 2), (64, 128, 4, 3)),
+    ((64, 256, 4, 2), (64, 128, 4, 2), (128, 128, 8, 2), (64, 128, 4, 3), (64, 128, 4, 4)),
 )
 """from 32 tokens on, which take more of shared memory than words."""
-REGISTERS_SHARED = 128
-"""A limit that tiles of 32 and 64 tokens are tried with, too: two programs of eight warps then share a processor."""
+REGISTERS_SHARED = {4: 64, 32: 128, 64: 128}
+"""Tokens of a tile -> a limit it is tried with, too: four, or two, programs of eight warps then share a processor."""
 
 
 class Kind(NamedTuple):
@@ -113,6 +113,7 @@ REGIMES = (
         (
             Kind("pair", 64, 16), Kind("pair", 64, 32), Kind("slot", 64, 16), Kind("overlapped_pair", 64, 16),
             Kind("overlapped", 64, 16), Kind("overlapped", 64, 32), Kind("overlapped", 128),
+            Kind("overlapped_pair", 128),
         ),
         (1, 4),
     ),
@@ -127,14 +128,17 @@ REGIMES = (
             Kind("slot", 128, 32), Kind("slot", 128), Kind("overlapped", 256), Kind("overlapped", 256, 32),
             Kind("overlapped", 128),
         ),
-        (8, 16),
+        (4, 16),
     ),
 )  # fmt: skip
 LEVELED_REGIMES = (
     Regime(1, (Kind("overlapped", 4, terms=2), Kind("overlapped_pair", 4, terms=2))),
     Regime(6, (Kind("overlapped_pair", 8, terms=2), Kind("overlapped_pair", 4, terms=2))),
     Regime(14, (Kind("overlapped_pair", 16, terms=2), Kind("overlapped_pair", 32, terms=2))),
-    Regime(26, (Kind("overlapped_pair", 32, terms=2), Kind("overlapped_pair", 16, terms=2))),
+    Regime(
+        26,
+        (Kind("overlapped_pair", 32, terms=2), Kind("overlapped_pair", 16, terms=2), Kind("overlapped_pair", 32)),
+    ),
     Regime(48, (Kind("overlapped_pair", 32, terms=2), Kind("overlapped", 64, terms=2), Kind("overlapped_pair", 64))),
     Regime(
         110,
@@ -142,10 +146,10 @@ LEVELED_REGIMES = (
             Kind("overlapped_pair", 64, 16), Kind("overlapped", 64, terms=2), Kind("overlapped", 64, 16, terms=2),
             Kind("overlapped", 128),
         ),
-        (1, 4),
+        (1, 2),
     ),
     Regime(200, (Kind("overlapped", 128, 32), Kind("overlapped", 128), Kind("overlapped", 256)), (2, 8)),
-    Regime(float("inf"), (Kind("overlapped", 256, 32), Kind("overlapped", 128), Kind("overlapped", 256)), (2, 8, 16)),
+    Regime(float("inf"), (Kind("overlapped", 256, 32), Kind("overlapped", 128), Kind("overlapped", 256)), (2, 4, 8)),
 )  # fmt: skip
 """REGIMES of the few-bit formats."""
 FEW_TOKENS = 4

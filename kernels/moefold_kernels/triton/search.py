@@ -20,7 +20,7 @@ from moefold_kernels.bench.correctness import Expected, poisoned
 from moefold_kernels.bench.routing import Batch
 from moefold_kernels.errors import BenchmarkError, WrongResultError
 from moefold_kernels.reference import PackedExperts
-from moefold_kernels.triton import configs, e4m3_launch, layer
+from moefold_kernels.triton import configs, e4m3_launch, layer, leveled_launch
 from moefold_kernels.triton.candidates import Room, candidates
 from moefold_kernels.triton.compilation import Compiler, Job, Part, reason
 from moefold_kernels.triton.plans import Plan, Tile, alone, join
@@ -199,7 +199,9 @@ class Search:
                 weights, one.batch.hidden, one.batch.top_k_index, one.batch.top_k_weights, plan=plan
             )
         x = self._activations
-        held = layer.Inner(x, e4m3_launch.between(x) if plan.second.terms else None)
+        held = layer.Inner(
+            x, e4m3_launch.between(x) if plan.second.terms else None, leveled_launch.takes(weights, plan)
+        )
         return lambda one: layer.down(
             weights, held, one.batch.top_k_index, one.batch.top_k_weights, one.tables, plan, torch.bfloat16
         )

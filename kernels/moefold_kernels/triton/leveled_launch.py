@@ -1,0 +1,81 @@
+"""Launches of leveled.py for a layer's pairs: which layers it takes, and tokens in its order of columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefold_kernels.triton.plans import STEP, Plan, Tile
+from moefold_kernels.triton.portability import Target, launch, power_of_two
+from moefold_kernels.triton.weights import Leveled, Planes, Weights
+
+ALIGNED = 16
+NUMBERED = "pair8"
+"""The format whose levels leveled_decode.py knows by their numbers: they have to be fp8 numbers (eighths.py)."""
+
+
+def takes(weights: Weights, plan: Plan) -> bool:
+    """Whether leveled.py does a layer's pairs, both projections: on Hopper, in whole steps of columns.
+
+    Tiles without terms and of an overlapped mode, of which groups of four warps share the rows.
+    """
+    kind, tiles = weights.packed, (plan.first, plan.second)
+    if not isinstance(kind, Leveled) or not kind.gated or (kind.format == NUMBERED and not kind.coded):
+        return False
+    whole = not (kind.hidden % STEP or kind.inner % STEP)
+    fitting = all(tile.overlapped and not tile.terms for tile in tiles) and all(map(shared_by_warps, tiles, (2, 1)))
+    return fitting and whole and aligned(kind) and Target.of(weights.places).overlap
+
+
+def aligned(kind: Leveled) -> bool:
+    """Whether planes are contiguous and begin where copies of 16 bytes may."""
+    planes = [part for matrix in (kind.wide, kind.narrow) for part in matrix if part is not None]
+    return all(part.is_contiguous() and part.data_ptr() % ALIGNED == 0 for part in planes)
+
+
+def shared_by_warps(tile: Tile, matrices: int) -> bool:
+    """Whether groups of four warps, each of which has 16 rows, share the rows of so many matrices side by side."""
+    return tile.warps % 4 == 0 and tile.rows * matrices >= 16 * tile.warps
+
+
+def prepared(x: Tensor) -> Tensor:
+    """`x` [row, columns] bfloat16, columns being a number of groups, in the order of leveled_tokens.py."""
+    from moefold_kernels.triton import leveled_tokens
+
+    rows, columns = x.shape
+    made = x.new_empty(rows, columns)
+    if rows:
+        chain, size = Target.of(x).chain, power_of_two(columns)
+        launch(
+            leveled_tokens.prepare, (rows,), x, made, columns, x.stride(0), COLUMNS=size, CHAIN=chain,
+            num_warps=max(1, min(8, size // 512)), **({"launch_pdl": True} if chain else {}),
+        )  # fmt: skip
+    return made
+
+
+def gate_up(
+    grid: tuple[int, ...], x: Tensor, kind: Leveled, out: Tensor, tables: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    """`tables`: order, offsets, tiles, experts and bias; `options`: numbers and constants of the kernel."""
+    from moefold_kernels.triton import leveled
+
+    planes = planes_of(kind, kind.wide)
+    launch(leveled.project_in, grid, x, *planes, out, *tables, w_up=kind.inner, FORMAT=kind.format, **options)
+
+
+def down(
+    grid: tuple[int, ...], x: Tensor, kind: Leveled, out: Tensor, tables: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    """The same of what `gate_up` wrote, with the gate weights before the bias."""
+    from moefold_kernels.triton import leveled
+
+    planes = planes_of(kind, kind.narrow)
+    launch(leveled.project_out, grid, x, *planes, out, *tables, FORMAT=kind.format, **options)
+
+
+def planes_of(kind: Leveled, matrix: Planes) -> tuple[Tensor, ...]:
+    """Planes, two scales in an integer, and levels, as leveled.py and e4m3.py take them."""
+    low = matrix.words if matrix.low is None else matrix.low  # any pointer, where nothing is read
+    return matrix.words, low, matrix.scale.view(torch.int32), kind.levels

@@ -206,3 +206,27 @@ def test_tiles_that_plain_kernels_can_hold(kind, sizes, device):
     assert kernels.apart(held, plan) == found
     arguments = batch(5, sizes[0], 2, 6)
     assert_near(run(layer, *arguments, device, plan), expected(layer, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("change", "fused", "said"),
+    [
+        ({}, False, "pair8 by plain kernels, not by the fast ones: the activation is none that they compute"),
+        ({}, True, "the levels are no fp8 numbers"),
+        ({"gated": False}, True, "the experts have no gate"),
+        ({"hidden": 320}, True, "hidden and inner size, 320 and 128, are to be multiples of 128"),
+    ],
+)
+def test_slow_kernels_where_faster_ones_are_say_why_once(change, fused, said, caplog, monkeypatch):
+    """As on Hopper, whose kernels this does not start."""
+    target = kernels.Target(assembly=False, upcast=True, overlap=True, chain=False)
+    monkeypatch.setattr(kernels.Target, "of", lambda tensor: target)
+    kernels._say.cache_clear()
+    size = change.get("hidden", 256)
+    held = weights_of(operands(leveled_layer("pair8", 6, size, 128, gated=change.get("gated", True))))
+    for _ in range(2):
+        kernels.able(held, FAST["slot 128"], fused)
+    assert [said in record.getMessage() for record in caplog.records] == [True]
+    coded = weights_of(operands(leveled_layer("pair8", 6, 256, 128, coded=True)))
+    assert kernels.able(coded, FAST["slot 128"], True) == FAST["slot 128"]
+    assert len(caplog.records) == 1

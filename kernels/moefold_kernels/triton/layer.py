@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -101,12 +103,20 @@ def able(weights: Weights, plan: Plan, fused: bool) -> Plan:
     plan = in_bf16(plan)
     if not isinstance(weights.packed, Leveled) or (fused and leveled_launch.takes(weights, plan)):
         return plan
+    if Target.of(weights.places).overlap and (why := leveled_launch.slow_because(weights.packed, fused)):
+        _say(f"{weights.packed.format} by plain kernels, not by the fast ones: {why}")
 
     def narrow(tile: Tile) -> Tile:
         columns, stages = min(tile.columns, NARROW), min(tile.stages, SHALLOW)
         return replace(tile, columns=columns, stages=stages) if tile.overlapped else tile
 
     return replace(plan, first=narrow(plan.first), second=narrow(plan.second))
+
+
+@functools.cache
+def _say(what: str) -> None:
+    """Once."""
+    logging.getLogger(__name__).warning(what)
 
 
 def in_bf16(plan: Plan) -> Plan:

@@ -29,6 +29,19 @@ def takes(weights: Weights, plan: Plan) -> bool:
     return fitting and whole and aligned(kind) and Target.of(weights.places).overlap
 
 
+def slow_because(kind: Leveled, fused: bool) -> str:
+    """Why pairs in few bits get project.py on a device that has faster kernels, in words; nothing if a plan says so."""
+    if not kind.gated:
+        return "the experts have no gate"
+    if not fused:
+        return "the activation is none that they compute"
+    if kind.hidden % STEP or kind.inner % STEP:
+        return f"hidden and inner size, {kind.hidden} and {kind.inner}, are to be multiples of {STEP}"
+    if kind.format == NUMBERED and not kind.coded:
+        return "the levels are no fp8 numbers, as those of checkpoints written now are: merge the model again"
+    return "" if aligned(kind) else "planes are not contiguous, or begin at no multiple of 16 bytes"
+
+
 def aligned(kind: Leveled) -> bool:
     """Whether planes are contiguous and begin where copies of 16 bytes may."""
     planes = [part for matrix in (kind.wide, kind.narrow) for part in matrix if part is not None]

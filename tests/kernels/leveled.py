@@ -32,3 +32,12 @@ def matrix(format: str, rows: int, columns: int, seed: int = 0) -> tuple[torch.T
     scale = torch.rand(rows, layout_pairs.groups(columns), generator=generator).bfloat16()
     negative = torch.rand(2, rows, columns, generator=generator) < 0.5
     return level.to(torch.uint8), scale, negative, torch.stack([choice != 1, choice != 2])
+
+
+def low_of(format: str, plane: torch.Tensor, thread: int, word: int) -> list[int]:
+    """A thread's word of `low` [words] for eight columns of a group, moved as kernels move it."""
+    if format == "pair8":
+        return [int(plane[2 * thread + word])]
+    if format == "pair6":
+        return [int(plane[thread]) >> 2 * word]
+    return [int(plane[thread // 2]) >> 2 * (thread % 2) + word]

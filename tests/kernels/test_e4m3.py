@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from leveled import FORMATS, matrix
+from leveled import FORMATS, low_of, matrix
 from ptx import run
 from torch import Tensor
 
@@ -42,15 +42,6 @@ def test_what_a_launch_takes_of_a_tile():
     plain = Tile("overlapped", 32, 0, 64, 256, 8, 3)
     second = {"rows": 128, "columns": 128}
     assert in_bf16(Plan(tile, replace(tile, **second))) == Plan(plain, replace(plain, **second))
-
-
-def low_of(format: str, plane: Tensor, thread: int, step: int) -> list[int]:
-    """A thread's word of `low` [words] for eight columns of a group, moved as the kernel moves it."""
-    if format == "pair8":
-        return [int(plane[2 * thread + step])]
-    if format == "pair6":
-        return [int(plane[thread]) >> 2 * step]
-    return [int(plane[thread // 2]) >> 2 * (thread % 2) + step]
 
 
 def operands(format: str, planes: dict[str, Tensor], row: int, group: int, slots: int, slot: int) -> Tensor:

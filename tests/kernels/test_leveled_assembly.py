@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from leveled import FORMATS, matrix, uneven
+from leveled import FORMATS, low_of, matrix, uneven
 from ptx import run
 from torch import Tensor
 
@@ -23,15 +23,6 @@ CASES = [("pair4", "uneven"), ("pair5", "uneven"), ("pair6", "uneven"), *((forma
 
 def levels_of(format: str, kind: str) -> list[float]:
     return torch.tensor(uneven(format)).bfloat16().tolist() if kind == "uneven" else list(LEVELS[format])
-
-
-def low_of(format: str, plane: Tensor, thread: int, word: int) -> list[int]:
-    """A thread's word of `low` [words] for eight columns of a group, moved as the kernel moves it."""
-    if format == "pair8":
-        return [int(plane[2 * thread + word])]
-    if format == "pair6":
-        return [int(plane[thread]) >> 2 * word]
-    return [int(plane[thread // 2]) >> 2 * (thread % 2) + word]
 
 
 def bf16(registers: list[int]) -> Tensor:

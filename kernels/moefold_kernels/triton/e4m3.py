@@ -62,8 +62,8 @@ from moefold_kernels.triton.overlapped import (
 )
 
 EARLY = gl.constexpr(32)
-"""Tokens from which on what the last lines need of entries is asked for before the products: it takes 2 to 8 registers,
-which otherwise are worth more (docs/kernels.md)."""
+"""Tokens from which on what the last lines need of entries is asked for before the products: it takes 2 to 18
+registers, which otherwise are worth more (docs/kernels.md)."""
 TABLE, CODES, FACTOR = (gl.constexpr(number) for number in (INTEGERS, E4M3, 24))
 """Integers of a matrix in `levels`; where those for this file begin; and the factor among them (levels.e4m3_table)."""
 
@@ -181,7 +181,7 @@ def _products(
     for first in range(0, steps, PLACES):
         for place in gl.static_range(PLACES):
             ahead = first + place + PLACES
-            if PLACES == 2 and not READ:  # before words are read: behind that it took 2 to 22 registers more
+            if PLACES == 2 and not READ:  # before words are read: behind that it took 16 registers more
                 start_words(buffers, planes, 1 - place, ahead - 1 < steps, FORMAT, HALVES)
             scales = scales_of(buffers, place, ROWS, HALVES, of_rows)
             for half in gl.static_range(HALVES):

@@ -43,6 +43,7 @@ from moefold_kernels.triton.e4m3_stage import (
     product_layout,
     start_tokens,
     start_words,
+    thinly,
     token_layout,
     width,
 )
@@ -123,7 +124,7 @@ def _gone(place, places):
 def _products(
     buffers, planes, x, live, factors, factor_live, steps, slot, levels, up,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, OTHERS: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr,
-    PAIRED: gl.constexpr, FACTORS: gl.constexpr, HALVES: gl.constexpr,
+    PAIRED: gl.constexpr, FACTORS: gl.constexpr, HALVES: gl.constexpr, THIN: gl.constexpr,
 ):  # fmt: skip
     """Sums [ROWS, TOKENS] and [ROWS, OTHERS] over `steps` times HALVES * STEP columns.
 
@@ -146,18 +147,23 @@ def _products(
     READ: gl.constexpr = HALVES == 1
     x0, x1 = x
     f0, f1 = factors
-    for first in gl.static_range(PLACES - 1):
-        start_tokens(
-            buffers, (x0, x1), live, (f0, f1), factor_live, first, first < steps, FACTORS, HALVES, TOKENS, OTHERS
-        )
+    if THIN:
+        start_tokens(buffers, (x0, x1), live, (f0, f1), factor_live, 0, 0 < steps, FACTORS, 0, 2, TOKENS, OTHERS)
         async_copy.commit_group()
-        if READ:  # nothing: in the loop words are a group of their own
+    else:
+        for first in gl.static_range(PLACES - 1):
+            start_tokens(
+                buffers, (x0, x1), live, (f0, f1), factor_live, first, first < steps, FACTORS, 0, groups, TOKENS,
+                OTHERS,
+            )  # fmt: skip
             async_copy.commit_group()
-        x0 += 2 * HALF * groups
-        x1 += 2 * HALF * groups
-        if FACTORS:
-            f0 += groups
-            f1 += groups
+            if READ:  # nothing: in the loop words are a group of their own
+                async_copy.commit_group()
+            x0 += 2 * HALF * groups
+            x1 += 2 * HALF * groups
+            if FACTORS:
+                f0 += groups
+                f1 += groups
     row = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, units)))
     thread = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(0, units)))
     thread = levels + CODES + gl.expand_dims(gl.expand_dims(thread, 0), 0)  # [1, 1, 4]: each has its own
@@ -176,24 +182,52 @@ def _products(
         _clear(_factors(buffers, at(FACTOR_OF + groups - 1, PLACES - 1), TOKENS), width(TOKENS))
         if OTHERS > 0:
             _clear(_factors(buffers, at(FACTOR_OF + 4 + groups - 1, PLACES - 1), OTHERS), width(OTHERS))
-    async_copy.wait_group(2 * PLACES - 3 if READ else PLACES - 2)
+    if not THIN:
+        async_copy.wait_group(2 * PLACES - 3 if READ else PLACES - 2)
     barrier()
     for first in range(0, steps, PLACES):
         for place in gl.static_range(PLACES):
             ahead = first + place + PLACES
-            if PLACES == 2 and not READ:  # before words are read: behind that it took 16 registers more
+            # which the compiler does not know; of its own, or it keeps addresses of a place that steps share
+            nothing = (first + PLACES * place if THIN else first) >> 30
+            if PLACES == 2 and not READ and not THIN:  # before words are read: behind that it took 16 registers more
                 start_words(buffers, planes, 1 - place, ahead - 1 < steps, FORMAT, HALVES)
-            scales = scales_of(buffers, place, ROWS, HALVES, of_rows)
             for half in gl.static_range(HALVES):
+                if THIN:
+                    done0, done1 = _finished(sums0, sums1, OTHERS)
+                    total0, total1 = _both_added(
+                        total0, total1, done0, done1, before, buffers, (2 * half + groups - 1) % groups, 0, FACTORS,
+                        TOKENS, OTHERS,
+                    )  # fmt: skip
+                    async_copy.wait_group(half)  # this half's tokens have come, and at a step's start its words
+                    barrier()  # for all, and nobody reads the half before
+                    if half:
+                        x0 += 2 * HALF * groups
+                        x1 += 2 * HALF * groups
+                        if FACTORS:
+                            f0 += groups
+                            f1 += groups
+                    start_tokens(
+                        buffers, (x0, x1), live, (f0, f1), factor_live, 0, first + place + half < steps, FACTORS,
+                        2 - 2 * half, groups - 2 * half, TOKENS, OTHERS,
+                    )  # fmt: skip
+                    async_copy.commit_group()
+                    if half == 0:
+                        start_words(buffers, planes, _gone(place, PLACES), ahead - 1 < steps, FORMAT, HALVES)
+                        async_copy.commit_group()
+                        planes = behind(planes, FORMAT, HALVES)
+                if half == 0:
+                    scales = scales_of(buffers, place, ROWS, HALVES, of_rows)
                 words = words_of(buffers[at(WORDS + half, place)], buffers[at(LOW + half, place)], ROWS, FORMAT)
                 for part in gl.static_range(2):
                     ours, theirs = decoded(words[part], words[2 + part], tables, states, ROWS, FORMAT, PAIRED, left)
-                    done0, done1 = _finished(sums0, sums1, OTHERS)
-                    total0, total1 = _both_added(
-                        total0, total1, done0, done1, before, buffers, (2 * half + part + groups - 1) % groups,
-                        _gone(place, PLACES) if half + part == 0 else place, FACTORS, TOKENS, OTHERS,
-                    )  # fmt: skip
-                    if half + part == 0:
+                    if not (THIN and part == 0):
+                        done0, done1 = _finished(sums0, sums1, OTHERS)
+                        total0, total1 = _both_added(
+                            total0, total1, done0, done1, before, buffers, (2 * half + part + groups - 1) % groups,
+                            _gone(place, PLACES) if half + part == 0 else place, FACTORS, TOKENS, OTHERS,
+                        )  # fmt: skip
+                    if half + part == 0 and not THIN:
                         if PLACES > 2:  # the next step has come
                             async_copy.wait_group(2 * PLACES - 5 if READ else PLACES - 3)
                         barrier()  # for all, and nobody reads the step before, whose place is free, or this one's words
@@ -201,7 +235,7 @@ def _products(
                             start_words(buffers, planes, _gone(place, PLACES), ahead - 1 < steps, FORMAT, HALVES)
                         start_tokens(
                             buffers, (x0, x1), live, (f0, f1), factor_live, _gone(place, PLACES), ahead - 1 < steps,
-                            FACTORS, HALVES, TOKENS, OTHERS,
+                            FACTORS, 0, groups, TOKENS, OTHERS,
                         )  # fmt: skip
                         async_copy.commit_group()
                         if READ:
@@ -216,15 +250,15 @@ def _products(
                     # nothing to wait for, but otherwise LLVM adds only after the products below, which then wait for it
                     total0, total1 = warpgroup_mma_wait(0, deps=(total0, total1))
                     sums0 = _start_product(
-                        buffers, at(TOKENS_OF + 2 * half + part, place), first >> 30, ours, done0, TOKENS
+                        buffers, at(TOKENS_OF + 2 * half + part, place), nothing, ours, done0, TOKENS
                     )
                     if OTHERS > 0:
                         theirs = gl.convert_layout(theirs, left_other, assert_trivial=True)
                         sums1 = _start_product(
-                            buffers, at(TOKENS_OF + 4 + 2 * half + part, place), first >> 30, theirs, done1, OTHERS
+                            buffers, at(TOKENS_OF + 4 + 2 * half + part, place), nothing, theirs, done1, OTHERS
                         )
                     before = scale_of(scales[half], part)
-            if PLACES == 2:
+            if PLACES == 2 and not THIN:
                 async_copy.wait_group(1 if READ else 0)  # the next step has come
                 barrier()
     done0, done1 = _finished(sums0, sums1, OTHERS)
@@ -346,30 +380,31 @@ def project_in(
         hidden, inner, top_k, levels, experts, bias, bias_expert, bias_row, bias_up, limit, alpha,
     )  # fmt: skip
     half: gl.constexpr = fewer(TOKENS)
+    thin: gl.constexpr = thinly(TOKENS, HALVES)
     few0, few1 = end0 - begin0 <= half, end1 - begin1 <= half
     if half == TOKENS and EXTRA == 0:  # so few that all widths are one
-        _in(buffers, given, ROWS, TOKENS, TOKENS if PAIRED else 0, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES)
+        _in(buffers, given, ROWS, TOKENS, TOKENS if PAIRED else 0, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES, thin)
     elif PAIRED:
         if few0 and few1:
-            _in(buffers, given, ROWS, half, half, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES)
+            _in(buffers, given, ROWS, half, half, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES, thin)
         elif few0:
-            _in(buffers, given, ROWS, half, TOKENS, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES)
+            _in(buffers, given, ROWS, half, TOKENS, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES, thin)
         elif few1:
-            _in(buffers, given, ROWS, TOKENS, half, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES)
+            _in(buffers, given, ROWS, TOKENS, half, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES, thin)
         else:
-            _in(buffers, given, ROWS, TOKENS, TOKENS, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES)
+            _in(buffers, given, ROWS, TOKENS, TOKENS, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES, thin)
     elif EXTRA and begin1 < end1:
-        _in(buffers, given, ROWS, TOKENS, EXTRA, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES)
+        _in(buffers, given, ROWS, TOKENS, EXTRA, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES, thin)
     elif few0:
-        _in(buffers, given, ROWS, half, 0, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES)
+        _in(buffers, given, ROWS, half, 0, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES, thin)
     else:
-        _in(buffers, given, ROWS, TOKENS, 0, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES)
+        _in(buffers, given, ROWS, TOKENS, 0, PLACES, ACTIVATION, FORMAT, PAIRED, HALVES, thin)
 
 
 @gluon.jit
 def _in(
     buffers, given, ROWS: gl.constexpr, TOKENS: gl.constexpr, OTHERS: gl.constexpr, PLACES: gl.constexpr,
-    ACTIVATION: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr, HALVES: gl.constexpr,
+    ACTIVATION: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr, HALVES: gl.constexpr, THIN: gl.constexpr,
 ):  # fmt: skip
     (
         planes, x, token_factors, out, factors, order, begin0, end0, begin1, end1, steps, slot, place, first_row,
@@ -390,7 +425,7 @@ def _in(
             t1 = _factors_at(token_factors, order, begin1, end1, top_k, OTHERS)
     sums0, sums1 = _products(
         buffers, planes, (a0, a1), (live0, live1), (factors, factors), (live0, live1), steps, slot, levels, TABLE,
-        2 * ROWS, TOKENS, OTHERS, PLACES, FORMAT, PAIRED, False, HALVES,
+        2 * ROWS, TOKENS, OTHERS, PLACES, FORMAT, PAIRED, False, HALVES, THIN,
     )  # fmt: skip
     if not early:
         t0 = _factors_at(token_factors, order, begin0, end0, top_k, TOKENS)
@@ -442,30 +477,31 @@ def project_out(
         hidden, inner, levels, experts, bias, bias_expert, bias_row,
     )  # fmt: skip
     half: gl.constexpr = fewer(TOKENS)
+    thin: gl.constexpr = thinly(TOKENS, HALVES)
     few0, few1 = end0 - begin0 <= half, end1 - begin1 <= half
     if half == TOKENS and EXTRA == 0:
-        _out(buffers, given, ROWS, TOKENS, TOKENS if PAIRED else 0, PLACES, FORMAT, PAIRED, HALVES)
+        _out(buffers, given, ROWS, TOKENS, TOKENS if PAIRED else 0, PLACES, FORMAT, PAIRED, HALVES, thin)
     elif PAIRED:
         if few0 and few1:
-            _out(buffers, given, ROWS, half, half, PLACES, FORMAT, PAIRED, HALVES)
+            _out(buffers, given, ROWS, half, half, PLACES, FORMAT, PAIRED, HALVES, thin)
         elif few0:
-            _out(buffers, given, ROWS, half, TOKENS, PLACES, FORMAT, PAIRED, HALVES)
+            _out(buffers, given, ROWS, half, TOKENS, PLACES, FORMAT, PAIRED, HALVES, thin)
         elif few1:
-            _out(buffers, given, ROWS, TOKENS, half, PLACES, FORMAT, PAIRED, HALVES)
+            _out(buffers, given, ROWS, TOKENS, half, PLACES, FORMAT, PAIRED, HALVES, thin)
         else:
-            _out(buffers, given, ROWS, TOKENS, TOKENS, PLACES, FORMAT, PAIRED, HALVES)
+            _out(buffers, given, ROWS, TOKENS, TOKENS, PLACES, FORMAT, PAIRED, HALVES, thin)
     elif EXTRA and begin1 < end1:
-        _out(buffers, given, ROWS, TOKENS, EXTRA, PLACES, FORMAT, PAIRED, HALVES)
+        _out(buffers, given, ROWS, TOKENS, EXTRA, PLACES, FORMAT, PAIRED, HALVES, thin)
     elif few0:
-        _out(buffers, given, ROWS, half, 0, PLACES, FORMAT, PAIRED, HALVES)
+        _out(buffers, given, ROWS, half, 0, PLACES, FORMAT, PAIRED, HALVES, thin)
     else:
-        _out(buffers, given, ROWS, TOKENS, 0, PLACES, FORMAT, PAIRED, HALVES)
+        _out(buffers, given, ROWS, TOKENS, 0, PLACES, FORMAT, PAIRED, HALVES, thin)
 
 
 @gluon.jit
 def _out(
     buffers, given, ROWS: gl.constexpr, TOKENS: gl.constexpr, OTHERS: gl.constexpr, PLACES: gl.constexpr,
-    FORMAT: gl.constexpr, PAIRED: gl.constexpr, HALVES: gl.constexpr,
+    FORMAT: gl.constexpr, PAIRED: gl.constexpr, HALVES: gl.constexpr, THIN: gl.constexpr,
 ):  # fmt: skip
     (
         planes, x, factors, out, order, weights, begin0, end0, begin1, end1, steps, slot, place, begin, first_row,
@@ -488,7 +524,7 @@ def _out(
             entries1 = gates_of(entries_at(order, begin1, end1, OTHERS), weights)
     sums0, sums1 = _products(
         buffers, planes, (a0, a1), (live0, live1), (f0, f1), (there0, there1), steps, slot, levels + 2 * TABLE, 0,
-        ROWS, TOKENS, OTHERS, PLACES, FORMAT, PAIRED, True, HALVES,
+        ROWS, TOKENS, OTHERS, PLACES, FORMAT, PAIRED, True, HALVES, THIN,
     )  # fmt: skip
     shift = _factor(levels + 2 * TABLE) / RESTORE
     if not early:

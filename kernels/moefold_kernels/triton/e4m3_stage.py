@@ -6,6 +6,9 @@ is unrolled by places, and one barrier a step is left (two places: two). Tokens'
 index is nothing that the compiler knows: it computed all addresses for products before the loop otherwise, and kept
 each in a register.
 
+From THINLY tokens on, a step of 256 columns has tokens at one place only, which are asked for by halves: two programs
+then fit a multiprocessor (thinly).
+
 A token's values of a group of 64 columns are 128 bytes of two terms
 (e4m3_tokens.py), here as 2 * TOKENS rows: first terms before second ones.
 """
@@ -27,6 +30,15 @@ COUNT = gl.constexpr(21)
 """Buffers of a place."""
 FEW = gl.constexpr(8)
 """Up to so many tokens both terms are one product, twice as wide: narrower ones take as long."""
+
+THINLY = gl.constexpr(32)
+"""Tokens from which on those of steps of 256 columns have one place (plans.THINLY)."""
+
+
+@gluon.constexpr_function
+def thinly(tokens, halves):
+    """Whether all steps have tokens at one place, a half of which is asked for while the other's products run."""
+    return halves == 2 and tokens >= THINLY.value
 
 
 @gluon.constexpr_function
@@ -72,35 +84,43 @@ def buffers_of(
 ):  # fmt: skip
     # each by itself: Triton puts a barrier between copies into an allocation and whatever else concerns it
     made = ()
-    for _ in gl.static_range(PLACES):
-        made = made + _place(ROWS, TOKENS, OTHERS, FORMAT, FACTORS, HALVES)
+    if thinly(TOKENS, HALVES):
+        tokens = _tokens(TOKENS, OTHERS, FACTORS, HALVES)
+        for _ in gl.static_range(PLACES):
+            made = made + _planes(ROWS, FORMAT, HALVES) + tokens
+    else:
+        for _ in gl.static_range(PLACES):
+            made = made + _planes(ROWS, FORMAT, HALVES) + _tokens(TOKENS, OTHERS, FACTORS, HALVES)
     return made
 
 
 @gluon.jit
-def _place(
-    ROWS: gl.constexpr, TOKENS: gl.constexpr, OTHERS: gl.constexpr, FORMAT: gl.constexpr, FACTORS: gl.constexpr,
-    HALVES: gl.constexpr,
-):  # fmt: skip
-    terms: gl.constexpr = gl.NVMMASharedLayout(HALF, 8, 2)
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+def _planes(ROWS: gl.constexpr, FORMAT: gl.constexpr, HALVES: gl.constexpr):
     lows: gl.constexpr = low_words(FORMAT, STEP)
     low_rows: gl.constexpr = ROWS if FORMAT != "pair4" else 1
-    entries: gl.constexpr = 2 * TOKENS
-    factors: gl.constexpr = width(TOKENS) if FACTORS else 1
     # what is not needed has a row
     rows_more: gl.constexpr = ROWS if HALVES == 2 else 1
     low_rows_more: gl.constexpr = low_rows if HALVES == 2 else 1
-    more: gl.constexpr = entries if HALVES == 2 else 8
-    theirs: gl.constexpr = 2 * OTHERS if OTHERS else 8
-    more_theirs: gl.constexpr = theirs if HALVES == 2 else 8
-    their_factors: gl.constexpr = width(OTHERS) if FACTORS and OTHERS else 1
     return (
         gl.allocate_shared_memory(gl.int32, [ROWS, STEP // 8], turned(STEP // 8)),
         gl.allocate_shared_memory(gl.int32, [rows_more, STEP // 8], turned(STEP // 8)),
         gl.allocate_shared_memory(gl.int32, [low_rows, lows], turned(lows)),
         gl.allocate_shared_memory(gl.int32, [low_rows_more, lows], turned(lows)),
         gl.allocate_shared_memory(gl.int32, [ROWS, HALVES], turned(HALVES)),
+    )
+
+
+@gluon.jit
+def _tokens(TOKENS: gl.constexpr, OTHERS: gl.constexpr, FACTORS: gl.constexpr, HALVES: gl.constexpr):
+    terms: gl.constexpr = gl.NVMMASharedLayout(HALF, 8, 2)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    entries: gl.constexpr = 2 * TOKENS
+    factors: gl.constexpr = width(TOKENS) if FACTORS else 1
+    more: gl.constexpr = entries if HALVES == 2 else 8
+    theirs: gl.constexpr = 2 * OTHERS if OTHERS else 8
+    more_theirs: gl.constexpr = theirs if HALVES == 2 else 8
+    their_factors: gl.constexpr = width(OTHERS) if FACTORS and OTHERS else 1
+    return (
         gl.allocate_shared_memory(gl.float8e4nv, [1, entries, HALF], terms),
         gl.allocate_shared_memory(gl.float8e4nv, [1, entries, HALF], terms),
         gl.allocate_shared_memory(gl.float8e4nv, [1, more, HALF], terms),
@@ -131,10 +151,11 @@ def start_words(buffers, planes, PLACE: gl.constexpr, wanted, FORMAT: gl.constex
 @gluon.jit
 def start_tokens(
     buffers, x, live, factors, factor_live, PLACE: gl.constexpr, wanted,
-    FACTORS: gl.constexpr, HALVES: gl.constexpr, TOKENS: gl.constexpr, OTHERS: gl.constexpr,
+    FACTORS: gl.constexpr, BEGIN: gl.constexpr, END: gl.constexpr, TOKENS: gl.constexpr, OTHERS: gl.constexpr,
 ):  # fmt: skip
+    """Ask for groups BEGIN to END of a step, whose first one is at `x` and `factors`."""
     for part in gl.static_range(2 if OTHERS > 0 else 1):
-        for group in gl.static_range(2 * HALVES):
+        for group in gl.static_range(BEGIN, END):
             to = buffers[at(TOKENS_OF + 4 * part + group, PLACE)].index(0).slice(0, 2 * (OTHERS if part else TOKENS), 0)
             async_copy.async_copy_global_to_shared(to, x[part] + 2 * HALF * group, mask=live[part] & wanted)
             if FACTORS:

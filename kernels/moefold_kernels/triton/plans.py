@@ -16,6 +16,8 @@ WRITING = 4096
 """Bytes of shared memory that a program's last lines take beside its places, at most as seen; e4m3's twice that."""
 MOST_WRITING = 32768
 """The same where they are float32, as sums of a part of the columns are."""
+THINLY = 32
+"""e4m3_stage.THINLY: tokens from which on those of steps of 256 columns have one place, without importing Gluon."""
 LEAST_REGISTERS, MOST_REGISTERS = 64, 248
 """Of a thread."""
 MODES = ("pair", "slot", "overlapped_pair", "overlapped")
@@ -164,7 +166,7 @@ def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
     """What the few-bit formats' kernels on Hopper take of shared memory.
 
     leveled.py: planes and bf16 tokens of 128 columns a place (stage). e4m3.py, in steps of `columns`: planes, two terms
-    of each token, factors of each group.
+    of each token, factors of each group; of many tokens at one place. Its last lines need no more for float32.
     """
     rows, entries = tile.rows * (2 if gated else 1), tile.entries * (2 if tile.paired else 1)
     bits = layout_pairs.magnitude_bits(format) + layout_pairs.STATE_BITS
@@ -175,7 +177,8 @@ def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
             writing = max(writing, 2 * tile.rows * tile.tokens)
         return tile.stages * (planes + 256 * entries) + max(writing, WRITING)
     halves = 2 if tile.columns > 128 else 1
-    return halves * tile.stages * (planes + (256 + 16) * entries) + max(writing, 2 * WRITING)
+    places = 1 if halves == 2 and tile.tokens >= THINLY else tile.stages
+    return halves * (tile.stages * planes + places * (256 + 16) * entries) + 2 * WRITING
 
 
 def alone(tile: Tile, second: bool) -> Plan:

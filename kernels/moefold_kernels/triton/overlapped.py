@@ -36,6 +36,8 @@ from moefold_kernels.triton.overlapped_stage import (
     words_of,
 )
 
+MOST_WRITING = gl.constexpr(8192)
+"""Bytes of float32 sums that are written by way of shared memory; more would keep a second program out."""
 SILU, CLAMPED = gl.constexpr(1), gl.constexpr(2)  # as in project.py
 
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # Triton 3.6 and from 3.7 on
@@ -375,7 +377,9 @@ def write_outer(
     else:
         gates *= scale
     sums *= gl.convert_layout(gates, gl.SliceLayout(0, sums.type.layout))[None, :]
-    layout: gl.constexpr = store_layout(ROWS, gl.num_warps())
+    # eight rows of a product are 32 bytes of float32 (splits), which can do without shared memory to be brought together
+    plain: gl.constexpr = out.dtype.element_ty == gl.float32 and 4 * ROWS * TOKENS > MOST_WRITING
+    layout: gl.constexpr = sums.type.layout if plain else store_layout(ROWS, gl.num_warps())
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     position = begin + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
     entry = gl.convert_layout(entry, gl.SliceLayout(0, layout))

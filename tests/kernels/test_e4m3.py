@@ -116,4 +116,4 @@ def test_activations_have_a_factor_for_each_group():
 
 def test_plans_count_shared_memory_as_kernels_take_it():
     """From so many tokens on those of steps of 256 columns have one place; plans.py does without Gluon."""
-    assert plans.THINLY == e4m3_stage.THINLY.value
+    assert e4m3_stage.THINLY.value == plans.THINLY

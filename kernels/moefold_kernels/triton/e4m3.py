@@ -148,7 +148,7 @@ def _products(
     x0, x1 = x
     f0, f1 = factors
     if THIN:
-        start_tokens(buffers, (x0, x1), live, (f0, f1), factor_live, 0, 0 < steps, FACTORS, 0, 2, TOKENS, OTHERS)
+        start_tokens(buffers, (x0, x1), live, (f0, f1), factor_live, 0, steps > 0, FACTORS, 0, 2, TOKENS, OTHERS)
         async_copy.commit_group()
     else:
         for first in gl.static_range(PLACES - 1):

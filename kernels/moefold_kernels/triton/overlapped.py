@@ -377,7 +377,7 @@ def write_outer(
     else:
         gates *= scale
     sums *= gl.convert_layout(gates, gl.SliceLayout(0, sums.type.layout))[None, :]
-    # eight rows of a product are 32 bytes of float32 (splits), which can do without shared memory to be brought together
+    # eight rows of a product are 32 bytes of float32 (splits), which can do without shared memory to come together
     plain: gl.constexpr = out.dtype.element_ty == gl.float32 and 4 * ROWS * TOKENS > MOST_WRITING
     layout: gl.constexpr = sums.type.layout if plain else store_layout(ROWS, gl.num_warps())
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))

@@ -75,19 +75,33 @@ def _factor(levels):
 
 
 @gluon.jit
-def _right(buffers, number: gl.constexpr, nothing, term: gl.constexpr, TOKENS: gl.constexpr):
-    """A group's tokens as a product's right operand: both terms side by side, or one."""
+def _right(buffers, number: gl.constexpr, nothing, term: gl.constexpr, TOKENS: gl.constexpr, THIN: gl.constexpr):
+    """A group's tokens as a product's right operand: both terms side by side, or one; or (THIN) below each other."""
     found = buffers[number].index(nothing)
+    if THIN:
+        return found.slice(0, TOKENS, 0).permute((1, 0))
     columns: gl.constexpr = width(TOKENS)
     return found.slice(term * TOKENS, columns, 0).permute((1, 0))
 
 
 @gluon.jit
-def _start_product(buffers, number: gl.constexpr, nothing, operand, sums, TOKENS: gl.constexpr):
-    sums = warpgroup_mma(operand, _right(buffers, number, nothing, 0, TOKENS), sums, use_acc=False, is_async=True)
-    if TOKENS > FEW:
-        sums = warpgroup_mma(operand, _right(buffers, number, nothing, 1, TOKENS), sums, is_async=True)
+def _start_product(buffers, number: gl.constexpr, nothing, operand, sums, TOKENS: gl.constexpr, THIN: gl.constexpr):
+    if THIN:  # one of twice the columns: half as many addresses to make
+        operand = _twice_as_long(operand)
+    right = _right(buffers, number, nothing, 0, TOKENS, THIN)
+    sums = warpgroup_mma(operand, right, sums, use_acc=False, is_async=True)
+    if TOKENS > FEW and not THIN:
+        right = _right(buffers, number, nothing, 1, TOKENS, THIN)
+        sums = warpgroup_mma(operand, right, sums, is_async=True)
     return sums
+
+
+@gluon.jit
+def _twice_as_long(operand):
+    """[ROWS, 2 * HALF] of an operand's registers, each twice."""
+    rows: gl.constexpr = operand.shape[0]
+    both = gl.reshape(gl.permute(gl.join(operand, operand), (0, 2, 1)), (rows, 2 * HALF))
+    return gl.convert_layout(both, operand.type.layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -148,13 +162,13 @@ def _products(
     x0, x1 = x
     f0, f1 = factors
     if THIN:
-        start_tokens(buffers, (x0, x1), live, (f0, f1), factor_live, 0, steps > 0, FACTORS, 0, 2, TOKENS, OTHERS)
+        start_tokens(buffers, (x0, x1), live, (f0, f1), factor_live, 0, steps > 0, FACTORS, 0, 2, TOKENS, OTHERS, 1)
         async_copy.commit_group()
     else:
         for first in gl.static_range(PLACES - 1):
             start_tokens(
                 buffers, (x0, x1), live, (f0, f1), factor_live, first, first < steps, FACTORS, 0, groups, TOKENS,
-                OTHERS,
+                OTHERS, 2,
             )  # fmt: skip
             async_copy.commit_group()
             if READ:  # nothing: in the loop words are a group of their own
@@ -209,7 +223,7 @@ def _products(
                             f1 += groups
                     start_tokens(
                         buffers, (x0, x1), live, (f0, f1), factor_live, 0, first + place + half < steps, FACTORS,
-                        2 - 2 * half, groups - 2 * half, TOKENS, OTHERS,
+                        2 - 2 * half, groups - 2 * half, TOKENS, OTHERS, 1,
                     )  # fmt: skip
                     async_copy.commit_group()
                     if half == 0:
@@ -235,7 +249,7 @@ def _products(
                             start_words(buffers, planes, _gone(place, PLACES), ahead - 1 < steps, FORMAT, HALVES)
                         start_tokens(
                             buffers, (x0, x1), live, (f0, f1), factor_live, _gone(place, PLACES), ahead - 1 < steps,
-                            FACTORS, 0, groups, TOKENS, OTHERS,
+                            FACTORS, 0, groups, TOKENS, OTHERS, 2,
                         )  # fmt: skip
                         async_copy.commit_group()
                         if READ:
@@ -250,12 +264,12 @@ def _products(
                     # nothing to wait for, but otherwise LLVM adds only after the products below, which then wait for it
                     total0, total1 = warpgroup_mma_wait(0, deps=(total0, total1))
                     sums0 = _start_product(
-                        buffers, at(TOKENS_OF + 2 * half + part, place), nothing, ours, done0, TOKENS
+                        buffers, at(TOKENS_OF + 2 * half + part, place), nothing, ours, done0, TOKENS, THIN
                     )
                     if OTHERS > 0:
                         theirs = gl.convert_layout(theirs, left_other, assert_trivial=True)
                         sums1 = _start_product(
-                            buffers, at(TOKENS_OF + 4 + 2 * half + part, place), nothing, theirs, done1, OTHERS
+                            buffers, at(TOKENS_OF + 4 + 2 * half + part, place), nothing, theirs, done1, OTHERS, THIN
                         )
                     before = scale_of(scales[half], part)
             if PLACES == 2 and not THIN:
@@ -299,20 +313,28 @@ def _both_added(
 
 
 @gluon.jit
-def _terms_at(x, rows, live, columns, skipped, TOKENS: gl.constexpr):
-    """Pointers to both terms of a group [2 * TOKENS, 64] of rows of `x`, given twice as e4m3_stage.py wants them."""
-    layout: gl.constexpr = token_layout(gl.num_warps())
-    n = gl.arange(0, 2 * TOKENS, gl.SliceLayout(1, layout))
-    at = rows.to(gl.int64) * (2 * columns) + n // TOKENS * HALF + 2 * skipped
+def _terms_at(x, rows, live, columns, skipped, TOKENS: gl.constexpr, THIN: gl.constexpr):
+    """Pointers to both terms of a group of rows of `x`, as e4m3_stage.py wants them.
+
+    [2 * TOKENS, 64] of rows that are given twice, or (THIN) [TOKENS, 128].
+    """
+    wide: gl.constexpr = 2 * HALF if THIN else HALF
+    layout: gl.constexpr = token_layout(gl.num_warps(), wide)
+    at = rows.to(gl.int64) * (2 * columns) + 2 * skipped
+    if not THIN:
+        at += gl.arange(0, 2 * TOKENS, gl.SliceLayout(1, layout)) // TOKENS * HALF
     at = gl.multiple_of(at, 16)
-    return x + at[:, None] + gl.arange(0, HALF, gl.SliceLayout(0, layout))[None, :], live[:, None]
+    return x + at[:, None] + gl.arange(0, wide, gl.SliceLayout(0, layout))[None, :], live[:, None]
 
 
 @gluon.jit
-def _twice(begin, end, TOKENS: gl.constexpr):
+def _positions(begin, end, TOKENS: gl.constexpr, THIN: gl.constexpr):
     """The positions of a tile's entries for _terms_at, and whether they are."""
-    layout: gl.constexpr = gl.SliceLayout(1, token_layout(gl.num_warps()))
-    n = begin + gl.arange(0, 2 * TOKENS, layout) % TOKENS
+    layout: gl.constexpr = gl.SliceLayout(1, token_layout(gl.num_warps(), 2 * HALF if THIN else HALF))
+    if THIN:
+        n = begin + gl.arange(0, TOKENS, layout)
+    else:
+        n = begin + gl.arange(0, 2 * TOKENS, layout) % TOKENS
     return n, n < end
 
 
@@ -410,12 +432,12 @@ def _in(
         planes, x, token_factors, out, factors, order, begin0, end0, begin1, end1, steps, slot, place, first_row,
         hidden, inner, top_k, levels, experts, bias, bias_expert, bias_row, bias_up, limit, alpha,
     ) = given  # fmt: skip
-    n, live = _twice(begin0, end0, TOKENS)
-    a0, live0 = _terms_at(x, gl.load(order + n, mask=live, other=0) // top_k, live, hidden, 0, TOKENS)
+    n, live = _positions(begin0, end0, TOKENS, THIN)
+    a0, live0 = _terms_at(x, gl.load(order + n, mask=live, other=0) // top_k, live, hidden, 0, TOKENS, THIN)
     a1, live1 = a0, live0
     if OTHERS > 0:
-        n, live = _twice(begin1, end1, OTHERS)
-        a1, live1 = _terms_at(x, gl.load(order + n, mask=live, other=0) // top_k, live, hidden, 0, OTHERS)
+        n, live = _positions(begin1, end1, OTHERS, THIN)
+        a1, live1 = _terms_at(x, gl.load(order + n, mask=live, other=0) // top_k, live, hidden, 0, OTHERS, THIN)
     early: gl.constexpr = TOKENS >= EARLY
     t0, t1 = begin0, begin0  # of nothing
     if early:
@@ -507,13 +529,13 @@ def _out(
         planes, x, factors, out, order, weights, begin0, end0, begin1, end1, steps, slot, place, begin, first_row,
         hidden, inner, levels, experts, bias, bias_expert, bias_row,
     ) = given  # fmt: skip
-    n, live = _twice(begin0, end0, TOKENS)
-    a0, live0 = _terms_at(x, gl.where(live, n, 0), live, inner, begin, TOKENS)
+    n, live = _positions(begin0, end0, TOKENS, THIN)
+    a0, live0 = _terms_at(x, gl.where(live, n, 0), live, inner, begin, TOKENS, THIN)
     f0, there0 = _scales_at(factors, begin0, end0, inner // HALF, begin, TOKENS)
     a1, live1, f1, there1 = a0, live0, f0, there0
     if OTHERS > 0:
-        n, live = _twice(begin1, end1, OTHERS)
-        a1, live1 = _terms_at(x, gl.where(live, n, 0), live, inner, begin, OTHERS)
+        n, live = _positions(begin1, end1, OTHERS, THIN)
+        a1, live1 = _terms_at(x, gl.where(live, n, 0), live, inner, begin, OTHERS, THIN)
         f1, there1 = _scales_at(factors, begin1, end1, inner // HALF, begin, OTHERS)
     early: gl.constexpr = TOKENS >= EARLY
     entries0, entries1 = begin0, begin0  # of nothing

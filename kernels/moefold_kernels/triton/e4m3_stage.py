@@ -10,7 +10,8 @@ From THINLY tokens on, a step of 256 columns has tokens at one place only, which
 then fit a multiprocessor (thinly).
 
 A token's values of a group of 64 columns are 128 bytes of two terms
-(e4m3_tokens.py), here as 2 * TOKENS rows: first terms before second ones.
+(e4m3_tokens.py), here as 2 * TOKENS rows, first terms before second ones; or (thinly) as TOKENS rows of both, which are
+one product with an operand that comes twice.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ def product_layout(tokens, warps):
 
 
 @gluon.constexpr_function
-def token_layout(warps):
-    """The layout of a copy of tokens [2 * TOKENS, 64]: 16 bytes a thread."""
-    return gl.BlockedLayout([1, 16], [8, 4], [warps, 1], [1, 0])
+def token_layout(warps, columns):
+    """The layout of a copy of tokens [rows, columns]: 16 bytes a thread."""
+    return gl.BlockedLayout([1, 16], [512 // columns, columns // 16], [warps, 1], [1, 0])
 
 
 @gluon.constexpr_function
@@ -85,12 +86,12 @@ def buffers_of(
     # each by itself: Triton puts a barrier between copies into an allocation and whatever else concerns it
     made = ()
     if thinly(TOKENS, HALVES):
-        tokens = _tokens(TOKENS, OTHERS, FACTORS, HALVES)
+        tokens = _tokens(TOKENS, OTHERS, FACTORS, HALVES, True)
         for _ in gl.static_range(PLACES):
             made = made + _planes(ROWS, FORMAT, HALVES) + tokens
     else:
         for _ in gl.static_range(PLACES):
-            made = made + _planes(ROWS, FORMAT, HALVES) + _tokens(TOKENS, OTHERS, FACTORS, HALVES)
+            made = made + _planes(ROWS, FORMAT, HALVES) + _tokens(TOKENS, OTHERS, FACTORS, HALVES, False)
     return made
 
 
@@ -111,24 +112,28 @@ def _planes(ROWS: gl.constexpr, FORMAT: gl.constexpr, HALVES: gl.constexpr):
 
 
 @gluon.jit
-def _tokens(TOKENS: gl.constexpr, OTHERS: gl.constexpr, FACTORS: gl.constexpr, HALVES: gl.constexpr):
-    terms: gl.constexpr = gl.NVMMASharedLayout(HALF, 8, 2)
+def _tokens(
+    TOKENS: gl.constexpr, OTHERS: gl.constexpr, FACTORS: gl.constexpr, HALVES: gl.constexpr, LONG: gl.constexpr
+):  # fmt: skip
+    # terms below each other, or side by side
+    terms: gl.constexpr = gl.NVMMASharedLayout(2 * HALF if LONG else HALF, 8, 2)
+    wide: gl.constexpr = 2 * HALF if LONG else HALF
+    entries: gl.constexpr = TOKENS if LONG else 2 * TOKENS
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    entries: gl.constexpr = 2 * TOKENS
     factors: gl.constexpr = width(TOKENS) if FACTORS else 1
     more: gl.constexpr = entries if HALVES == 2 else 8
-    theirs: gl.constexpr = 2 * OTHERS if OTHERS else 8
+    theirs: gl.constexpr = (OTHERS if LONG else 2 * OTHERS) if OTHERS else 8
     more_theirs: gl.constexpr = theirs if HALVES == 2 else 8
     their_factors: gl.constexpr = width(OTHERS) if FACTORS and OTHERS else 1
     return (
-        gl.allocate_shared_memory(gl.float8e4nv, [1, entries, HALF], terms),
-        gl.allocate_shared_memory(gl.float8e4nv, [1, entries, HALF], terms),
-        gl.allocate_shared_memory(gl.float8e4nv, [1, more, HALF], terms),
-        gl.allocate_shared_memory(gl.float8e4nv, [1, more, HALF], terms),
-        gl.allocate_shared_memory(gl.float8e4nv, [1, theirs, HALF], terms),
-        gl.allocate_shared_memory(gl.float8e4nv, [1, theirs, HALF], terms),
-        gl.allocate_shared_memory(gl.float8e4nv, [1, more_theirs, HALF], terms),
-        gl.allocate_shared_memory(gl.float8e4nv, [1, more_theirs, HALF], terms),
+        gl.allocate_shared_memory(gl.float8e4nv, [1, entries, wide], terms),
+        gl.allocate_shared_memory(gl.float8e4nv, [1, entries, wide], terms),
+        gl.allocate_shared_memory(gl.float8e4nv, [1, more, wide], terms),
+        gl.allocate_shared_memory(gl.float8e4nv, [1, more, wide], terms),
+        gl.allocate_shared_memory(gl.float8e4nv, [1, theirs, wide], terms),
+        gl.allocate_shared_memory(gl.float8e4nv, [1, theirs, wide], terms),
+        gl.allocate_shared_memory(gl.float8e4nv, [1, more_theirs, wide], terms),
+        gl.allocate_shared_memory(gl.float8e4nv, [1, more_theirs, wide], terms),
         gl.allocate_shared_memory(gl.float32, [1, factors], plain),
         gl.allocate_shared_memory(gl.float32, [1, factors], plain),
         gl.allocate_shared_memory(gl.float32, [1, factors if HALVES == 2 else 1], plain),
@@ -152,11 +157,13 @@ def start_words(buffers, planes, PLACE: gl.constexpr, wanted, FORMAT: gl.constex
 def start_tokens(
     buffers, x, live, factors, factor_live, PLACE: gl.constexpr, wanted,
     FACTORS: gl.constexpr, BEGIN: gl.constexpr, END: gl.constexpr, TOKENS: gl.constexpr, OTHERS: gl.constexpr,
+    ROWS_OF: gl.constexpr,
 ):  # fmt: skip
-    """Ask for groups BEGIN to END of a step, whose first one is at `x` and `factors`."""
+    """Ask for groups BEGIN to END of a step, whose first one is at `x` and `factors`; a token has ROWS_OF rows, two or (thinly) one."""
     for part in gl.static_range(2 if OTHERS > 0 else 1):
         for group in gl.static_range(BEGIN, END):
-            to = buffers[at(TOKENS_OF + 4 * part + group, PLACE)].index(0).slice(0, 2 * (OTHERS if part else TOKENS), 0)
+            to = buffers[at(TOKENS_OF + 4 * part + group, PLACE)].index(0)
+            to = to.slice(0, ROWS_OF * (OTHERS if part else TOKENS), 0)
             async_copy.async_copy_global_to_shared(to, x[part] + 2 * HALF * group, mask=live[part] & wanted)
             if FACTORS:
                 to = buffers[at(FACTOR_OF + 4 * part + group, PLACE)].index(0)

@@ -320,10 +320,10 @@ def _terms_at(x, rows, live, columns, skipped, TOKENS: gl.constexpr, THIN: gl.co
     """
     wide: gl.constexpr = 2 * HALF if THIN else HALF
     layout: gl.constexpr = token_layout(gl.num_warps(), wide)
-    at = rows.to(gl.int64) * (2 * columns) + 2 * skipped
+    at = rows.to(gl.int64) * (2 * columns)
     if not THIN:
         at += gl.arange(0, 2 * TOKENS, gl.SliceLayout(1, layout)) // TOKENS * HALF
-    at = gl.multiple_of(at, 16)
+    at = gl.multiple_of(at + 2 * skipped, 16)
     return x + at[:, None] + gl.arange(0, wide, gl.SliceLayout(0, layout))[None, :], live[:, None]
 
 
@@ -331,10 +331,7 @@ def _terms_at(x, rows, live, columns, skipped, TOKENS: gl.constexpr, THIN: gl.co
 def _positions(begin, end, TOKENS: gl.constexpr, THIN: gl.constexpr):
     """The positions of a tile's entries for _terms_at, and whether they are."""
     layout: gl.constexpr = gl.SliceLayout(1, token_layout(gl.num_warps(), 2 * HALF if THIN else HALF))
-    if THIN:
-        n = begin + gl.arange(0, TOKENS, layout)
-    else:
-        n = begin + gl.arange(0, 2 * TOKENS, layout) % TOKENS
+    n = begin + gl.arange(0, TOKENS if THIN else 2 * TOKENS, layout) % TOKENS
     return n, n < end
 
 

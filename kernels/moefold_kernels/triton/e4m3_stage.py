@@ -159,7 +159,10 @@ def start_tokens(
     FACTORS: gl.constexpr, BEGIN: gl.constexpr, END: gl.constexpr, TOKENS: gl.constexpr, OTHERS: gl.constexpr,
     ROWS_OF: gl.constexpr,
 ):  # fmt: skip
-    """Ask for groups BEGIN to END of a step, whose first one is at `x` and `factors`; a token has ROWS_OF rows, two or (thinly) one."""
+    """Ask for groups BEGIN to END of a step, whose first one is at `x` and `factors`.
+
+    A token has ROWS_OF rows, two or (thinly) one.
+    """
     for part in gl.static_range(2 if OTHERS > 0 else 1):
         for group in gl.static_range(BEGIN, END):
             to = buffers[at(TOKENS_OF + 4 * part + group, PLACE)].index(0)

@@ -82,9 +82,13 @@ def _tiles(shape: Shape, room: Room, side: int) -> Iterator[Tile]:
             for group in regime.groups:
                 tile = Tile(kind.mode, kind.tokens, kind.extra, rows, columns, warps, stages, group, terms=kind.terms)
                 yield tile
+                idle = side and (leveled or regime is REGIMES[0]) and _idle(tile, shape, room)
                 if kind.terms and kind.tokens in REGISTERS_SHARED and warps == 8:
-                    yield replace(tile, registers=REGISTERS_SHARED[kind.tokens])
-                if side and (leveled or regime is REGIMES[0]) and _idle(tile, shape, room):
+                    limited = replace(tile, registers=REGISTERS_SHARED[kind.tokens])
+                    yield limited
+                    if idle and columns > STEP and shape.inner >= 1024:  # as many programs as the limit lets run
+                        yield replace(limited, splits=2)
+                if idle:
                     yield from (replace(tile, splits=splits) for splits in (2, 4) if shape.inner >= 512 * splits)
 
 

@@ -68,9 +68,9 @@ E4M3: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
 """The same with e4m3 operands (e4m3.py), and"""
 E4M3_MANY: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
     ((64, 128, 8, 2), (64, 256, 8, 2), (64, 128, 8, 4), (64, 128, 8, 3)),
-    ((64, 256, 4, 2), (64, 128, 4, 2), (128, 128, 8, 2), (64, 128, 4, 3), (64, 128, 4, 4)),
+    ((64, 256, 4, 2), (128, 256, 8, 2), (64, 128, 4, 2), (128, 128, 8, 2), (64, 128, 4, 3)),
 )
-"""from 32 tokens on, which take more of shared memory than words."""
+"""from 32 tokens on, which take more of shared memory than words where they have as many places."""
 REGISTERS_SHARED = {4: 64, 32: 128, 64: 128}
 """Tokens of a tile -> a limit it is tried with, too: four, or two, programs of eight warps then share a processor."""
 

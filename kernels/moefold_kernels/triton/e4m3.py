@@ -215,6 +215,9 @@ def _products(
                     )  # fmt: skip
                     async_copy.wait_group(half)  # this half's tokens have come, and at a step's start its words
                     barrier()  # for all, and nobody reads the half before
+                    if half == 0:
+                        scales = scales_of(buffers, place, ROWS, HALVES, of_rows)
+                    words = words_of(buffers[at(WORDS + half, place)], buffers[at(LOW + half, place)], ROWS, FORMAT)
                     if half:
                         x0 += 2 * HALF * groups
                         x1 += 2 * HALF * groups
@@ -230,9 +233,10 @@ def _products(
                         start_words(buffers, planes, _gone(place, PLACES), ahead - 1 < steps, FORMAT, HALVES)
                         async_copy.commit_group()
                         planes = behind(planes, FORMAT, HALVES)
-                if half == 0:
-                    scales = scales_of(buffers, place, ROWS, HALVES, of_rows)
-                words = words_of(buffers[at(WORDS + half, place)], buffers[at(LOW + half, place)], ROWS, FORMAT)
+                if not THIN:
+                    if half == 0:
+                        scales = scales_of(buffers, place, ROWS, HALVES, of_rows)
+                    words = words_of(buffers[at(WORDS + half, place)], buffers[at(LOW + half, place)], ROWS, FORMAT)
                 for part in gl.static_range(2):
                     ours, theirs = decoded(words[part], words[2 + part], tables, states, ROWS, FORMAT, PAIRED, left)
                     if not (THIN and part == 0):

@@ -27,6 +27,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def a_device_each() -> None:
+    """For tests that start two processes: on CPUs, or with a GPU of its own for each."""
+    if torch.cuda.device_count() == 1:
+        pytest.skip("two processes need two GPUs, or none")
+
+
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
     """A function that makes (packed, twin) directories, once per arguments; the rest are keys of the model's config."""

@@ -219,6 +219,7 @@ def test_tables_are_where_the_module_is(made, device):
     assert all(torch.equal(a.cpu(), b) for a, b in zip((emptied.places, emptied.placed), right, strict=True))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU kernels are compiled for it, and not interpreted")
 def test_offloaded_to_disk(made, tmp_path):
     packed, twin = made("qwen3_moe", 2)
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",

@@ -49,6 +49,9 @@ FAST |= {
     "pair 16 and 16, splits": fast("overlapped_pair", 16, extra=16, stages=2, splits=2),
     "slot 64 and 32": fast("overlapped", 64, extra=32, stages=2),
     "slot 64, 16 warps": fast("overlapped", 64, warps=16, stages=3),
+    "slot 128 and 32, splits": fast("overlapped", 128, warps=8, stages=2, extra=32, splits=2),
+    "slot 256 and 32, warps apart, splits": fast("overlapped", 256, warps=8, stages=2, extra=32, splits=2),
+    "slot 256, warps apart": fast("overlapped", 256, warps=8, stages=2, group=2),
 }
 
 
@@ -68,6 +71,8 @@ E4M3 = {
     "pair-32": e4m3("overlapped_pair", 32, warps=8, columns=128, stages=2),
     "slot-64": e4m3("overlapped", 64, columns=128),
     "slot-16-and-16": e4m3("overlapped", 16, extra=16, stages=2),
+    "pair-32-thinly": e4m3("overlapped_pair", 32, warps=8, stages=2, splits=2),
+    "slot-64-and-16-thinly": e4m3("overlapped", 64, extra=16, stages=2),
 }
 
 
@@ -136,15 +141,18 @@ HOPPERS += [(plan, format) for plan in FAST if plan not in dict(HOPPERS) for for
 @pytest.mark.gpu
 @pytest.mark.parametrize(("plan", "format"), HOPPERS)
 def test_hoppers_kernels(plan, format, device, monkeypatch):
-    """None of the plain kernels runs; sizes are no multiples of the blocks of rows."""
+    """No other kernels run; sizes are no multiples of the blocks of rows."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("for compute capability 9.0")
-    monkeypatch.delattr(kernels.project, "project_in")
-    monkeypatch.delattr(kernels.project, "project_out")
+    from moefold_kernels.triton import leveled, leveled_apart
+
+    for module in (kernels.project, leveled if "apart" in plan else leveled_apart):
+        monkeypatch.delattr(module, "project_in")
+        monkeypatch.delattr(module, "project_out")
     biased = "splits" in plan
     layer = leveled_layer(format, 6, 640, 384, biased=biased, device=device, coded=format == "pair8")
     activation = kernels.Activation("clamped", 1.5, 1.702) if biased else kernels.SILU
-    for tokens, skew in ((1, 0.0), (3, 0.0), (150, 0.0), (150, 9.0)):
+    for tokens, skew in ((1, 0.0), (3, 0.0), (150, 0.0), (150, 9.0), *[(500, 9.0)] * ("apart" in plan)):
         arguments = batch(tokens, 640, 2, 6, skew=skew)
         found = run(layer, *arguments, device, FAST[plan], activation)
         assert_near(found, expected(layer, *arguments, clamped_gate if biased else silu))

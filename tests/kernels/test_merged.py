@@ -195,6 +195,7 @@ def test_parallel_plans_stay_as_they_are(merged):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("a_device_each")
 def test_two_processes_of_tensor_parallelism(merged, tmp_path):
     code = """
 import sys

@@ -177,6 +177,7 @@ except moefold_kernels.FormatError as error:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("a_device_each")
 @pytest.mark.parametrize(("inner", "word"), [(128, "EQUAL"), (96, "REFUSED")])
 def test_two_processes_split_whole_groups_or_refuse(made, tmp_path, inner, word):
     """Each rank has 64 columns of down, or would have 48 of a group."""

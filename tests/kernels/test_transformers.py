@@ -248,6 +248,7 @@ def from_state(packed: Path, tensors):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("a_device_each")
 def test_two_processes_of_tensor_parallelism(made, tmp_path):
     code = """
 import sys

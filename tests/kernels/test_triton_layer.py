@@ -27,9 +27,9 @@ PLANS = {
 JOINED = [name for name in PLANS if name.startswith("joined")]
 
 
-def overlapped(mode: str, tokens: int, extra: int, places: int, columns: int = 64) -> Plan:
-    """A plan for overlapped.py or overlapped_pair.py."""
-    first, second = ((rows, columns, 4, places) for rows in (32, 64))
+def overlapped(mode: str, tokens: int, extra: int, places: int, columns: int = 64, warps: int = 4) -> Plan:
+    """A plan for overlapped.py, overlapped_apart.py or overlapped_pair.py."""
+    first, second = ((rows, columns, warps, places) for rows in (8 * warps, 16 * warps))
     return Plan(Tile(mode, tokens, extra, *first), Tile(mode, tokens, extra, *second))
 
 
@@ -40,6 +40,9 @@ HOPPERS = {
     "slot 64 and 16, four places": overlapped("overlapped", 64, 16, 4),
     "slot 16, two places": overlapped("overlapped", 16, 0, 2),
     "slot 32 and 32, eight places": overlapped("overlapped", 32, 32, 8, columns=32),
+    "slot 128 and 32, eight warps": overlapped("overlapped", 128, 32, 3, warps=8),
+    "slot 256 and 32, warps apart": overlapped("overlapped", 256, 32, 3, warps=8),
+    "slot 256, warps apart": overlapped("overlapped", 256, 0, 4, warps=8),
 }
 
 
@@ -203,15 +206,18 @@ def test_compiled_with_the_plans_that_users_get(shape, tokens, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("plan", HOPPERS)
 def test_hoppers_kernels(plan, device, monkeypatch):
-    """None of the plain kernels runs; experts with no entry, a few, and more than a tile."""
+    """No other kernels run; experts with no entry, a few, and more than a tile."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("for compute capability 9.0")
-    monkeypatch.delattr(kernels.project, "project_in")
-    monkeypatch.delattr(kernels.project, "project_out")
+    from moefold_kernels.triton import overlapped, overlapped_apart
+
+    for module in (kernels.project, overlapped if "apart" in plan else overlapped_apart):
+        monkeypatch.delattr(module, "project_in")
+        monkeypatch.delattr(module, "project_out")
     biased = "and" in plan
     layer = random_layer(6, 640, 384, biased=biased)
     activation = kernels.Activation("clamped", 1.5, 1.702) if biased else kernels.SILU
-    for tokens, skew in ((1, 0.0), (7, 0.0), (150, 0.0), (150, 9.0)):
+    for tokens, skew in ((1, 0.0), (7, 0.0), (150, 0.0), (150, 9.0), *[(500, 9.0)] * ("apart" in plan)):
         arguments = batch(tokens, 640, 2, 6, skew=skew)
         found = run(layer, *arguments, device, activation=activation, plan=HOPPERS[plan])
         assert_near(found, expected(layer, *arguments, clamped_gate if biased else silu))

@@ -104,12 +104,14 @@ def test_a_plan_that_is_wrong_is_named_and_never_chosen(few, device, monkeypatch
 
     def sometimes_wrong(*arguments, plan):
         out = right(*arguments, plan=plan)
-        return out * 1.5 if plan.first == BEST.first else out
+        return out * 1.5 if replace(plan.first, ahead=4) == BEST.first else out
 
     monkeypatch.setattr(layer, "forward", sometimes_wrong)
     (found,) = tuned(few, device)
-    assert found.plan.first in (TILES[1], TILES[3])
-    assert "the output is off float64 by" in found.rejected[str(BEST)]
+    assert replace(found.plan.first, ahead=4) in (TILES[1], TILES[3])
+    wrong = [plan for plan, why in found.rejected.items() if "the output is off float64 by" in why]
+    assert wrong
+    assert all(plan.startswith(str(BEST.first)) for plan in wrong)
 
 
 def test_the_plan_before_may_be_the_wrong_one(few, device, monkeypatch):

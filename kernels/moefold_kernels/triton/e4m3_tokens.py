@@ -41,14 +41,14 @@ def split_terms(values, largest):
 @triton.jit
 def prepare(x, out, factors, hidden, x_row, COLUMNS: tl.constexpr, CHAIN: tl.constexpr):
     """One token: `x` [token, hidden] bf16 to `out` [token, group, 2, 64] e4m3 and `factors` [token] float32."""
-    after_the_one_before(CHAIN)
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, COLUMNS)
-    number = at % 64
-    column = at // 64 * 64 + number // 4 % 4 * 16 + number // 32 * 8 + number // 16 % 2 * 4 + number % 4
-    values = tl.load(x + token * x_row + column, mask=at < hidden, other=0.0).to(tl.float32)
+    values = tl.load(x + token * x_row + at, mask=at < hidden, other=0.0)
+    parts = tl.reshape(values, (COLUMNS // 64, 4, 2, 2, 4))  # group, t, s, u, j
+    values = tl.reshape(tl.permute(parts, (0, 2, 3, 1, 4)), (COLUMNS,)).to(tl.float32)
     first, second, factor = split_terms(values, tl.max(tl.abs(values), axis=0))
-    to = out + token * (2 * hidden) + at // 64 * 128 + number
+    after_the_one_before(CHAIN)  # `x` is of before the routing's kernels, which have waited for it
+    to = out + token * (2 * hidden) + at // 64 * 128 + at % 64
     tl.store(to, first, mask=at < hidden)
     tl.store(to + 64, second, mask=at < hidden)
     tl.store(factors + token, factor)

@@ -40,6 +40,8 @@ WIDEST = 64
 NARROW, SHALLOW = 32, 3
 """Columns and stages of a tile of an overlapped mode, at most, where project.py does pairs in few bits: up to 129 KB of
 a block's memory then (compiled for Hopper; a tile of 64 x 256 took up to 459)."""
+COPY_REGISTERS = 112
+"""Of a thread that copies for overlapped_apart.py."""
 LEVELED = 2.0**-63
 """The shift of few-bit formats: `rescale` multiplies by its inverse."""
 
@@ -226,7 +228,8 @@ def gate_up(
             operands, apart = (x, base, None, None, None, *lists), _apart(kind.gate, kind.up)
         shared |= {"w_unit": base.stride(0), "w_row": base.stride(1), "w_up": apart} | shifts
         if low < 0 and fused and mode != project.DENSE.value and _overlaps(tile, target, base, x, 2):
-            launch(_overlapped(tile).project_in, grid, x, base, *lists, **shared, PLACES=tile.stages, ACTIVATION=fused)
+            file, more = _overlapped(tile, x)
+            launch(file.project_in, grid, x, base, *lists, **shared, **more, PLACES=tile.stages, ACTIVATION=fused)
             continue
         launch(
             project.project_in, grid, *operands, **shared, first=first, units=len(base), MODE=mode, LOW=low,
@@ -295,16 +298,8 @@ def down(
             )
         shared |= {"w_unit": base.stride(0), "w_row": base.stride(1)}
         if low < 0 and splits == 1 and mode != project.DENSE.value and _overlaps(tile, target, base, rows, 1):
-            launch(
-                _overlapped(tile).project_out,
-                (programs,),
-                rows,
-                base,
-                *lists,
-                **shared,
-                shift=shift,
-                PLACES=tile.stages,
-            )
+            file, more = _overlapped(tile, rows)
+            launch(file.project_out, (programs,), rows, base, *lists, **shared, **more, shift=shift, PLACES=tile.stages)
             continue
         launch(
             project.project_out, (programs, splits), *operands, **shared, first=first, part=part,
@@ -387,10 +382,13 @@ def _narrow(shared: dict[str, Any], tile: Tile, *but: str) -> dict[str, Any]:
     return taken | {"PAIRED": tile.paired}
 
 
-def _overlapped(tile: Tile) -> Any:
-    from moefold_kernels.triton import overlapped, overlapped_pair
+def _overlapped(tile: Tile, x: Tensor) -> tuple[Any, dict[str, int]]:
+    """The file of the kernels of an overlapped mode, and what it takes beside what all take."""
+    from moefold_kernels.triton import overlapped, overlapped_apart, overlapped_pair
 
-    return overlapped_pair if tile.paired else overlapped
+    if tile.columns == WIDEST and leveled_launch.apart(tile.tokens, tile.warps, tile.paired, x):
+        return overlapped_apart, {"REGISTERS": COPY_REGISTERS}
+    return (overlapped_pair if tile.paired else overlapped), {}
 
 
 def _stride(tensor: Tensor | None, dimension: int) -> int:

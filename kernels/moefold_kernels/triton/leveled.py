@@ -9,7 +9,7 @@ EXTRA, TOKENS, or a half or a quarter of it. Levels that are e4m3 numbers have e
 entries; pair8's have to be such numbers here, too.
 """
 
-# ruff: noqa: RUF005 - the compiler knows tuples' `+`, and no `*given`
+
 # mypy: disable-error-code=assignment
 # (tuples that grow)
 
@@ -22,12 +22,11 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 
 from moefold_kernels.levels import E4M3, INTEGERS
 from moefold_kernels.triton.leveled_decode import SCALE_EXPONENT
-from moefold_kernels.triton.leveled_operands import decoded, read, scale_of
+from moefold_kernels.triton.leveled_operands import decoded, read, right, scale_of, tables_of
 from moefold_kernels.triton.leveled_planes import entries_of, planes_at
 from moefold_kernels.triton.leveled_stage import (
     EXTRA_OF,
     HALF,
-    PART,
     STEP,
     TOKENS_OF,
     at,
@@ -38,7 +37,6 @@ from moefold_kernels.triton.leveled_stage import (
     start_words,
 )
 from moefold_kernels.triton.leveled_tokens import write_inner
-from moefold_kernels.triton.leveled_words import word_layout
 from moefold_kernels.triton.overlapped import (
     after_the_one_before,
     barrier,
@@ -61,18 +59,11 @@ NUMBERS = gl.constexpr(2.0 ** (120 - SCALE_EXPONENT))
 
 
 @gluon.jit
-def _shift(levels, shift, FORMAT: gl.constexpr):
+def shift_of(levels, shift, FORMAT: gl.constexpr):
     """`shift`, and what leveled_decode.py leaves out of pair8's operands."""
     if FORMAT == "pair8":
         shift = gl.load(levels + FACTOR_AT).to(gl.float32, bitcast=True) * shift * NUMBERS
     return shift
-
-
-@gluon.jit
-def _right(buffers, number: gl.constexpr, nothing, part: gl.constexpr, TOKENS: gl.constexpr):
-    """Tokens of the columns of a set of operands, turned."""
-    found = buffers[number].index(nothing).slice(0, TOKENS, 0)
-    return found.slice(PART * part, PART, 1).permute((1, 0))
 
 
 @gluon.jit
@@ -108,17 +99,9 @@ def _products(
     mma_extra: gl.constexpr = product_layout(max(EXTRA, 16), gl.num_warps())
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     left_extra: gl.constexpr = gl.DotOperandLayout(0, mma_extra, 2)
-    rows: gl.constexpr = word_layout(ROWS, gl.num_warps())
     sets: gl.constexpr = (2 if PAIRED else 1) * (2 if EXTRA else 1)
     x0, x1, x2, x3 = x
-    thread = levels + gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, rows)), 0)  # [1, 4]: each has its own
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, rows))
-    own = thread + gl.where(gl.expand_dims(row, 1) % 16 >= 8, up, 0)
-    tables = gl.load(own), gl.load(own + 4), gl.load(own + 8), gl.load(own + 12)
-    first = 16 if PAIRED else 16 + 8 * slot
-    states = gl.load(thread + first), gl.load(thread + first + 4)
-    if PAIRED:
-        states = states + (gl.load(thread + 24), gl.load(thread + 28))
+    tables, states = tables_of(levels, up, slot, ROWS, PAIRED)
     sums0 = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
     sums1 = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
     extra0 = warpgroup_mma_init(gl.zeros((ROWS, max(EXTRA, 16)), gl.float32, mma_extra))
@@ -134,19 +117,19 @@ def _products(
                 scale = scale_of(words, half, FORMAT)
                 for part in gl.static_range(2):
                     ours, theirs = decoded(words, scale, half, part, tables, states, ROWS, FORMAT, PAIRED, left)
-                    right = _right(buffers, at(TOKENS_OF + half, place), nothing, part, TOKENS)
-                    sums0 = warpgroup_mma(ours, right, sums0, is_async=True)
+                    tokens = right(buffers, at(TOKENS_OF + half, place), nothing, part, TOKENS)
+                    sums0 = warpgroup_mma(ours, tokens, sums0, is_async=True)
                     if PAIRED:
-                        right = _right(buffers, at(TOKENS_OF + 2 + half, place), nothing, part, TOKENS)
-                        sums1 = warpgroup_mma(theirs, right, sums1, is_async=True)
+                        tokens = right(buffers, at(TOKENS_OF + 2 + half, place), nothing, part, TOKENS)
+                        sums1 = warpgroup_mma(theirs, tokens, sums1, is_async=True)
                     if EXTRA:
                         ours = gl.convert_layout(ours, left_extra, assert_trivial=True)
-                        right = _right(buffers, at(EXTRA_OF + half, place), nothing, part, EXTRA)
-                        extra0 = warpgroup_mma(ours, right, extra0, is_async=True)
+                        tokens = right(buffers, at(EXTRA_OF + half, place), nothing, part, EXTRA)
+                        extra0 = warpgroup_mma(ours, tokens, extra0, is_async=True)
                         if PAIRED:
                             theirs = gl.convert_layout(theirs, left_extra, assert_trivial=True)
-                            right = _right(buffers, at(EXTRA_OF + 2 + half, place), nothing, part, EXTRA)
-                            extra1 = warpgroup_mma(theirs, right, extra1, is_async=True)
+                            tokens = right(buffers, at(EXTRA_OF + 2 + half, place), nothing, part, EXTRA)
+                            extra1 = warpgroup_mma(theirs, tokens, extra1, is_async=True)
                     if PAIRED and EXTRA:
                         sums0, sums1, extra0, extra1 = warpgroup_mma_wait(sets, deps=(sums0, sums1, extra0, extra1))
                         extra0, extra1 = warpgroup_mma_init(extra0), warpgroup_mma_init(extra1)
@@ -249,19 +232,19 @@ def _in(
     sums0, sums1, extra0, extra1 = _products(
         buffers, planes, at, live, steps, slot, levels, TABLE, 2 * ROWS, TOKENS, EXTRA, PLACES, FORMAT, PAIRED
     )
-    shifts = _shift(levels, shift, FORMAT), _shift(levels + TABLE, shift, FORMAT)
+    shifts = shift_of(levels, shift, FORMAT), shift_of(levels + TABLE, shift, FORMAT)
     given = out, first_row, inner, shifts, bias, bias_expert, bias_row, bias_up, limit, alpha
-    _activate(sums0, begin0, end0, gl.load(experts + place), given, ROWS, TOKENS, ACTIVATION)
+    activate(sums0, begin0, end0, gl.load(experts + place), given, ROWS, TOKENS, ACTIVATION)
     if EXTRA:
-        _activate(extra0, begin0 + TOKENS, end0, gl.load(experts + place), given, ROWS, EXTRA, ACTIVATION)
+        activate(extra0, begin0 + TOKENS, end0, gl.load(experts + place), given, ROWS, EXTRA, ACTIVATION)
     if PAIRED:
-        _activate(sums1, begin1, end1, gl.load(experts + place + 1), given, ROWS, TOKENS, ACTIVATION)
+        activate(sums1, begin1, end1, gl.load(experts + place + 1), given, ROWS, TOKENS, ACTIVATION)
         if EXTRA:
-            _activate(extra1, begin1 + TOKENS, end1, gl.load(experts + place + 1), given, ROWS, EXTRA, ACTIVATION)
+            activate(extra1, begin1 + TOKENS, end1, gl.load(experts + place + 1), given, ROWS, EXTRA, ACTIVATION)
 
 
 @gluon.jit
-def _activate(
+def activate(
     sums, begin, end, expert, given, ROWS: gl.constexpr, TOKENS: gl.constexpr, ACTIVATION: gl.constexpr
 ):  # fmt: skip
     """Activations of the sums of a slot's entries, written."""
@@ -345,19 +328,19 @@ def _out(
     sums0, sums1, extra0, extra1 = _products(
         buffers, planes, at, live, steps, slot, levels + 2 * TABLE, 0, ROWS, TOKENS, EXTRA, PLACES, FORMAT, PAIRED
     )
-    shift = _shift(levels + 2 * TABLE, shift, FORMAT)
+    shift = shift_of(levels + 2 * TABLE, shift, FORMAT)
     given = out, first_row, hidden, shift, bias, bias_expert, bias_row
-    _write(sums0, entries0, begin0, end0, gl.load(experts + place), given, ROWS, TOKENS)
+    write(sums0, entries0, begin0, end0, gl.load(experts + place), given, ROWS, TOKENS)
     if EXTRA:
-        _write(extra0, rest0, begin0 + TOKENS, end0, gl.load(experts + place), given, ROWS, EXTRA)
+        write(extra0, rest0, begin0 + TOKENS, end0, gl.load(experts + place), given, ROWS, EXTRA)
     if PAIRED:
-        _write(sums1, entries1, begin1, end1, gl.load(experts + place + 1), given, ROWS, TOKENS)
+        write(sums1, entries1, begin1, end1, gl.load(experts + place + 1), given, ROWS, TOKENS)
         if EXTRA:
-            _write(extra1, rest1, begin1 + TOKENS, end1, gl.load(experts + place + 1), given, ROWS, EXTRA)
+            write(extra1, rest1, begin1 + TOKENS, end1, gl.load(experts + place + 1), given, ROWS, EXTRA)
 
 
 @gluon.jit
-def _write(sums, entries, begin, end, expert, given, ROWS: gl.constexpr, TOKENS: gl.constexpr):
+def write(sums, entries, begin, end, expert, given, ROWS: gl.constexpr, TOKENS: gl.constexpr):
     out, first_row, hidden, shift, bias, bias_expert, bias_row = given
     write_outer(
         sums, out, entries, begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row, ROWS, TOKENS

@@ -12,6 +12,12 @@ from moefold_kernels.triton.portability import Target, launch, power_of_two
 from moefold_kernels.triton.weights import Leveled, Planes, Weights
 
 ALIGNED = 16
+COPY_REGISTERS = 96
+"""Of a thread that copies for leveled_apart.py."""
+MANY = 256
+"""Tokens of a tile of leveled_apart.py or overlapped_apart.py, at least."""
+LARGEST = 2**31
+"""Elements of tokens whose rows they find."""
 NUMBERED = "pair8"
 """The format whose levels leveled_decode.py knows by their numbers: they have to be fp8 numbers (eighths.py)."""
 
@@ -72,20 +78,35 @@ def gate_up(
     grid: tuple[int, ...], x: Tensor, kind: Leveled, out: Tensor, tables: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
     """`tables`: order, offsets, tiles, experts and bias; `options`: numbers and constants of the kernel."""
-    from moefold_kernels.triton import leveled
-
+    file, options = _file(x, options)
     planes = planes_of(kind, kind.wide)
-    launch(leveled.project_in, grid, x, *planes, out, *tables, w_up=kind.inner, FORMAT=kind.format, **options)
+    launch(file.project_in, grid, x, *planes, out, *tables, w_up=kind.inner, FORMAT=kind.format, **options)
 
 
 def down(
     grid: tuple[int, ...], x: Tensor, kind: Leveled, out: Tensor, tables: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
     """The same of what `gate_up` wrote, with the gate weights before the bias."""
-    from moefold_kernels.triton import leveled
-
+    file, options = _file(x, options)
     planes = planes_of(kind, kind.narrow)
-    launch(leveled.project_out, grid, x, *planes, out, *tables, FORMAT=kind.format, **options)
+    launch(file.project_out, grid, x, *planes, out, *tables, FORMAT=kind.format, **options)
+
+
+def _file(x: Tensor, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """leveled.py, or leveled_apart.py for programs of which a multiprocessor holds but one, and its options."""
+    from moefold_kernels.triton import leveled, leveled_apart
+
+    if not apart(options["TOKENS"], options["num_warps"], options["PAIRED"], x):
+        return leveled, options
+    return leveled_apart, {k: v for k, v in options.items() if k != "PAIRED"} | {"REGISTERS": COPY_REGISTERS}
+
+
+def apart(tokens: int, warps: int, paired: bool, x: Tensor) -> bool:
+    """Whether warps apart copy tokens, rows of `x` which they find by 32 bits, for a tile.
+
+    They do where a multiprocessor holds but one program: fewer tokens were slower so (docs/kernels.md).
+    """
+    return tokens >= MANY and warps == 8 and not paired and x.shape[0] * x.stride(0) <= LARGEST
 
 
 def planes_of(kind: Leveled, matrix: Planes) -> tuple[Tensor, ...]:

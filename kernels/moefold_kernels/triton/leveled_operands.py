@@ -103,3 +103,25 @@ def decoded(
     )  # fmt: skip
     own = _operand(made, ROWS, left)
     return own, own
+
+
+@gluon.jit
+def tables_of(levels, up, slot, ROWS: gl.constexpr, PAIRED: gl.constexpr):
+    """Registers of levels and of states for `decoded`; rows 8 to 15 of every 16 have the levels at `levels + up`."""
+    rows: gl.constexpr = word_layout(ROWS, gl.num_warps())
+    thread = levels + gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, rows)), 0)  # [1, 4]: each has its own
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, rows))
+    own = thread + gl.where(gl.expand_dims(row, 1) % 16 >= 8, up, 0)
+    tables = gl.load(own), gl.load(own + 4), gl.load(own + 8), gl.load(own + 12)
+    first = 16 if PAIRED else 16 + 8 * slot
+    states = gl.load(thread + first), gl.load(thread + first + 4)
+    if PAIRED:
+        states = states + (gl.load(thread + 24), gl.load(thread + 28))
+    return tables, states
+
+
+@gluon.jit
+def right(buffers, number: gl.constexpr, nothing, part: gl.constexpr, TOKENS: gl.constexpr):
+    """Tokens of the columns of a set of operands, turned."""
+    found = buffers[number].index(nothing).slice(0, TOKENS, 0)
+    return found.slice(PART * part, PART, 1).permute((1, 0))

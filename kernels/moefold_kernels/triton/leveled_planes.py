@@ -9,7 +9,7 @@ from moefold_kernels.triton.leveled_stage import STEP, low_words, plane_layout
 
 
 @gluon.jit
-def _rows(first_row, size, w_up, ROWS: gl.constexpr, GATED: gl.constexpr, layout: gl.constexpr):
+def rows_of(first_row, size, w_up, ROWS: gl.constexpr, GATED: gl.constexpr, layout: gl.constexpr):
     """ROWS rows of `size` from a first one; of gate and up as many of each, by eights, up rows `w_up` rows behind."""
     row = gl.arange(0, 2 * ROWS if GATED else ROWS, gl.SliceLayout(1, layout))
     if GATED:
@@ -42,12 +42,12 @@ def planes_at(
     lows: gl.constexpr = plane_layout(low_words(FORMAT, STEP), gl.num_warps())
     few: gl.constexpr = plane_layout(HALVES, gl.num_warps())
     each: gl.constexpr = low_words(FORMAT, STEP)
-    row = _rows(first_row, size, w_up, ROWS, GATED, wide)
+    row = rows_of(first_row, size, w_up, ROWS, GATED, wide)
     rows = 2 * size if GATED else size
     of_words = _plane_at(words, unit, row, rows, columns // 8, begin // 8, STEP // 8, wide)
-    row = _rows(first_row, size, w_up, ROWS, GATED, lows)
+    row = rows_of(first_row, size, w_up, ROWS, GATED, lows)
     of_low = _plane_at(low, unit, row, rows, columns * each // STEP, begin * each // STEP, each, lows)
-    row = _rows(first_row, size, w_up, ROWS, GATED, few)
+    row = rows_of(first_row, size, w_up, ROWS, GATED, few)
     return of_words, of_low, _plane_at(scale, unit, row, rows, columns // STEP, begin // STEP, HALVES, few)
 
 

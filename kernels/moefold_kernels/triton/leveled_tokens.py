@@ -18,12 +18,12 @@ from moefold_kernels.triton.portability import after_the_one_before
 @triton.jit
 def prepare(x, out, hidden, x_row, COLUMNS: tl.constexpr, CHAIN: tl.constexpr):
     """One token: `x` [token, hidden] bf16 to `out` [token, hidden], groups of columns in their order."""
-    after_the_one_before(CHAIN)
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, COLUMNS)
-    number = at % 64
-    column = at // 64 * 64 + number // 2 % 4 * 16 + number // 16 * 4 + number % 2 * 2 + number // 8 % 2
-    values = tl.load(x + token * x_row + column, mask=at < hidden, other=0.0)
+    values = tl.load(x + token * x_row + at, mask=at < hidden, other=0.0)
+    parts = tl.reshape(values, (COLUMNS // 64, 4, 2, 2, 2, 2))  # group, t, s, u, e, h
+    values = tl.reshape(tl.permute(parts, (0, 2, 3, 5, 1, 4)), (COLUMNS,))
+    after_the_one_before(CHAIN)  # `x` is of before the routing's kernels, which have waited for it
     tl.store(out + token * hidden + at, values, mask=at < hidden)
 
 

@@ -99,7 +99,7 @@ def words_out(words, unit, first_row, hidden, w_unit, w_row, ROWS: gl.constexpr,
 
 
 @gluon.jit
-def _operand(words):
+def operand_of(words):
     """decode.decode_slot, the slot being the lowest bit of the program number."""
     return gl.inline_asm_elementwise(
         DECODE_SLOT,
@@ -156,7 +156,7 @@ def _products(
     for first in range(0, steps, unrolled(PLACES)):
         for number in gl.static_range(unrolled(PLACES)):
             nothing = first >> 30  # which the compiler does not know
-            operand = _operand(read)
+            operand = operand_of(read)
             right = buffers[tokens_of(number % PLACES, 1, 0)].index(nothing).slice(0, TOKENS, 0).permute((1, 0))
             sums = warpgroup_mma(operand, right, sums, is_async=True)
             if EXTRA:

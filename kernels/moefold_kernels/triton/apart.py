@@ -1,0 +1,69 @@
+"""What leveled_apart.py and overlapped_apart.py share: warps of one program that copy, and warps that multiply.
+
+In leveled.py and overlapped.py groups of four warps wait for each other at each step, so that they decode together, and
+multiply together: neither runs beside the other. Here nothing but barriers in memory (`mbarrier`) joins warps. `come`:
+what a stage holds has come, which each copying thread says when its own copies have ended. `free`: nobody reads a stage
+any more, which each multiplying thread says for itself. So a group runs ahead of the other, until there is nothing
+for it to read. (Triton keeps a barrier of all multiplying warps in each turn through the stages, since two waits for
+the same barrier need one between them.)
+
+Multiplying warps get the registers that copying warps do not need. Those hold rows as offsets of 32 bits from a base,
+where pointers would take twice as many.
+"""
+
+# ruff: noqa: RUF005 - the compiler knows tuples' `+`, and no `*given`
+# mypy: disable-error-code=assignment
+# (tuples that grow)
+
+from __future__ import annotations
+
+import triton.experimental.gluon as gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from moefold_kernels.triton.overlapped import copy_layout, entries_at, gates_of
+
+COPYING = gl.constexpr(4)
+"""Warps that copy."""
+
+
+@gluon.jit
+def barriers(STAGES: gl.constexpr):
+    """`come` and `free` of each stage."""
+    come, free = (), ()
+    for _ in gl.static_range(STAGES):
+        one = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        other = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(one, count=32 * COPYING)
+        mbarrier.init(other, count=32 * gl.num_warps())
+        come = come + (one,)
+        free = free + (other,)
+    return come, free
+
+
+@gluon.jit
+def rows_in(order, begin, end, top_k, x_row, COLUMNS: gl.constexpr, N: gl.constexpr):
+    """overlapped.tokens_at as offsets [N, COLUMNS]; behind the end it is the last entry's, whose sums are not written.
+
+    (A row that all programs share would be read by all of them at once.)
+    """
+    layout: gl.constexpr = copy_layout(COLUMNS, gl.num_warps())
+    n = gl.minimum(begin + gl.arange(0, N, gl.SliceLayout(1, layout)), end - 1)
+    row = gl.load(order + n) // top_k * x_row
+    return gl.multiple_of(row, 8)[:, None] + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
+
+
+@gluon.jit
+def rows_out(begin, end, inner, COLUMNS: gl.constexpr, N: gl.constexpr):
+    """overlapped.positions_at likewise."""
+    layout: gl.constexpr = copy_layout(COLUMNS, gl.num_warps())
+    row = gl.minimum(begin + gl.arange(0, N, gl.SliceLayout(1, layout)), end - 1) * inner
+    return gl.multiple_of(row, 8)[:, None] + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
+
+
+@gluon.jit
+def entries_and_gates(order, weights, begin, end, TOKENS: gl.constexpr, EXTRA: gl.constexpr):
+    """overlapped.gates_of a tile's first TOKENS entries, and of those behind."""
+    entries = entries_at(order, begin, end, TOKENS)
+    more = entries_at(order, begin + TOKENS, end, max(EXTRA, 16))
+    return gates_of(entries, weights), gates_of(more, weights)

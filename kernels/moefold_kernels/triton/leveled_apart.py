@@ -1,0 +1,317 @@
+"""The few-bit pair formats' many tokens of one slot by warps apart (apart.py): four copy, and eight multiply.
+
+A stage is half a step: 64 columns of tokens, and with a step's first half the words of both.
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon as gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from moefold_kernels.triton.apart import COPYING, barriers, entries_and_gates, rows_in, rows_out
+from moefold_kernels.triton.leveled import TABLE, activate, shift_of, write
+from moefold_kernels.triton.leveled_operands import decoded, read, right, scale_of, tables_of
+from moefold_kernels.triton.leveled_planes import entries_of, rows_of
+from moefold_kernels.triton.leveled_stage import (
+    EXTRA_OF,
+    HALF,
+    STEP,
+    TOKENS_OF,
+    at,
+    buffers_of,
+    low_words,
+    plane_layout,
+    start_words,
+)
+from moefold_kernels.triton.overlapped import (
+    after_the_one_before,
+    product_layout,
+    share,
+)
+
+
+@gluon.jit
+def _plane(plane, unit, row, rows, words, skipped, WORDS: gl.constexpr, layout: gl.constexpr):
+    """leveled_planes._plane_at as a base and offsets, within a unit."""
+    base, offset = plane + unit.to(gl.int64) * rows * words + skipped, row * words
+    if WORDS > 1:  # whole steps: 16 bytes
+        base, offset = gl.multiple_of(base, 16), gl.multiple_of(offset, min(WORDS, 4))
+    return base, offset[:, None] + gl.arange(0, WORDS, gl.SliceLayout(0, layout))[None, :]
+
+
+@gluon.jit
+def _planes(
+    words, low, scale, unit, first_row, size, columns, begin, w_up,
+    ROWS: gl.constexpr, FORMAT: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
+    """leveled_planes.planes_at: bases of words, other bits and scales, and offsets of each."""
+    wide: gl.constexpr = plane_layout(STEP // 8, gl.num_warps())
+    lows: gl.constexpr = plane_layout(low_words(FORMAT, STEP), gl.num_warps())
+    few: gl.constexpr = plane_layout(1, gl.num_warps())
+    each: gl.constexpr = low_words(FORMAT, STEP)
+    rows = 2 * size if GATED else size
+    row = rows_of(first_row, size, w_up, ROWS, GATED, wide)
+    w, of_words = _plane(words, unit, row, rows, columns // 8, begin // 8, STEP // 8, wide)
+    row = rows_of(first_row, size, w_up, ROWS, GATED, lows)
+    less, of_low = _plane(low, unit, row, rows, columns * each // STEP, begin * each // STEP, each, lows)
+    row = rows_of(first_row, size, w_up, ROWS, GATED, few)
+    s, of_scales = _plane(scale, unit, row, rows, columns // STEP, begin // STEP, 1, few)
+    return (w, less, s), (of_words, of_low, of_scales)
+
+
+@gluon.jit
+def _copy(
+    buffers, come, free, bases, offsets, x, tokens, more, steps,
+    TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr,
+):  # fmt: skip
+    """Bring tokens from `x` on and words from `bases` on, at their offsets; what is beyond the last step is zero."""
+    w, low, scale = bases
+    phase = 1  # nothing has been read: as if all were free
+    for first in range(0, steps, PLACES):
+        for place in gl.static_range(PLACES):
+            wanted = first + place < steps
+            for half in gl.static_range(2):
+                mbarrier.wait(free[2 * place + half], phase)
+                if half == 0:
+                    of_step = w + offsets[0], low + offsets[1], scale + offsets[2]
+                    start_words(buffers, of_step, place, wanted, FORMAT)
+                    w += STEP // 8
+                    low += low_words(FORMAT, STEP)
+                    scale += 1
+                to = buffers[at(TOKENS_OF + half, place)].index(0).slice(0, TOKENS, 0)
+                async_copy.async_copy_global_to_shared(to, x + tokens, mask=wanted)
+                if EXTRA:
+                    to = buffers[at(EXTRA_OF + half, place)].index(0)
+                    async_copy.async_copy_global_to_shared(to, x + more, mask=wanted)
+                async_copy.mbarrier_arrive(come[2 * place + half], increment_count=False)
+                x += HALF
+        phase ^= 1
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def _copy_in(
+    buffers, come, free, x, words, low, scale, order, unit, first_row, begin, end, hidden, inner, w_up, top_k, x_row,
+    steps,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr,
+):  # fmt: skip
+    """Copying warps' part of the first projection."""
+    bases, offsets = _planes(words, low, scale, unit, first_row, inner, hidden, 0, w_up, ROWS, FORMAT, True)
+    rest: gl.constexpr = max(EXTRA, 16)
+    tokens = rows_in(order, begin, end, top_k, x_row, HALF, TOKENS)
+    more = rows_in(order, begin + TOKENS, end, top_k, x_row, HALF, rest)
+    _copy(buffers, come, free, bases, offsets, x, tokens, more, steps, TOKENS, EXTRA, PLACES, FORMAT)
+
+
+@gluon.jit
+def _copy_out(
+    buffers, come, free, x, words, low, scale, unit, first_row, begin, end, hidden, inner, skipped, steps,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr,
+):  # fmt: skip
+    """The same of down's, of columns from `skipped` on."""
+    bases, offsets = _planes(words, low, scale, unit, first_row, hidden, inner, skipped, 0, ROWS, FORMAT, False)
+    rest: gl.constexpr = max(EXTRA, 16)
+    tokens = rows_out(begin, end, inner, HALF, TOKENS)
+    more = rows_out(begin + TOKENS, end, inner, HALF, rest)
+    after_the_one_before()
+    _copy(buffers, come, free, bases, offsets, x + skipped, tokens, more, steps, TOKENS, EXTRA, PLACES, FORMAT)
+
+
+@gluon.jit
+def _multiply(
+    buffers, come, free, steps, slot, levels, up,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr,
+):  # fmt: skip
+    """Multiplying warps' part: leveled._products for one slot."""
+    gl.assume(steps > 0)
+    rest: gl.constexpr = max(EXTRA, 16)
+    mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
+    mma_extra: gl.constexpr = product_layout(rest, gl.num_warps())
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    left_extra: gl.constexpr = gl.DotOperandLayout(0, mma_extra, 2)
+    tables, states = tables_of(levels, up, slot, ROWS, False)
+    sums = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
+    extra = warpgroup_mma_init(gl.zeros((ROWS, rest), gl.float32, mma_extra))
+    phase = 0
+    for first in range(0, steps, PLACES):
+        for place in gl.static_range(PLACES):
+            nothing = first >> 30  # which the compiler does not know
+            for half in gl.static_range(2):
+                mbarrier.wait(come[2 * place + half], phase)
+                if half == 0:
+                    words = read(buffers, place, ROWS, FORMAT)
+                scale = scale_of(words, half, FORMAT)
+                for part in gl.static_range(2):
+                    ours, _ = decoded(words, scale, half, part, tables, states, ROWS, FORMAT, False, left)
+                    sums = warpgroup_mma(
+                        ours, right(buffers, at(TOKENS_OF + half, place), nothing, part, TOKENS), sums, is_async=True
+                    )
+                    if EXTRA:
+                        ours = gl.convert_layout(ours, left_extra, assert_trivial=True)
+                        extra = warpgroup_mma(
+                            ours, right(buffers, at(EXTRA_OF + half, place), nothing, part, EXTRA), extra, is_async=True
+                        )
+                        sums, extra = warpgroup_mma_wait(2, deps=(sums, extra))  # the other set's products have ended
+                        extra = warpgroup_mma_init(extra)
+                    else:
+                        sums = warpgroup_mma_wait(1, deps=(sums,))
+                    sums = warpgroup_mma_init(sums)
+                    if part == 0:  # so nobody of this thread's reads the half before
+                        if 2 * place + half > 0:
+                            async_copy.mbarrier_arrive(free[2 * place + half - 1], increment_count=False)
+                        elif first > 0:
+                            async_copy.mbarrier_arrive(free[2 * PLACES - 1], increment_count=False)
+        phase ^= 1
+    return warpgroup_mma_wait(0, deps=(sums, extra))
+
+
+@gluon.jit
+def _multiply_out(
+    buffers, come, free, order, weights, begin, end, steps, slot, levels,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr,
+):  # fmt: skip
+    """The same of down's, with entries and gate weights, which are read while the first copies come."""
+    after_the_one_before()
+    entries, more = entries_and_gates(order, weights, begin, end, TOKENS, EXTRA)
+    sums, extra = _multiply(buffers, come, free, steps, slot, levels, 0, ROWS, TOKENS, EXTRA, PLACES, FORMAT)
+    return sums, extra, entries, more
+
+
+@gluon.jit(do_not_specialize=["top_k", "capacity", "bias_expert", "bias_row", "bias_up", "limit", "alpha"])
+def project_in(
+    x, words, low, scale, levels, out, order, offsets, tiles, experts, bias,
+    hidden, inner, top_k, capacity, x_row, w_up, shift, bias_expert, bias_row, bias_up, limit, alpha,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, GROUP: gl.constexpr, PLACES: gl.constexpr,
+    ACTIVATION: gl.constexpr, FORMAT: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """leveled.project_in for one slot; copying warps have so many REGISTERS a thread."""
+    slot = gl.program_id(0) % 2
+    after_the_one_before()
+    tile, first_row = share(gl.program_id(0) // 2, gl.cdiv(inner, ROWS), ROWS, GROUP)
+    unit = gl.load(tiles + tile)
+    if unit < 0:
+        return
+    skipped = gl.load(tiles + capacity + tile) * (TOKENS + EXTRA)
+    place, begin, end, _, _ = entries_of(offsets, unit, slot, skipped, False)
+    if begin >= end:
+        return
+    buffers = buffers_of(2 * ROWS, TOKENS, EXTRA, PLACES, FORMAT, False)
+    come, free = barriers(2 * PLACES)
+    given = (
+        come, free, x, words, low, scale, order, unit, first_row, begin, end, hidden, inner, w_up, top_k, x_row, slot,
+        place, levels, out, shift, experts, bias, bias_expert, bias_row, bias_up, limit, alpha,
+    )  # fmt: skip
+    half: gl.constexpr = max(TOKENS // 2, 8)
+    quarter: gl.constexpr = max(TOKENS // 4, 8)
+    if EXTRA and end - begin > TOKENS:
+        _in(buffers, given, ROWS, TOKENS, EXTRA, PLACES, ACTIVATION, FORMAT, REGISTERS)
+    elif end - begin > half:
+        _in(buffers, given, ROWS, TOKENS, 0, PLACES, ACTIVATION, FORMAT, REGISTERS)
+    elif end - begin > quarter:
+        _in(buffers, given, ROWS, half, 0, PLACES, ACTIVATION, FORMAT, REGISTERS)
+    else:
+        _in(buffers, given, ROWS, quarter, 0, PLACES, ACTIVATION, FORMAT, REGISTERS)
+
+
+@gluon.jit
+def _in(
+    buffers, given, ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
+    ACTIVATION: gl.constexpr, FORMAT: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    (
+        come, free, x, words, low, scale, order, unit, first_row, begin, end, hidden, inner, w_up, top_k, x_row, slot,
+        place, levels, out, shift, experts, bias, bias_expert, bias_row, bias_up, limit, alpha,
+    ) = given  # fmt: skip
+    steps = hidden // STEP
+    sums, extra = gl.warp_specialize(
+        [
+            (_multiply, (
+                buffers, come, free, steps, slot, levels, TABLE, 2 * ROWS, TOKENS, EXTRA, PLACES, FORMAT,
+            )),
+            (_copy_in, (
+                buffers, come, free, x, words, low, scale, order, unit, first_row, begin, end, hidden, inner, w_up,
+                top_k, x_row, steps, ROWS, TOKENS, EXTRA, PLACES, FORMAT,
+            )),
+        ],
+        [COPYING], [REGISTERS],
+    )  # fmt: skip
+    shifts = shift_of(levels, shift, FORMAT), shift_of(levels + TABLE, shift, FORMAT)
+    given = out, first_row, inner, shifts, bias, bias_expert, bias_row, bias_up, limit, alpha
+    activate(sums, begin, end, gl.load(experts + place), given, ROWS, TOKENS, ACTIVATION)
+    if EXTRA:
+        activate(extra, begin + TOKENS, end, gl.load(experts + place), given, ROWS, EXTRA, ACTIVATION)
+
+
+@gluon.jit(do_not_specialize=["capacity", "bias_expert", "bias_row"])
+def project_out(
+    x, words, low, scale, levels, out, order, offsets, tiles, experts, weights, bias,
+    inner, hidden, capacity, part, out_split, shift, bias_expert, bias_row,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, GROUP: gl.constexpr, PLACES: gl.constexpr,
+    FORMAT: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """leveled.project_out for one slot."""
+    slot = gl.program_id(0) % 2
+    tile, first_row = share(gl.program_id(0) // 2, gl.cdiv(hidden, ROWS), ROWS, GROUP)
+    unit = gl.load(tiles + tile)  # the tables are of two kernels before
+    if unit < 0:
+        after_the_one_before()  # also here: that this kernel has ended must mean that the one before it has
+        return
+    skipped = gl.load(tiles + capacity + tile) * (TOKENS + EXTRA)
+    place, begin, end, _, _ = entries_of(offsets, unit, slot, skipped, False)
+    if begin >= end:
+        after_the_one_before()
+        return
+    out += gl.program_id(1).to(gl.int64) * out_split
+    buffers = buffers_of(ROWS, TOKENS, EXTRA, PLACES, FORMAT, False)
+    come, free = barriers(2 * PLACES)
+    given = (
+        come, free, x, words, low, scale, order, weights, unit, first_row, begin, end, hidden, inner, part, slot,
+        place, levels, out, shift, experts, bias, bias_expert, bias_row,
+    )  # fmt: skip
+    half: gl.constexpr = max(TOKENS // 2, 8)
+    quarter: gl.constexpr = max(TOKENS // 4, 8)
+    if EXTRA and end - begin > TOKENS:
+        _out(buffers, given, ROWS, TOKENS, EXTRA, PLACES, FORMAT, REGISTERS)
+    elif end - begin > half:
+        _out(buffers, given, ROWS, TOKENS, 0, PLACES, FORMAT, REGISTERS)
+    elif end - begin > quarter:
+        _out(buffers, given, ROWS, half, 0, PLACES, FORMAT, REGISTERS)
+    else:
+        _out(buffers, given, ROWS, quarter, 0, PLACES, FORMAT, REGISTERS)
+
+
+@gluon.jit
+def _out(
+    buffers, given, ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
+    FORMAT: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    (
+        come, free, x, words, low, scale, order, weights, unit, first_row, begin, end, hidden, inner, part, slot, place,
+        levels, out, shift, experts, bias, bias_expert, bias_row,
+    ) = given  # fmt: skip
+    skipped = gl.program_id(1) * part
+    steps = gl.minimum(inner - skipped, part) // STEP
+    sums, extra, entries, more = gl.warp_specialize(
+        [
+            (_multiply_out, (
+                buffers, come, free, order, weights, begin, end, steps, slot, levels + 2 * TABLE, ROWS, TOKENS, EXTRA,
+                PLACES, FORMAT,
+            )),
+            (_copy_out, (
+                buffers, come, free, x, words, low, scale, unit, first_row, begin, end, hidden, inner, skipped, steps,
+                ROWS, TOKENS, EXTRA, PLACES, FORMAT,
+            )),
+        ],
+        [COPYING], [REGISTERS],
+    )  # fmt: skip
+    given = out, first_row, hidden, shift_of(levels + 2 * TABLE, shift, FORMAT), bias, bias_expert, bias_row
+    write(sums, entries, begin, end, gl.load(experts + place), given, ROWS, TOKENS)
+    if EXTRA:
+        write(extra, more, begin + TOKENS, end, gl.load(experts + place), given, ROWS, EXTRA)

@@ -158,6 +158,19 @@ def test_hoppers_kernels(plan, format, device, monkeypatch):
         assert_near(found, expected(layer, *arguments, clamped_gate if biased else silu))
 
 
+@pytest.mark.parametrize(
+    ("tokens", "warps", "paired", "rows", "answer"),
+    [
+        (256, 8, False, 2**20, True), (512, 8, False, 1, True), (128, 8, False, 1, False), (256, 4, False, 1, False),
+        (256, 8, True, 1, False), (256, 8, False, 2**20 + 1, False),
+    ],
+)  # fmt: skip
+def test_where_warps_apart_copy(tokens, warps, paired, rows, answer):
+    """One slot's many tokens by eight warps, and rows within 32 bits."""
+    x = torch.empty(rows, 2048, device="meta", dtype=torch.bfloat16)
+    assert kernels.leveled_launch.apart(tokens, warps, paired, x) is answer
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", [(640, 384), (512, 768)])
 @pytest.mark.parametrize("format", FORMATS)

@@ -15,7 +15,7 @@ from moefold_kernels.bench.weights import LEVELS
 from moefold_kernels.levels import E4M3, coded, row_tables
 
 pytest.importorskip("triton", reason="needs triton")
-from moefold_kernels.triton import e4m3_decode, e4m3_stage, plans
+from moefold_kernels.triton import e4m3_decode, e4m3_stage, overlapped, plans
 from moefold_kernels.triton.e4m3_launch import between, cut, prepared
 from moefold_kernels.triton.layer import in_bf16
 from moefold_kernels.triton.plans import Plan, Tile
@@ -117,3 +117,4 @@ def test_activations_have_a_factor_for_each_group():
 def test_plans_count_shared_memory_as_kernels_take_it():
     """From so many tokens on those of steps of 256 columns have one place; plans.py does without Gluon."""
     assert e4m3_stage.THINLY.value == plans.THINLY
+    assert overlapped.MOST_WRITING.value == plans.MOST_WRITING

@@ -152,7 +152,7 @@ def test_hoppers_kernels(plan, format, device, monkeypatch):
     biased = "splits" in plan
     layer = leveled_layer(format, 6, 640, 384, biased=biased, device=device, coded=format == "pair8")
     activation = kernels.Activation("clamped", 1.5, 1.702) if biased else kernels.SILU
-    for tokens, skew in ((1, 0.0), (3, 0.0), (150, 0.0), (150, 9.0), *[(500, 9.0)] * ("apart" in plan)):
+    for tokens, skew in ((1, 0.0), (3, 0.0), (150, 0.0), (150, 9.0), *[(300, 0.0), (500, 9.0)] * ("apart" in plan)):
         arguments = batch(tokens, 640, 2, 6, skew=skew)
         found = run(layer, *arguments, device, FAST[plan], activation)
         assert_near(found, expected(layer, *arguments, clamped_gate if biased else silu))

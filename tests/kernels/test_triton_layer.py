@@ -189,6 +189,32 @@ def test_the_same_bits_again(device):
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("chained", [True, False])
+def test_down_may_not_be_chained_to_what_made_its_tables(chained, device, monkeypatch):
+    """It reads them before it waits. As the operation of its own it follows them at once."""
+    made, (x, index, weights) = weights_of(operands(random_layer(4, 64, 32).to(device))), batch(3, 64, 2, 4)
+    index, weights = index.to(device), weights.to(device)
+    tables = kernels.route_for(made, index, PLANS["pair"])
+    launched = {}
+    monkeypatch.setattr(kernels, "launch", lambda kernel, grid, *given, **options: launched.update({kernel: options}))
+    monkeypatch.setattr(kernels.Target, "of", lambda tensor: kernels.Target(False, False, False, chain=True))
+    inner = kernels.Inner(x.new_zeros(6, 32, dtype=torch.bfloat16, device=device))
+    kernels.down(made, inner, index, weights, tables, PLANS["pair"], torch.float32, chained)
+    options = launched[kernels.project.project_out]
+    assert options["CHAIN"] is chained
+    assert options.get("launch_pdl", False) is chained
+
+
+def test_the_operation_down_is_not_chained(device, monkeypatch):
+    layer, (x, index, weights) = random_layer(4, 64, 32), batch(3, 64, 2, 4)
+    asked = []
+    right = kernels.down
+    monkeypatch.setattr(kernels, "down", lambda *given, chained=True: asked.append(chained) or right(*given, chained))
+    rows = x.new_zeros(6, 32).to(device)
+    torch.ops.moefold.down(rows, index.to(device), weights.to(device), *operands(layer.to(device)), torch.float32)
+    assert asked == [False]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 7, 64, 300, 3000])
 @pytest.mark.parametrize("shape", [(8, 1024, 3584, 2), (128, 512, 192, 8), (65, 520, 200, 6)])
@@ -217,7 +243,7 @@ def test_hoppers_kernels(plan, device, monkeypatch):
     biased = "and" in plan
     layer = random_layer(6, 640, 384, biased=biased)
     activation = kernels.Activation("clamped", 1.5, 1.702) if biased else kernels.SILU
-    for tokens, skew in ((1, 0.0), (7, 0.0), (150, 0.0), (150, 9.0), *[(500, 9.0)] * ("apart" in plan)):
+    for tokens, skew in ((1, 0.0), (7, 0.0), (150, 0.0), (150, 9.0), *[(300, 0.0), (500, 9.0)] * ("apart" in plan)):
         arguments = batch(tokens, 640, 2, 6, skew=skew)
         found = run(layer, *arguments, device, activation=activation, plan=HOPPERS[plan])
         assert_near(found, expected(layer, *arguments, clamped_gate if biased else silu))

@@ -3,9 +3,10 @@
 In leveled.py and overlapped.py groups of four warps wait for each other at each step, so that they decode together, and
 multiply together: neither runs beside the other. Here nothing but barriers in memory (`mbarrier`) joins warps. `come`:
 what a stage holds has come, which each copying thread says when its own copies have ended. `free`: nobody reads a stage
-any more, which each multiplying thread says for itself. So a group runs ahead of the other, until there is nothing
-for it to read. (Triton keeps a barrier of all multiplying warps in each turn through the stages, since two waits for
-the same barrier need one between them.)
+any more, which each multiplying thread says for itself, by the instruction that waits for a thread's copies, of which
+it has none (Triton's own is one thread for all, behind a barrier of all). So a group runs ahead of the other, until
+there is nothing for it to read. (Triton keeps a barrier of all multiplying warps in each turn through the stages, since
+two waits for the same barrier need one between them.)
 
 Multiplying warps get the registers that copying warps do not need. Those hold rows as offsets of 32 bits from a base,
 where pointers would take twice as many.
@@ -29,7 +30,11 @@ COPYING = gl.constexpr(4)
 
 @gluon.jit
 def barriers(STAGES: gl.constexpr):
-    """`come` and `free` of each stage."""
+    """`come` and `free` of each stage: of as many threads as copy, and of as many as multiply.
+
+    The last arrivals at `free` are waited for by nobody; a product and the warps' meeting lie between them and what
+    Triton may put in the same memory.
+    """
     come, free = (), ()
     for _ in gl.static_range(STAGES):
         one = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())

@@ -213,6 +213,8 @@ def _products(
                         total0, total1, done0, done1, before, buffers, (2 * half + groups - 1) % groups, 0, FACTORS,
                         TOKENS, OTHERS,
                     )  # fmt: skip
+                    # asked for are, in a first half, this step's other tokens, and words of PLACES - 1 steps on; in a
+                    # second half the next step's first tokens. All is awaited at a step's start: so two places do
                     async_copy.wait_group(half)  # this half's tokens have come, and at a step's start its words
                     barrier()  # for all, and nobody reads the half before
                     if half == 0:

@@ -35,14 +35,17 @@ def cut(tile: Tile, kind: Leveled, columns: int) -> dict[str, Any]:
     return {"FORMAT": kind.format, "PLACES": tile.stages, "HALVES": 2 if wide else 1} | most
 
 
-def prepared(x: Tensor) -> Terms:
-    """The terms of `x` [row, columns] bfloat16, columns being a number of groups; one factor a row."""
+def prepared(x: Tensor, chained: bool = True) -> Terms:
+    """The terms of `x` [row, columns] bfloat16, columns being a number of groups; one factor a row.
+
+    `chained`: where `x` was complete before the kernel in front began, as routing is.
+    """
     from moefold_kernels.triton import e4m3_tokens
 
     rows, columns = x.shape
     made = empty(rows, columns, x, 1)
     if rows:
-        chain = Target.of(x).chain
+        chain = chained and Target.of(x).chain
         size = power_of_two(columns)
         launch(
             e4m3_tokens.prepare, (rows,), x, *made, columns, x.stride(0), COLUMNS=size, CHAIN=chain,
@@ -59,7 +62,7 @@ def empty(rows: int, columns: int, like: Tensor, factors: int) -> Terms:
 
 def between(x: Tensor) -> Terms:
     """The terms of activations [entry, inner] as the first projection leaves them: a factor for each group."""
-    values, factors = prepared(x)
+    values, factors = prepared(x, chained=False)
     return Terms(values, factors[:, None].expand(-1, x.shape[1] // GROUP).contiguous())
 
 

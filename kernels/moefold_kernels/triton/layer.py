@@ -251,11 +251,17 @@ def down(
     tables: Tables,
     plan: Plan,
     dtype: torch.dtype,
+    chained: bool = True,
 ) -> Tensor:
-    """The output [token, hidden] of the hidden activations `x`."""
+    """The output [token, hidden] of the hidden activations `x`.
+
+    Not `chained` to the kernel in front: for tables that it may have made, which down reads before it waits.
+    """
     hidden, inner = weights.any.hidden, weights.any.inner
     rows = x.rows
     tile, target = plan.second, Target.of(rows)
+    if not chained:
+        target = target._replace(chain=False)
     step = max(tile.columns, STEP) if isinstance(weights.packed, Leveled) else tile.columns
     part = blocks(blocks(inner, tile.splits), step) * step
     splits = blocks(inner, part)

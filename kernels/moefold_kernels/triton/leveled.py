@@ -9,10 +9,6 @@ EXTRA, TOKENS, or a half or a quarter of it. Levels that are e4m3 numbers have e
 entries; pair8's have to be such numbers here, too.
 """
 
-
-# mypy: disable-error-code=assignment
-# (tuples that grow)
-
 from __future__ import annotations
 
 import triton.experimental.gluon as gluon
@@ -341,6 +337,7 @@ def _out(
 
 @gluon.jit
 def write(sums, entries, begin, end, expert, given, ROWS: gl.constexpr, TOKENS: gl.constexpr):
+    """Outputs of the sums of a slot's entries, written."""
     out, first_row, hidden, shift, bias, bias_expert, bias_row = given
     write_outer(
         sums, out, entries, begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row, ROWS, TOKENS

@@ -9,6 +9,7 @@ import triton.experimental.gluon as gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_init,
@@ -71,7 +72,10 @@ def _copy(
     buffers, come, free, bases, offsets, x, tokens, more, steps,
     TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr,
 ):  # fmt: skip
-    """Bring tokens from `x` on and words from `bases` on, at their offsets; what is beyond the last step is zero."""
+    """Bring tokens from `x` on and words from `bases` on, for `steps` times STEP columns; beyond, zeros.
+
+    Offsets are elements: `tokens` [TOKENS, HALF], `more` [EXTRA, HALF], each plane's [rows, words].
+    """
     w, low, scale = bases
     phase = 1  # nothing has been read: as if all were free
     for first in range(0, steps, PLACES):
@@ -129,7 +133,7 @@ def _multiply(
     buffers, come, free, steps, slot, levels, up,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr,
 ):  # fmt: skip
-    """Multiplying warps' part: leveled._products for one slot."""
+    """Multiplying warps' part: sums [ROWS, TOKENS] and [ROWS, EXTRA] of one slot, as leveled._products."""
     gl.assume(steps > 0)
     rest: gl.constexpr = max(EXTRA, 16)
     mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
@@ -145,6 +149,7 @@ def _multiply(
             nothing = first >> 30  # which the compiler does not know
             for half in gl.static_range(2):
                 mbarrier.wait(come[2 * place + half], phase)
+                fence_async_shared()  # what was copied is what products read
                 if half == 0:
                     words = read(buffers, place, ROWS, FORMAT)
                 scale = scale_of(words, half, FORMAT)

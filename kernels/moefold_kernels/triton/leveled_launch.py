@@ -12,12 +12,12 @@ from moefold_kernels.triton.portability import Target, launch, power_of_two
 from moefold_kernels.triton.weights import Leveled, Planes, Weights
 
 ALIGNED = 16
-COPY_REGISTERS = 96
+COPY_REGISTERS = 104
 """Of a thread that copies for leveled_apart.py."""
 MANY = 256
 """Tokens of a tile of leveled_apart.py or overlapped_apart.py, at least."""
 LARGEST = 2**31
-"""Elements of tokens whose rows they find."""
+"""Elements of tokens, to the last row's end, whose rows they find; a pair's weights are fewer than that."""
 NUMBERED = "pair8"
 """The format whose levels leveled_decode.py knows by their numbers: they have to be fp8 numbers (eighths.py)."""
 
@@ -59,14 +59,17 @@ def shared_by_warps(tile: Tile, matrices: int) -> bool:
     return tile.warps % 4 == 0 and tile.rows * matrices >= 16 * tile.warps
 
 
-def prepared(x: Tensor) -> Tensor:
-    """`x` [row, columns] bfloat16, columns being a number of groups, in the order of leveled_tokens.py."""
+def prepared(x: Tensor, chained: bool = True) -> Tensor:
+    """`x` [row, columns] bfloat16, columns being a number of groups, in the order of leveled_tokens.py.
+
+    `chained`: where `x` was complete before the kernel in front began, as routing is.
+    """
     from moefold_kernels.triton import leveled_tokens
 
     rows, columns = x.shape
     made = x.new_empty(rows, columns)
     if rows:
-        chain, size = Target.of(x).chain, power_of_two(columns)
+        chain, size = chained and Target.of(x).chain, power_of_two(columns)
         launch(
             leveled_tokens.prepare, (rows,), x, made, columns, x.stride(0), COLUMNS=size, CHAIN=chain,
             num_warps=max(1, min(8, size // 512)), **({"launch_pdl": True} if chain else {}),

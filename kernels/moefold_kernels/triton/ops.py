@@ -136,7 +136,8 @@ def down(
         held, x = weights(operands), rows.to(torch.bfloat16).contiguous()
         plan = layer.apart(held, layer.plan_for(held, *top_k_index.shape))
         tables = layer.route_for(held, top_k_index, plan)
-        return layer.down(held, layer.Inner(x), top_k_index, top_k_weights, tables, plan, dtype)
+        inner = layer.Inner(x)
+        return layer.down(held, inner, top_k_index, top_k_weights, tables, plan, dtype, chained=False)
 
 
 @library.register_fake("moefold::experts")

@@ -10,6 +10,7 @@ import triton.experimental.gluon as gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_init,
@@ -57,7 +58,10 @@ def _copy(
     buffers, come, free, w, offsets, x, tokens, more, steps,
     COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
-    """Bring tokens from `x` on and words from `w` on, at their offsets; what is beyond the last step is zero."""
+    """Bring tokens from `x` on and words from `w` on, for `steps` times COLUMNS columns; beyond, zeros.
+
+    Offsets are elements: `offsets` [rows, COLUMNS], `tokens` [TOKENS, COLUMNS], `more` [EXTRA, COLUMNS].
+    """
     phase = 1  # nothing has been read: as if all were free
     for first in range(0, steps, PLACES):
         for place in gl.static_range(PLACES):
@@ -105,7 +109,7 @@ def _multiply(
     buffers, come, free, steps,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
-    """Multiplying warps' part: overlapped._products."""
+    """Multiplying warps' part: sums [ROWS, TOKENS] and [ROWS, EXTRA], as overlapped._products."""
     gl.assume(steps > 0)
     rest: gl.constexpr = max(EXTRA, 16)
     mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
@@ -119,6 +123,7 @@ def _multiply(
         for place in gl.static_range(PLACES):
             nothing = first >> 30  # which the compiler does not know
             mbarrier.wait(come[place], phase)
+            fence_async_shared()  # what was copied is what products read
             for part in gl.static_range(COLUMNS // PART):
                 operand = operand_of(buffers[words_of(place, 1)].slice(PART * part, PART, 1).load(left))
                 right = buffers[tokens_of(place, 1, 0)].index(nothing).slice(0, TOKENS, 0)

@@ -14,8 +14,10 @@ GROUP = layout_pairs.GROUP
 PER_WARP = 16
 WRITING = 4096
 """Bytes of shared memory that a program's last lines take beside its places, at most as seen; e4m3's twice that."""
-MOST_WRITING = 32768
-"""The same where they are float32, as sums of a part of the columns are."""
+MOST_WRITING = 8192
+"""The same where they are float32, as sums of a part of the columns are; of more none go through it (overlapped.py)."""
+BARRIERS = 512
+"""Bytes that warps apart take for barriers and for what they hand over, at most (252 seen)."""
 THINLY = 32
 """e4m3_stage.THINLY: tokens from which on those of steps of 256 columns have one place, without importing Gluon."""
 LEAST_REGISTERS, MOST_REGISTERS = 64, 248
@@ -159,7 +161,8 @@ def tile_fits(tile: Tile, gated: bool, memory: int, format: str = layout.EXPONEN
     if tile.overlapped and format != layout.EXPONENT:
         return leveled_bytes(tile, gated, format) <= memory
     rows, entries = tile.rows * (2 if gated else 1), tile.entries * (2 if tile.paired else 1)
-    return 2 * (rows + entries) * tile.columns * tile.stages <= memory + (-WRITING if tile.overlapped else 16384)
+    more = -WRITING - _barriers(tile) if tile.overlapped else 16384
+    return 2 * (rows + entries) * tile.columns * tile.stages <= memory + more
 
 
 def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
@@ -175,10 +178,14 @@ def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
     if not tile.terms:
         if gated:  # activations are also brought into their order
             writing = max(writing, 2 * tile.rows * tile.tokens)
-        return tile.stages * (planes + 256 * entries) + max(writing, WRITING)
+        return tile.stages * (planes + 256 * entries) + max(writing, WRITING) + _barriers(tile)
     halves = 2 if tile.columns > 128 else 1
     places = 1 if halves == 2 and tile.tokens >= THINLY else tile.stages
     return halves * (tile.stages * planes + places * (256 + 16) * entries) + 2 * WRITING
+
+
+def _barriers(tile: Tile) -> int:
+    return 0 if tile.paired else BARRIERS
 
 
 def alone(tile: Tile, second: bool) -> Plan:

@@ -128,7 +128,7 @@ REGIMES = (
             Kind("slot", 128, 32), Kind("slot", 128), Kind("overlapped", 256), Kind("overlapped", 256, 32),
             Kind("overlapped", 128),
         ),
-        (4, 16),
+        (2, 4, 16),
     ),
 )  # fmt: skip
 LEVELED_REGIMES = (

@@ -256,6 +256,23 @@ def write_inner(
     gl.store(at, value, mask=(row < inner)[:, None] & (entry < end)[None, :])
 
 
+@gluon.jit
+def write_slot_inner(
+    sums, extra, out, begin, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up,
+    limit, alpha, ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, ACTIVATION: gl.constexpr,
+):  # fmt: skip
+    """write_inner of a slot's sums [ROWS, TOKENS] and of its extra ones."""
+    write_inner(
+        sums, out, begin, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up,
+        limit, alpha, ROWS, TOKENS, ACTIVATION,
+    )  # fmt: skip
+    if EXTRA:
+        write_inner(
+            extra, out, begin + TOKENS, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert,
+            bias_row, bias_up, limit, alpha, ROWS, EXTRA, ACTIVATION,
+        )  # fmt: skip
+
+
 @gluon.jit(do_not_specialize=["top_k", "capacity", "bias_expert", "bias_row", "bias_up", "limit", "alpha"])
 def project_in(
     x, words, out, order, offsets, tiles, experts, bias,
@@ -312,15 +329,10 @@ def _in(
     b, b_live = tokens_at(x, order, begin + TOKENS, end, k, top_k, x_row, COLUMNS, max(EXTRA, 16))
     a, b = _begin_tokens(buffers, a, live, b, b_live, steps, COLUMNS, TOKENS, EXTRA, PLACES)
     sums, extra = _products(buffers, w, a, live, b, b_live, steps, 2 * ROWS, COLUMNS, TOKENS, EXTRA, PLACES)
-    write_inner(
-        sums, out, begin, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up,
-        limit, alpha, ROWS, TOKENS, ACTIVATION,
+    write_slot_inner(
+        sums, extra, out, begin, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row,
+        bias_up, limit, alpha, ROWS, TOKENS, EXTRA, ACTIVATION,
     )  # fmt: skip
-    if EXTRA:
-        write_inner(
-            extra, out, begin + TOKENS, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert,
-            bias_row, bias_up, limit, alpha, ROWS, EXTRA, ACTIVATION,
-        )  # fmt: skip
 
 
 @gluon.jit
@@ -388,6 +400,23 @@ def write_outer(
     gl.store(at, value, mask=(row < hidden)[:, None] & (position < end)[None, :])
 
 
+@gluon.jit
+def write_slot_outer(
+    sums, extra, out, entries, more, begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr,
+):  # fmt: skip
+    """write_outer of a slot's sums [ROWS, TOKENS] and of its extra ones, with their entries."""
+    write_outer(
+        sums, out, entries, begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row,
+        ROWS, TOKENS,
+    )  # fmt: skip
+    if EXTRA:
+        write_outer(
+            extra, out, more, begin + TOKENS, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row, ROWS,
+            EXTRA,
+        )  # fmt: skip
+
+
 @gluon.jit(do_not_specialize=["capacity", "bias_expert", "bias_row"])
 def project_out(
     x, words, out, order, offsets, tiles, experts, weights, bias,
@@ -448,12 +477,7 @@ def _out(
     a, b = _begin_tokens(buffers, a, live, b, b_live, steps, COLUMNS, TOKENS, EXTRA, PLACES)
     entries, more = gates_of(entries, weights), gates_of(more, weights)
     sums, extra = _products(buffers, w, a, live, b, b_live, steps, ROWS, COLUMNS, TOKENS, EXTRA, PLACES)
-    write_outer(
-        sums, out, entries, begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row,
-        ROWS, TOKENS,
+    write_slot_outer(
+        sums, extra, out, entries, more, begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row,
+        ROWS, TOKENS, EXTRA,
     )  # fmt: skip
-    if EXTRA:
-        write_outer(
-            extra, out, more, begin + TOKENS, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row, ROWS,
-            EXTRA,
-        )  # fmt: skip

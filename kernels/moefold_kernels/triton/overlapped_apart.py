@@ -24,8 +24,8 @@ from moefold_kernels.triton.overlapped import (
     operand_of,
     product_layout,
     share,
-    write_inner,
-    write_outer,
+    write_slot_inner,
+    write_slot_outer,
 )
 from moefold_kernels.triton.overlapped_stage import buffers_of, extra_of, tokens_of, words_of
 
@@ -217,15 +217,10 @@ def _in(
         ],
         [COPYING], [REGISTERS],
     )  # fmt: skip
-    write_inner(
-        sums, out, begin, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up,
-        limit, alpha, ROWS, TOKENS, ACTIVATION,
+    write_slot_inner(
+        sums, extra, out, begin, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row,
+        bias_up, limit, alpha, ROWS, TOKENS, EXTRA, ACTIVATION,
     )  # fmt: skip
-    if EXTRA:
-        write_inner(
-            extra, out, begin + TOKENS, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert,
-            bias_row, bias_up, limit, alpha, ROWS, EXTRA, ACTIVATION,
-        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["capacity", "bias_expert", "bias_row"])
@@ -288,11 +283,7 @@ def _out(
         ],
         [COPYING], [REGISTERS],
     )  # fmt: skip
-    write_outer(
-        sums, out, entries, begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row, ROWS, TOKENS
-    )
-    if EXTRA:
-        write_outer(
-            extra, out, more, begin + TOKENS, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row, ROWS,
-            EXTRA,
-        )  # fmt: skip
+    write_slot_outer(
+        sums, extra, out, entries, more, begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row,
+        ROWS, TOKENS, EXTRA,
+    )  # fmt: skip

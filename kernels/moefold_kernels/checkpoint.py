@@ -25,6 +25,7 @@ from typing import Any
 from moefold_kernels import layout, layout_pairs
 from moefold_kernels.entry import MERGED, MergedLayer, check_keys, check_prefix, is_name, read_merged, read_route
 from moefold_kernels.errors import FormatError
+from moefold_kernels.layout_pairs import VERSIONS
 from moefold_kernels.quantized import MATRICES, check_matrices
 
 METHOD = "moefold"
@@ -108,6 +109,7 @@ class PackedLayer:
         return {
             "prefix": self.prefix,
             "format": self.format,
+            **({"layout": VERSIONS[self.format]} if self.format in VERSIONS else {}),
             **({"window": window} if self.format == layout.EXPONENT else {"levels": levels}),
             "pairs": [list(pair) for pair in self.pairs],
             "dense": list(self.dense),
@@ -167,7 +169,14 @@ def _read_packed(where: str, entry: Mapping[str, Json]) -> PackedLayer:
         raise FormatError(f"{where}.format is {entry['format']!r}; this version knows {', '.join(FORMATS)}, {MERGED}")
     exponent = entry.get("format", layout.EXPONENT) == layout.EXPONENT
     values = "window" if exponent else "levels"
-    check_keys(where, entry, {"prefix", "format", values, "pairs", "dense", "route", "matrix"})
+    newer = VERSIONS.get(entry.get("format", layout.EXPONENT))
+    if newer is not None and entry.get("layout") != newer:
+        raise FormatError(
+            f"{where}.layout of {entry['format']} is {entry.get('layout', 1)!r}, this moefold reads {newer}: the bits "
+            "lie elsewhere; compress the model again, or use the moefold that wrote it"
+        )
+    keys = {"prefix", "format", values, "pairs", "dense", "route", "matrix"} | ({"layout"} if newer else set())
+    check_keys(where, entry, keys)
     check_prefix(where, entry["prefix"])
     matrix = entry["matrix"]
     if not isinstance(matrix, Mapping) or set(matrix) not in (set(GATED), set(UNGATED)):

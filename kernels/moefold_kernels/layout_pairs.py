@@ -1,4 +1,4 @@
-"""Where each bit of the few-bit pair formats is: pair4, pair5, pair6 and pair8, version 1.
+"""Where each bit of the few-bit pair formats is: pair4, pair5, pair6 and pair8 (VERSIONS).
 
 A position of a pair of experts is a state of 3 bits, which signs the experts read with and which of them reads it at
 all, and a magnitude of b = 1, 2, 3 or 5 bits, a number of a level. A magnitude is levels[number] times a bf16 scale,
@@ -15,21 +15,22 @@ every format: the state and the level's highest bit, eight columns a word,
     31 .. 28     ...     7 .. 4       3       2 .. 0
     column 7     ...     column 1     level   state      (of column 0)
 
-and the plane of the w = b - 1 other bits, `low` (pair4 has none), has 32 / w columns a word. Column c of a word begins
-at bit 4 * (c % 8) + w * (c // 8), so that nibble i always belongs to a column 8 j + i:
+and the plane of the w = b - 1 other bits, `low` (pair4 has none), has 32 / w columns a word. In pair5 and pair6 column
+c of a word begins at bit 4 * (c % 8) + w * (c // 8), so that nibble i always belongs to a column 8 j + i; in pair8 at
+bit 8 * (c % 4) + 4 * (c // 4), so that byte i belongs to the columns of nibble i in either half of a nibble word:
 
     pair5, w = 1     nibble i: columns i, 8 + i, 16 + i, 24 + i from its lowest bit up
     pair6, w = 2     nibble i: columns i (bits 1, 0) and 8 + i (bits 3, 2)
-    pair8, w = 4     nibble i: column i
+    pair8, w = 4     byte i: columns i (bits 3 .. 0) and 4 + i (bits 7 .. 4)
 
 Why: `prmt` looks four bytes up in a table of eight by the lower three bits of four nibbles, and the table is two
 registers. So `words & 0x77777777` are selectors of states as they are, of a table of bf16 high bytes for +1, -1 and 0
 for each slot; and `(low >> w * j) & 0x33333333 | (words >> 1) & 0x44444444` are selectors of eight levels for pair6,
 with masks 0x11111111 and (words >> 2) & 0x22222222 for pair5, and 0x11111111 of words >> 3 for pair4. Two look-ups
-give the two bytes of four levels. The 32 levels of pair8 lie on eight straight pieces of four (`pieces`): the upper
-three bits of a number (low >> 2 & 0x33333333 | words >> 1 & 0x44444444) look up where a piece begins and its step,
-and one fused multiply-add with the lower two (low & 0x33333333) gives the level, exactly as stored. Levels that are fp8
-numbers, whose bytes are 0 to 31, lie on such pieces.
+nibbles. (In version 1 nibble i was column i, which took two `prmt` more, and four for bf16 operands.) Levels of pair8
+lower bits are low & 0x0F0F0F0F, or low >> 4 & 0x0F0F0F0F, in the order in which `prmt` makes bytes of half a word's
+nibbles. (In version 1 nibble i was column i's, which took two `prmt` more, and four for bf16 operands.) Levels of pair8
+that are no fp8 numbers lie on eight straight pieces of four (`pieces`), as the fp8 numbers of the bytes 0 to 31 do.
 
 Rows are padded to whole groups of 64 columns with clear bits, which decode to what nobody asked for: readers cut. So
 each plane's rows are multiples of 8 bytes (the nibble plane's: of 32), and a split between groups cuts no word.
@@ -51,6 +52,9 @@ from moefold_kernels.errors import FormatError
 
 MAGNITUDE_BITS = {"pair4": 1, "pair5": 2, "pair6": 3, "pair8": 5}
 """Format -> the bits b of a level's number."""
+
+VERSIONS = {"pair8": 2}
+"""Format -> the version of where its bits are; 1 where none is given."""
 
 GROUP = 64
 """Columns of a row that share a scale."""
@@ -77,6 +81,13 @@ def magnitude_bits(format: str) -> int:
 def low_bits(format: str) -> int:
     """Bits of a level's number in the plane `low`: 0 where there is no such plane."""
     return magnitude_bits(format) - 1
+
+
+def places(format: str, plane: str) -> tuple[int, ...]:
+    """The lowest bit of each of a word's first eight columns in `words` or `low`; the next eight are further up."""
+    if plane == "low" and low_bits(format) == NIBBLE:
+        return tuple(2 * NIBBLE * (column % 4) + NIBBLE * (column // 4) for column in range(WORD // NIBBLE))
+    return tuple(range(0, WORD, NIBBLE))
 
 
 def groups(columns: int) -> int:

@@ -37,10 +37,14 @@ def row_tables(format: str, levels: Sequence[float]) -> list[int]:
 def operand_table(format: str, levels: Sequence[float]) -> list[int]:
     """What triton/leveled_decode.py takes, each integer four times.
 
-    Two of the high bytes of up to eight levels, two of their low bytes (zeros for pair8, whose levels' numbers are
-    their bytes), and the two of the `state_table` of either slot, whole numbers kept in every format.
+    Two of the high bytes of up to eight levels, two of their low bytes, and the two of the `state_table` of either
+    slot, whole numbers kept. Of pair8, whose levels' numbers are their bytes, the first four are what either slot keeps
+    of lower bits in an upper nibble, and the next what it keeps of the fifth, and the sign.
     """
-    bits = [] if format == "pair8" else _bits(levels)
+    if format == "pair8":
+        kept = (half for slot in range(layout.SLOTS) for half in _states(slot, 0xF0, signed=False))
+        return _fourfold([*kept, *(half for slot in range(layout.SLOTS) for half in _states(slot, 1))])
+    bits = _bits(levels)
     states = (half for slot in range(layout.SLOTS) for half in _states(slot, SIGN - 1))
     return _fourfold([*_bytes(bits + [0] * (8 - len(bits))), *states])
 
@@ -53,12 +57,12 @@ def state_table(format: str, slot: int) -> tuple[int, int]:
     return _states(slot, eighths.UPPER if format == "pair4" else SIGN - 1)
 
 
-def _states(slot: int, kept: int) -> tuple[int, int]:
+def _states(slot: int, kept: int, signed: bool = True) -> tuple[int, int]:
     codes = []
     for state in range(2 * ALONE):
         shared, own = state < ALONE, (state - ALONE) >> 1 == slot
         negative = state >> (slot if shared else 0) & 1
-        codes.append(kept | SIGN * negative if shared or own else 0)
+        codes.append(kept | SIGN * (negative & signed) if shared or own else 0)
     return _integer(codes[:4]), _integer(codes[4:])
 
 

@@ -20,8 +20,6 @@ from moefold_kernels.reference import PackedExperts
 Planes = Mapping[str, Tensor]
 """`words` [..., words] int32, `low` alike where the format has it, `scale` [..., groups] int16: bits of bf16."""
 
-_EIGHT = layout_pairs.WORD // NIBBLE
-
 
 def states(negative: Tensor, keep: Tensor) -> Tensor:
     """The states of positions: uint8 [...] of two bool [2, ...]. Raises FormatError where neither slot keeps one."""
@@ -51,18 +49,21 @@ def encode(format: str, level: Tensor, scale: Tensor, negative: Tensor, keep: Te
     if not scale.is_meta and not bool(((scale >= 0) & scale.isfinite()).all()):
         raise FormatError("scales are finite and not negative")
     state, low = states(negative, keep), layout_pairs.low_bits(format)
-    planes = {"words": _plane(state | level >> low << STATE_BITS, NIBBLE)}
+    planes = {"words": _plane(state | level >> low << STATE_BITS, NIBBLE, layout_pairs.places(format, "words"))}
     if low:
-        planes["low"] = _plane(level & (1 << low) - 1, low)
+        planes["low"] = _plane(level & (1 << low) - 1, low, layout_pairs.places(format, "low"))
     return planes | {"scale": scale.view(torch.int16)}
 
 
 def fields(format: str, planes: Planes, columns: int) -> tuple[Tensor, Tensor]:
     """The states and the levels' numbers (uint8 [..., columns]) that the planes hold."""
     _check(format, planes, columns)
-    nibbles, low = _positions(planes["words"], NIBBLE, columns), layout_pairs.low_bits(format)
+    low = layout_pairs.low_bits(format)
+    nibbles = _positions(planes["words"], NIBBLE, layout_pairs.places(format, "words"), columns)
     level = nibbles >> STATE_BITS << low
-    return nibbles & (1 << STATE_BITS) - 1, level | _positions(planes["low"], low, columns) if low else level
+    if low:
+        level |= _positions(planes["low"], low, layout_pairs.places(format, "low"), columns)
+    return nibbles & (1 << STATE_BITS) - 1, level
 
 
 def decode(format: str, planes: Planes, levels: Sequence[float], columns: int, slot: int) -> Tensor:
@@ -131,23 +132,24 @@ def _factor(slot: int, state: Tensor) -> Tensor:
     return factor
 
 
-def _plane(values: Tensor, bits: int) -> Tensor:
+def _plane(values: Tensor, bits: int, places: Sequence[int]) -> Tensor:
     """32-bit words of `bits` a position: int32 [..., words], rows padded to whole groups with clear bits."""
     columns = values.shape[-1]
     padded = F.pad(values, (0, layout_pairs.groups(columns) * GROUP - columns)).to(torch.int32)
-    spread = padded.unflatten(-1, (-1, NIBBLE // bits, _EIGHT))  # [..., word, place in a nibble, nibble]
-    places = torch.arange(0, NIBBLE, bits, dtype=torch.int32, device=values.device)[:, None]
-    nibbles = torch.arange(0, layout_pairs.WORD, NIBBLE, dtype=torch.int32, device=values.device)
-    words: Tensor = (spread << places + nibbles).sum(dim=(-2, -1), dtype=torch.int32)  # disjoint bits: a sum is an OR
+    spread = padded.unflatten(-1, (-1, NIBBLE // bits, len(places)))  # [..., word, place in a nibble, column of eight]
+    words: Tensor = (spread << _shifts(values, bits, places)).sum(dim=(-2, -1), dtype=torch.int32)  # disjoint bits: OR
     return words
 
 
-def _positions(words: Tensor, bits: int, columns: int) -> Tensor:
+def _positions(words: Tensor, bits: int, places: Sequence[int], columns: int) -> Tensor:
     """What `_plane` was given: uint8 [..., columns]."""
-    places = torch.arange(0, NIBBLE, bits, dtype=torch.int32, device=words.device)[:, None]
-    nibbles = torch.arange(0, layout_pairs.WORD, NIBBLE, dtype=torch.int32, device=words.device)
-    spread: Tensor = words[..., None, None] >> places + nibbles & (1 << bits) - 1
+    spread: Tensor = words[..., None, None] >> _shifts(words, bits, places) & (1 << bits) - 1
     return spread.flatten(-3)[..., :columns].to(torch.uint8)
+
+
+def _shifts(like: Tensor, bits: int, places: Sequence[int]) -> Tensor:
+    within = torch.arange(0, NIBBLE, bits, dtype=torch.int32, device=like.device)[:, None]
+    return within + torch.tensor(places, dtype=torch.int32, device=like.device)
 
 
 def _check(format: str, planes: Planes, columns: int) -> None:

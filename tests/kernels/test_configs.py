@@ -126,13 +126,16 @@ def test_planes_and_terms_of_a_format_have_to_fit(folder):
     """Which depends on the format: pair8 has planes of twice pair4's size."""
     first = Tile("overlapped_pair", 8, 0, 64, 256, 8, 6, terms=2)
     made, few = Plan(first, replace(first, rows=128)), SHAPE._replace(format="pair4")
-    assert leveled_bytes(first, True, "pair4") == 2 * 6 * (128 * 68 + 16 * 272) + 8192
-    assert leveled_bytes(first, True, "pair8") == 2 * 6 * (128 * 132 + 16 * 272) + 8192
-    assert leveled_bytes(replace(first, columns=128), False, "pair6") == 6 * (64 * 100 + 16 * 272) + 8192
+    assert leveled_bytes(first, True, "pair4") == 2 * 6 * (128 * 68 + 16 * 256) + 8192
+    assert leveled_bytes(first, True, "pair8") == 2 * 6 * (128 * 132 + 16 * 256) + 8192
+    assert leveled_bytes(replace(first, columns=128), False, "pair6") == 6 * (64 * 100 + 16 * 256) + 8192
+    few_tokens = replace(first, tokens=4)  # down has a factor for each group
+    assert leveled_bytes(few_tokens, False, "pair6") == 2 * 6 * (64 * 100 + 8 * 272) + 8192
+    assert leveled_bytes(few_tokens, True, "pair6") == 2 * 6 * (128 * 100 + 8 * 256) + 8192
     many = replace(first, tokens=32, stages=2)  # whose tokens have one place
-    assert leveled_bytes(many, True, "pair8") == 2 * (2 * 128 * 132 + 64 * 272) + 8192
-    assert leveled_bytes(replace(many, splits=2), False, "pair8") == 2 * (2 * 64 * 132 + 64 * 272) + 8192
-    assert leveled_bytes(replace(many, columns=128), True, "pair8") == 2 * (128 * 132 + 64 * 272) + 8192
+    assert leveled_bytes(many, True, "pair8") == 2 * (2 * 128 * 132 + 64 * 256) + 8192
+    assert leveled_bytes(replace(many, splits=2), False, "pair8") == 2 * (2 * 64 * 132 + 64 * 256) + 8192
+    assert leveled_bytes(replace(many, columns=128), True, "pair8") == 2 * (128 * 132 + 64 * 256) + 8192
     assert leveled_bytes(replace(first, terms=0, stages=3), False, "pair6") == 3 * (64 * 100 + 16 * 256) + 4096
     ship(folder, {few: made})
     assert configs.choose(few, GPU) == made

@@ -105,13 +105,24 @@ def test_terms_are_close_and_the_factor_a_power_of_two():
     assert not back[3].any()
 
 
-def test_activations_have_a_factor_for_each_group():
-    x = torch.randn(4, 256, generator=torch.Generator().manual_seed(3)).bfloat16().to(DEVICE)
-    terms = between(x)
-    assert terms.factors.shape == (4, 4)
-    once = prepared(x)
+def test_activations_have_a_factor_for_each_group_or_split():
+    x = torch.randn(4, 640, generator=torch.Generator().manual_seed(3)).bfloat16().to(DEVICE)
+    x[:, 512:] *= 37
+    few, many = (Tile("overlapped", tokens, 0, 64, 256, 4, 2, terms=2, splits=2) for tokens in (4, plans.ROUNDED))
+    terms, once = between(x, Plan(few, few)), prepared(x)
+    assert terms is not None
     assert torch.equal(terms.values.view(torch.uint8), once.values.view(torch.uint8))
-    assert torch.equal(terms.factors, once.factors[:, None].expand(4, 4))
+    assert torch.equal(terms.factors, once.factors[:, None].expand(4, 10))
+    terms = between(x, Plan(many, many))
+    assert terms is not None
+    assert terms.factors.shape == (4, 2)
+    for split, columns in enumerate((slice(0, 512), slice(512, 640))):
+        own = prepared(x[:, columns])
+        assert torch.equal(terms.factors[:, split], own.factors)
+        found = terms.values.view(torch.uint8)[:, 2 * columns.start : 2 * columns.stop]
+        assert torch.equal(found, own.values.view(torch.uint8))
+    assert bool((terms.factors[:, 0] < terms.factors[:, 1]).all())
+    assert between(x, in_bf16(Plan(many, many))) is None
 
 
 def test_plans_count_shared_memory_as_kernels_take_it():

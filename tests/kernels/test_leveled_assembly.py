@@ -33,7 +33,8 @@ def bf16(registers: list[int]) -> Tensor:
 def operands(format: str, table: list[int], planes: dict[str, Tensor], place: tuple[int, int], slots: int, slot: int):
     """bf16 [slots, GROUP] of a row and a group as the threads' registers lie in a product."""
     row, group = place
-    own = [table[4 * number] for number in range(leveled_decode.TABLES[format])]
+    first = 2 * slot if format == "pair8" else 0  # a slot's own; the levels are both slots'
+    own = [table[4 * (first + number)] for number in range(leveled_decode.tables_of(format, slots))]
     states = [table[16 + 8 * each + 4 * half] for each in range(2) for half in range(2)]
     one = int(planes["scale"][row, group]) & 0xFFFF
     both = one << 16 | 0x1234 if group % 2 else 0x12340000 | one

@@ -77,6 +77,28 @@ def test_a_wrong_entry_says_where(change, message):
         read_config(entry)
 
 
+def test_bits_that_lie_elsewhere_are_refused():
+    """pair8 has a version of its own; the other formats have none, and know none."""
+    levels = {name: tuple(float(i + 1) for i in range(32)) for name in ("gate_proj", "up_proj", "down_proj")}
+    layer = replace(LAYER, format="pair8", window={}, levels=levels)
+    entry = write_config({3: layer})
+    assert entry["layers"]["3"]["layout"] == 2
+    assert read_config(entry) == {3: layer}
+    entry["layers"]["3"]["layout"] = 3
+    with pytest.raises(
+        FormatError, match=r"layers\.3\.layout of pair8 is 3, this moefold reads 2: .* compress the model"
+    ):
+        read_config(entry)
+    del entry["layers"]["3"]["layout"]
+    with pytest.raises(FormatError, match=r"layers\.3\.layout of pair8 is 1, this moefold reads 2"):
+        read_config(entry)
+    other = write_config({3: LAYER})
+    assert "layout" not in other["layers"]["3"]
+    other["layers"]["3"]["layout"] = 1
+    with pytest.raises(FormatError, match=r"layers\.3\.layout: unknown key"):
+        read_config(other)
+
+
 def stored(layer: PackedLayer) -> dict[str, torch.Tensor]:
     """Random tensors under every name of a layer."""
     generator = torch.Generator().manual_seed(5)

@@ -73,7 +73,7 @@ def test_bits_are_where_the_picture_has_them():
         "pair4": (1, None),
         "pair5": (0b11, (0, 1 << 20 + 1)),  # 32 columns a word: column 13 is the second of nibble 5
         "pair6": (0b110, (0, 0b10 << 20 + 2)),  # 16 columns a word: the same
-        "pair8": (0b11001, (1, 0b1001 << 20)),  # 8 columns a word
+        "pair8": (0b11001, (1, 0b1001 << 12)),  # 8 columns a word: column 5 is the upper half of byte 1
     }.items():
         levels, keep = torch.zeros(1, 64, dtype=torch.uint8), torch.ones(2, 1, 64, dtype=torch.bool)
         negative = torch.zeros(2, 1, 64, dtype=torch.bool)
@@ -200,9 +200,9 @@ def test_selectors_take_no_more_than_the_docstring_says():
         assert torch.equal(nibbles(numbers), level.long()), format
     level, scale, negative, keep = matrix("pair8", 2, 64)
     planes = encode("pair8", level, scale, negative, keep)
-    words, low = (planes[name].long() & 0xFFFFFFFF for name in ("words", "low"))
-    assert torch.equal(nibbles(low >> 2 & 0x33333333 | words >> 1 & 0x44444444), level.long() >> 2)
-    assert torch.equal(nibbles(low & 0x33333333), level.long() & 3)
+    low = planes["low"].long() & 0xFFFFFFFF
+    halves = torch.stack([low & 0x0F0F0F0F, low >> 4 & 0x0F0F0F0F], dim=-1)
+    assert torch.equal((halves[..., None] >> torch.arange(0, 32, 8) & 255).flatten(-3), level.long() & 15)
 
 
 def nibbles(words: torch.Tensor) -> torch.Tensor:

@@ -154,7 +154,7 @@ def _run(job: Job) -> None:
         x = torch.zeros(index.numel(), shape.inner, dtype=torch.bfloat16, device=job.device)
         layer.down(
             weights,
-            layer.Inner(x, e4m3_launch.between(x) if plan.second.terms else None, leveled_launch.takes(weights, plan)),
+            layer.Inner(x, e4m3_launch.between(x, plan), leveled_launch.takes(weights, plan)),
             index,
             scales,
             tables,

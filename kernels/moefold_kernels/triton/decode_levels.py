@@ -31,7 +31,8 @@ def _fields(row, planes, column, inside, LOW: tl.constexpr):
     if LOW > 0:
         across: tl.constexpr = 32 // LOW  # columns a word
         word = tl.load(low + row * (2 * LOW * groups) + column // across, mask=inside, other=0)
-        number |= word >> 4 * (column % 8) + LOW * (column % across // 8) & (1 << LOW) - 1
+        first = 8 * (column % 4) + column % 8 // 4 * 4 if LOW == 4 else 4 * (column % 8) + LOW * (column % across // 8)
+        number |= word >> first & (1 << LOW) - 1
     level = (tl.load(levels[:, None] + BITS + number) << 16).to(tl.float32, bitcast=True)
     bits = tl.load(scale + row * groups + column // 64, mask=inside, other=0).to(tl.int32)
     product = (level * (bits << 16).to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)

@@ -10,6 +10,9 @@ A step is 256 columns, or 128 (e4m3_stage.py). Products of a group run, their su
 totals, and the next products start. The next group's decoding stands before that wait, but ptxas moves it behind, where
 it is faster, too (docs/kernels.md): what runs beside products is other warps' decoding.
 
+Activations are written as bfloat16, which another kernel makes terms of, with a factor for each split of down; for few
+tokens (plans.ROUNDED) as terms, with a factor for each group, by which sums are multiplied, too.
+
 A product is as wide as a slot's entries need: TOKENS, or half of that. A program of one slot may take EXTRA entries
 more, whose product is another beside the first: 64 and 16 hold an expert of about 64 entries, whose words a second
 program of 64 would decode again.
@@ -59,6 +62,7 @@ from moefold_kernels.triton.overlapped import (
     entries_at,
     gates_of,
     share,
+    store_inner,
     write_outer,
 )
 
@@ -146,6 +150,7 @@ def _products(
     Words have been asked for (begin_words), and `planes` point behind them. Rows 8 to 15 of every 16 have the levels
     at `levels + up`.
     """
+    gl.static_assert(not (THIN and FACTORS), "plans.ROUNDED")
     gl.assume(steps > 0)
     mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
     others: gl.constexpr = OTHERS if OTHERS > 0 else TOKENS  # a shape for nothing
@@ -223,9 +228,6 @@ def _products(
                     if half:
                         x0 += 2 * HALF * groups
                         x1 += 2 * HALF * groups
-                        if FACTORS:
-                            f0 += groups
-                            f1 += groups
                     start_tokens(
                         buffers, (x0, x1), live, (f0, f1), factor_live, 0, first + place + half < steps, FACTORS,
                         2 - 2 * half, groups - 2 * half, TOKENS, OTHERS, 1,
@@ -356,11 +358,19 @@ def _factors_at(token_factors, order, begin, end, top_k, TOKENS: gl.constexpr):
 
 
 @gluon.jit
+def _of_entries(sums, factors, begin, end, TOKENS: gl.constexpr):
+    """Sums of entries that have one factor each for a program's columns."""
+    n = begin + gl.arange(0, TOKENS, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    own = gl.load(factors + n * gl.num_programs(1) + gl.program_id(1), mask=n < end, other=0.0)
+    return sums * gl.convert_layout(own, gl.SliceLayout(0, sums.type.layout))[None, :]
+
+
+@gluon.jit
 def _write_inner(
     sums, token_factors, out, factors, begin, end, first_row, inner, levels, expert, bias, bias_expert, bias_row,
     bias_up, limit, alpha, ROWS: gl.constexpr, TOKENS: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """overlapped.write_inner, with factors of tokens and matrices, and e4m3 terms as the result."""
+    """overlapped.write_inner, with factors of tokens and matrices, to e4m3 terms or, as `out` has it, to bfloat16."""
     sums *= gl.convert_layout(token_factors, gl.SliceLayout(0, sums.type.layout))[None, :]
     gate, up = gl.split(gl.permute(gl.reshape(sums, (ROWS // 8, 2, 8, TOKENS)), (0, 2, 3, 1)))
     gate, up = gl.reshape(gate, (ROWS, TOKENS)) * _factor(levels), gl.reshape(up, (ROWS, TOKENS))
@@ -368,7 +378,10 @@ def _write_inner(
     value = activated(
         gate, up, first_row, inner, expert, bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS, ACTIVATION
     )
-    write_terms(value, out, factors, begin, end, first_row, inner, ROWS, TOKENS)
+    if out.dtype.element_ty == gl.bfloat16:
+        store_inner(value, out, begin, end, first_row, inner, ROWS, TOKENS)
+    else:
+        write_terms(value, out, factors, begin, end, first_row, inner, ROWS, TOKENS)
 
 
 @gluon.jit(do_not_specialize=["top_k", "capacity", "bias_expert", "bias_row", "bias_up", "limit", "alpha"])
@@ -473,9 +486,12 @@ def project_out(
     x, factors, words, low, scale, levels, out, order, offsets, tiles, experts, weights, bias,
     inner, hidden, capacity, part, out_split, bias_expert, bias_row,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, GROUP: gl.constexpr, PLACES: gl.constexpr,
-    FORMAT: gl.constexpr, PAIRED: gl.constexpr, HALVES: gl.constexpr,
+    FORMAT: gl.constexpr, PAIRED: gl.constexpr, HALVES: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
-    """overlapped.project_out of what `project_in` wrote, in splits of `part` columns (whole steps, as `inner` is)."""
+    """overlapped.project_out of rows in terms, in splits of `part` columns (whole steps, as `inner` is).
+
+    `factors` are [entry, group], as `project_in` writes them, or (WHOLE) [entry, split].
+    """
     slot = 0 if PAIRED else gl.program_id(0) % 2
     program = gl.program_id(0) if PAIRED else gl.program_id(0) // 2
     tile, first_row = share(program, gl.cdiv(hidden, ROWS), ROWS, GROUP)
@@ -492,7 +508,7 @@ def project_out(
         begin1 = begin0 + TOKENS
     begin = gl.program_id(1) * part
     out += gl.program_id(1).to(gl.int64) * out_split
-    buffers = buffers_of(ROWS, TOKENS, TOKENS if PAIRED else EXTRA, PLACES, FORMAT, True, HALVES)
+    buffers = buffers_of(ROWS, TOKENS, TOKENS if PAIRED else EXTRA, PLACES, FORMAT, not WHOLE, HALVES)
     planes = planes_at(words, low, scale, unit, first_row, hidden, inner, begin, 0, ROWS, FORMAT, HALVES, False)
     steps = gl.minimum(inner - begin, part) // (STEP * HALVES)
     planes = begin_words(buffers, planes, steps, PLACES, FORMAT, HALVES)
@@ -505,28 +521,28 @@ def project_out(
     thin: gl.constexpr = thinly(TOKENS, HALVES)
     few0, few1 = end0 - begin0 <= half, end1 - begin1 <= half
     if half == TOKENS and EXTRA == 0:
-        _out(buffers, given, ROWS, TOKENS, TOKENS if PAIRED else 0, PLACES, FORMAT, PAIRED, HALVES, thin)
+        _out(buffers, given, ROWS, TOKENS, TOKENS if PAIRED else 0, PLACES, FORMAT, PAIRED, HALVES, thin, WHOLE)
     elif PAIRED:
         if few0 and few1:
-            _out(buffers, given, ROWS, half, half, PLACES, FORMAT, PAIRED, HALVES, thin)
+            _out(buffers, given, ROWS, half, half, PLACES, FORMAT, PAIRED, HALVES, thin, WHOLE)
         elif few0:
-            _out(buffers, given, ROWS, half, TOKENS, PLACES, FORMAT, PAIRED, HALVES, thin)
+            _out(buffers, given, ROWS, half, TOKENS, PLACES, FORMAT, PAIRED, HALVES, thin, WHOLE)
         elif few1:
-            _out(buffers, given, ROWS, TOKENS, half, PLACES, FORMAT, PAIRED, HALVES, thin)
+            _out(buffers, given, ROWS, TOKENS, half, PLACES, FORMAT, PAIRED, HALVES, thin, WHOLE)
         else:
-            _out(buffers, given, ROWS, TOKENS, TOKENS, PLACES, FORMAT, PAIRED, HALVES, thin)
+            _out(buffers, given, ROWS, TOKENS, TOKENS, PLACES, FORMAT, PAIRED, HALVES, thin, WHOLE)
     elif EXTRA and begin1 < end1:
-        _out(buffers, given, ROWS, TOKENS, EXTRA, PLACES, FORMAT, PAIRED, HALVES, thin)
+        _out(buffers, given, ROWS, TOKENS, EXTRA, PLACES, FORMAT, PAIRED, HALVES, thin, WHOLE)
     elif few0:
-        _out(buffers, given, ROWS, half, 0, PLACES, FORMAT, PAIRED, HALVES, thin)
+        _out(buffers, given, ROWS, half, 0, PLACES, FORMAT, PAIRED, HALVES, thin, WHOLE)
     else:
-        _out(buffers, given, ROWS, TOKENS, 0, PLACES, FORMAT, PAIRED, HALVES, thin)
+        _out(buffers, given, ROWS, TOKENS, 0, PLACES, FORMAT, PAIRED, HALVES, thin, WHOLE)
 
 
 @gluon.jit
 def _out(
     buffers, given, ROWS: gl.constexpr, TOKENS: gl.constexpr, OTHERS: gl.constexpr, PLACES: gl.constexpr,
-    FORMAT: gl.constexpr, PAIRED: gl.constexpr, HALVES: gl.constexpr, THIN: gl.constexpr,
+    FORMAT: gl.constexpr, PAIRED: gl.constexpr, HALVES: gl.constexpr, THIN: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
     (
         planes, x, factors, out, order, weights, begin0, end0, begin1, end1, steps, slot, place, begin, first_row,
@@ -534,12 +550,16 @@ def _out(
     ) = given  # fmt: skip
     n, live = _positions(begin0, end0, TOKENS, THIN)
     a0, live0 = _terms_at(x, gl.where(live, n, 0), live, inner, begin, TOKENS, THIN)
-    f0, there0 = _scales_at(factors, begin0, end0, inner // HALF, begin, TOKENS)
-    a1, live1, f1, there1 = a0, live0, f0, there0
+    f0, there0, f1, there1 = factors, live0, factors, live0  # of nothing
+    if not WHOLE:
+        f0, there0 = _scales_at(factors, begin0, end0, inner // HALF, begin, TOKENS)
+        f1, there1 = f0, there0
+    a1, live1 = a0, live0
     if OTHERS > 0:
         n, live = _positions(begin1, end1, OTHERS, THIN)
         a1, live1 = _terms_at(x, gl.where(live, n, 0), live, inner, begin, OTHERS, THIN)
-        f1, there1 = _scales_at(factors, begin1, end1, inner // HALF, begin, OTHERS)
+        if not WHOLE:
+            f1, there1 = _scales_at(factors, begin1, end1, inner // HALF, begin, OTHERS)
     early: gl.constexpr = TOKENS >= EARLY
     entries0, entries1 = begin0, begin0  # of nothing
     if early:
@@ -549,11 +569,13 @@ def _out(
             entries1 = gates_of(entries_at(order, begin1, end1, OTHERS), weights)
     sums0, sums1 = _products(
         buffers, planes, (a0, a1), (live0, live1), (f0, f1), (there0, there1), steps, slot, levels + 2 * TABLE, 0,
-        ROWS, TOKENS, OTHERS, PLACES, FORMAT, PAIRED, True, HALVES, THIN,
+        ROWS, TOKENS, OTHERS, PLACES, FORMAT, PAIRED, not WHOLE, HALVES, THIN,
     )  # fmt: skip
     shift = _factor(levels + 2 * TABLE) / RESTORE
     if not early:
         entries0 = gates_of(entries_at(order, begin0, end0, TOKENS), weights)
+    if WHOLE:
+        sums0 = _of_entries(sums0, factors, begin0, end0, TOKENS)
     write_outer(
         sums0, out, entries0, begin0, end0, first_row, hidden, shift, gl.load(experts + place), bias, bias_expert,
         bias_row, ROWS, TOKENS,
@@ -561,6 +583,8 @@ def _out(
     if OTHERS > 0:
         if not early:
             entries1 = gates_of(entries_at(order, begin1, end1, OTHERS), weights)
+        if WHOLE:
+            sums1 = _of_entries(sums1, factors, begin1, end1, OTHERS)
         write_outer(
             sums1, out, entries1, begin1, end1, first_row, hidden, shift,
             gl.load(experts + place + (1 if PAIRED else 0)), bias, bias_expert, bias_row, ROWS, OTHERS,

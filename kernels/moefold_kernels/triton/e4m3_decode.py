@@ -10,7 +10,7 @@ is the level's magnitude with its highest bit set, and the operand is the AND of
     pair8          a level's number is its byte: four bits of (low), and a fifth of (words) as in pair4
 
 Scales are not in an operand: they multiply sums of 64 columns (e4m3.py). Eight positions and both slots take 13
-instructions (pair4), 17 (pair5, pair6) and 18 (pair8), where bf16 operands (leveled_decode.py) take 34 to 68.
+instructions (pair4), 17 (pair5, pair6) and 16 (pair8), where bf16 operands (leveled_decode.py) take 34 to 68.
 """
 
 from __future__ import annotations
@@ -35,10 +35,8 @@ def _magnitudes(format: str, word: str, low: str, tables: Sequence[str]) -> str:
     prmt.b32 m, {tables[0]}, {tables[0]}, {word};
     prmt.b32 n, {tables[0]}, {tables[0]}, h;
     shr.u32 b, {low}, 4;
-    lop3.b32 a, {low}, 0x0F0F0F0F, {tables[1]}, 0xEA;
-    lop3.b32 b, b, 0x0F0F0F0F, {tables[1]}, 0xEA;
-    prmt.b32 c, a, b, 0x5140;
-    prmt.b32 d, a, b, 0x7362;"""
+    lop3.b32 c, {low}, 0x0F0F0F0F, {tables[1]}, 0xEA;
+    lop3.b32 d, b, 0x0F0F0F0F, {tables[1]}, 0xEA;"""
     mask = _LOW_MASK[format]
     shift, top = {"pair5": (2, 0x22222222), "pair6": (1, 0x44444444)}[format]
     return f"""

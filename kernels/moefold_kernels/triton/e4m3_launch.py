@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from moefold_kernels.triton.leveled_launch import aligned, planes_of
-from moefold_kernels.triton.plans import GROUP, STEP, Plan, Tile
-from moefold_kernels.triton.portability import Target, launch, power_of_two
+from moefold_kernels.triton.plans import GROUP, STEP, Plan, Tile, part
+from moefold_kernels.triton.portability import Target, blocks, launch, power_of_two
 from moefold_kernels.triton.weights import Leveled, Weights
 
 
@@ -17,7 +17,7 @@ class Terms(NamedTuple):
     """Rows as e4m3_tokens.py stores them."""
 
     values: Tensor  # [row, 2 * columns] float8_e4m3fn
-    factors: Tensor  # [row] float32, or [row, groups of 64 columns]
+    factors: Tensor  # [row] float32, or [row, splits of the columns, or groups of 64]
 
 
 def takes(weights: Weights, plan: Plan) -> bool:
@@ -35,21 +35,23 @@ def cut(tile: Tile, kind: Leveled, columns: int) -> dict[str, Any]:
     return {"FORMAT": kind.format, "PLACES": tile.stages, "HALVES": 2 if wide else 1} | most
 
 
-def prepared(x: Tensor, chained: bool = True) -> Terms:
-    """The terms of `x` [row, columns] bfloat16, columns being a number of groups; one factor a row.
+def prepared(x: Tensor, early: bool = True, within: int = 0) -> Terms:
+    """The terms of `x` [row, columns] bfloat16, columns being a number of groups.
 
-    `chained`: where `x` was complete before the kernel in front began, as routing is.
+    One factor a row, or for each `within` columns. `early`: where `x` was complete before the kernel in front began,
+    as routing is.
     """
     from moefold_kernels.triton import e4m3_tokens
 
     rows, columns = x.shape
-    made = empty(rows, columns, x, 1)
+    within = within or columns
+    parts = blocks(columns, within)
+    made = empty(rows, columns, x, parts)
     if rows:
-        chain = chained and Target.of(x).chain
-        size = power_of_two(columns)
+        chain, size = Target.of(x).chain, power_of_two(within)
         launch(
-            e4m3_tokens.prepare, (rows,), x, *made, columns, x.stride(0), COLUMNS=size, CHAIN=chain,
-            num_warps=max(1, min(8, size // 512)), **({"launch_pdl": True} if chain else {}),
+            e4m3_tokens.prepare, (rows, parts), x, *made, columns, within, x.stride(0), COLUMNS=size, CHAIN=chain,
+            EARLY=early, num_warps=max(1, min(8, size // 512)), **({"launch_pdl": True} if chain else {}),
         )  # fmt: skip
     return made
 
@@ -60,19 +62,32 @@ def empty(rows: int, columns: int, like: Tensor, factors: int) -> Terms:
     return Terms(values, like.new_empty((rows,) if factors == 1 else (rows, factors), dtype=torch.float32))
 
 
-def between(x: Tensor) -> Terms:
-    """The terms of activations [entry, inner] as the first projection leaves them: a factor for each group."""
-    values, factors = prepared(x, chained=False)
+def between(x: Tensor, plan: Plan) -> Terms | None:
+    """The terms of activations [entry, inner] as a plan's projections have them between each other."""
+    if not plan.second.terms:
+        return None
+    if plan.rounded:
+        return prepared(x, early=False, within=part(plan.second, x.shape[1], few_bits=True))
+    values, factors = prepared(x, early=False)
     return Terms(values, factors[:, None].expand(-1, x.shape[1] // GROUP).contiguous())
 
 
 def gate_up(
-    grid: tuple[int, ...], tokens: Terms, kind: Leveled, out: Terms, tables: tuple[Any, ...], options: dict[str, Any]
+    grid: tuple[int, ...],
+    tokens: Terms,
+    kind: Leveled,
+    out: Terms | Tensor,
+    tables: tuple[Any, ...],
+    options: dict[str, Any],
 ) -> None:
-    """`tables`: order, offsets, tiles, experts and bias; `options`: numbers and constants of the kernel."""
+    """`tables`: order, offsets, tiles, experts and bias; `options`: numbers and constants of the kernel.
+
+    `out` [entry, inner] may be bfloat16, for `prepared`.
+    """
     from moefold_kernels.triton import e4m3
 
-    launch(e4m3.project_in, grid, *tokens, *planes_of(kind, kind.wide), *out, *tables, w_up=kind.inner, **options)
+    to = out if isinstance(out, Terms) else (out, tokens.factors)  # any pointer, where no factors are written
+    launch(e4m3.project_in, grid, *tokens, *planes_of(kind, kind.wide), *to, *tables, w_up=kind.inner, **options)
 
 
 def down(
@@ -81,4 +96,5 @@ def down(
     """The same, with the gate weights before the bias."""
     from moefold_kernels.triton import e4m3
 
-    launch(e4m3.project_out, grid, *rows, *planes_of(kind, kind.narrow), out, *tables, **options)
+    whole = rows.factors.dim() == 1 or rows.factors.shape[1] < kind.inner // GROUP
+    launch(e4m3.project_out, grid, *rows, *planes_of(kind, kind.narrow), out, *tables, WHOLE=whole, **options)

@@ -7,7 +7,7 @@ where rounding them to bf16 takes 1.7e-3.
 
 Stored are, for each group of 64 columns, 64 first terms and then 64 second ones, each in the order that a product of
 e4m3_operands.py wants: column 16 t + 8 s + 4 u + j is number 32 s + 16 u + 4 t + j. Beside them is what to multiply
-sums with: one number a token before the first projection, one for each group of 64 between the projections.
+sums with: one number a token, or a split of its columns, or for each group of 64 (`write_terms`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton.experimental.gluon as gluon
 import triton.language as tl
 from triton.experimental.gluon import language as gl
 
-from moefold_kernels.triton.portability import after_the_one_before
+from moefold_kernels.triton.portability import after_the_one_before, launch_the_next, wait_for_the_one_before
 
 
 @triton.jit
@@ -39,19 +39,30 @@ def split_terms(values, largest):
 
 
 @triton.jit
-def prepare(x, out, factors, hidden, x_row, COLUMNS: tl.constexpr, CHAIN: tl.constexpr):
-    """One token: `x` [token, hidden] bf16 to `out` [token, group, 2, 64] e4m3 and `factors` [token] float32."""
-    token = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, COLUMNS)
-    values = tl.load(x + token * x_row + at, mask=at < hidden, other=0.0)
+def prepare(
+    x, out, factors, columns, part, x_row, COLUMNS: tl.constexpr, CHAIN: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
+    """A part of a row: `x` [row, columns] bf16 to `out` [row, group, 2, 64] e4m3 and `factors` [row, part] float32.
+
+    EARLY: `x` is of before the kernel in front, which has waited for it. Otherwise the next kernel may come at once:
+    the one in front has waited for what that reads before its own wait.
+    """
+    if not EARLY:
+        launch_the_next(CHAIN)
+        wait_for_the_one_before(CHAIN)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * part + tl.arange(0, COLUMNS)
+    inside = (tl.arange(0, COLUMNS) < part) & (at < columns)
+    values = tl.load(x + row * x_row + at, mask=inside, other=0.0)
     parts = tl.reshape(values, (COLUMNS // 64, 4, 2, 2, 4))  # group, t, s, u, j
     values = tl.reshape(tl.permute(parts, (0, 2, 3, 1, 4)), (COLUMNS,)).to(tl.float32)
     first, second, factor = split_terms(values, tl.max(tl.abs(values), axis=0))
-    after_the_one_before(CHAIN)  # `x` is of before the routing's kernels, which have waited for it
-    to = out + token * (2 * hidden) + at // 64 * 128 + at % 64
-    tl.store(to, first, mask=at < hidden)
-    tl.store(to + 64, second, mask=at < hidden)
-    tl.store(factors + token, factor)
+    if EARLY:
+        after_the_one_before(CHAIN)
+    to = out + row * (2 * columns) + at // 64 * 128 + at % 64
+    tl.store(to, first, mask=inside)
+    tl.store(to + 64, second, mask=inside)
+    tl.store(factors + row * tl.num_programs(1) + tl.program_id(1), factor)
 
 
 @gluon.constexpr_function

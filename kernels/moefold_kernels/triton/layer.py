@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from moefold_kernels import layout, layout_pairs
-from moefold_kernels.triton import e4m3_launch, joined, leveled_launch, project
+from moefold_kernels.triton import e4m3_launch, joined, leveled_launch, plans, project
 from moefold_kernels.triton.configs import Shape, choose
 from moefold_kernels.triton.e4m3_launch import Terms
-from moefold_kernels.triton.plans import STEP, Plan, Tile
+from moefold_kernels.triton.plans import Plan, Tile
 from moefold_kernels.triton.portability import Target, blocks, launch, power_of_two
 from moefold_kernels.triton.routing import Tables, Tiles, route
 from moefold_kernels.triton.weights import Leveled, Planes, Projections, Weights
@@ -188,10 +188,12 @@ def gate_up(
     inner, hidden, gated = weights.any.inner, weights.any.hidden, weights.any.gated
     fused = ACTIVATIONS.get(activation.name) if gated else None
     target, tile, biases = Target.of(x), plan.first, weights.biases
-    entries = 0 if tile.terms and weights.alone is None else len(tables.order)
+    entries = 0 if tile.terms and weights.alone is None and not plan.rounded else len(tables.order)
     out = x.new_empty(entries, inner if fused or not gated else 2 * inner)
     bias = None if biases is None else (biases.gate if biases.gate is not None else biases.up)
-    terms = e4m3_launch.empty(len(tables.order), inner, x, inner // layout_pairs.GROUP) if tile.terms else None
+    terms = None
+    if tile.terms and not plan.rounded:
+        terms = e4m3_launch.empty(len(tables.order), inner, x, inner // layout_pairs.GROUP)
     ordered = fused is not None and leveled_launch.takes(weights, plan)
     for kind, mode, first, table in _kinds(weights, tables.first, tile):
         shared = {
@@ -202,10 +204,10 @@ def gate_up(
         } | _cut(tile, target)  # fmt: skip
         lists = (out, tables.order, tables.offsets, table, weights.experts, bias)
         grid = (_programs(table, mode) * blocks(inner, tile.rows),)
-        if terms and isinstance(kind, Leveled):
+        if tile.terms and isinstance(kind, Leveled):
             assert fused
             e4m3_launch.gate_up(
-                grid, e4m3_launch.prepared(x), kind, terms,
+                grid, e4m3_launch.prepared(x), kind, out if terms is None else terms,
                 (tables.order, tables.offsets, table, weights.experts, bias),
                 _narrow(shared, tile, "x_row") | e4m3_launch.cut(tile, kind, hidden) | {"ACTIVATION": fused},
             )  # fmt: skip
@@ -240,7 +242,7 @@ def gate_up(
     if fused is None:
         assert activation.function is not None
         out = activation.function(out).to(x.dtype).contiguous()
-    return Inner(out, terms, ordered)
+    return Inner(out, e4m3_launch.between(out, plan) if plan.rounded else terms, ordered)
 
 
 def down(
@@ -262,8 +264,7 @@ def down(
     tile, target = plan.second, Target.of(rows)
     if not chained:
         target = target._replace(chain=False)
-    step = max(tile.columns, STEP) if isinstance(weights.packed, Leveled) else tile.columns
-    part = blocks(blocks(inner, tile.splits), step) * step
+    part = plans.part(tile, inner, isinstance(weights.packed, Leveled))
     splits = blocks(inner, part)
     parts = rows.new_empty(splits, len(tables.order), hidden, dtype=torch.float32 if splits > 1 else torch.bfloat16)
     gates, top_k_index = top_k_weights.contiguous(), top_k_index.contiguous()

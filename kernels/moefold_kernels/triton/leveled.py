@@ -97,7 +97,7 @@ def _products(
     left_extra: gl.constexpr = gl.DotOperandLayout(0, mma_extra, 2)
     sets: gl.constexpr = (2 if PAIRED else 1) * (2 if EXTRA else 1)
     x0, x1, x2, x3 = x
-    tables, states = tables_of(levels, up, slot, ROWS, PAIRED)
+    tables, states = tables_of(levels, up, slot, ROWS, PAIRED, FORMAT)
     sums0 = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
     sums1 = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
     extra0 = warpgroup_mma_init(gl.zeros((ROWS, max(EXTRA, 16)), gl.float32, mma_extra))

@@ -140,7 +140,7 @@ def _multiply(
     mma_extra: gl.constexpr = product_layout(rest, gl.num_warps())
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     left_extra: gl.constexpr = gl.DotOperandLayout(0, mma_extra, 2)
-    tables, states = tables_of(levels, up, slot, ROWS, False)
+    tables, states = tables_of(levels, up, slot, ROWS, False, FORMAT)
     sums = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
     extra = warpgroup_mma_init(gl.zeros((ROWS, rest), gl.float32, mma_extra))
     phase = 0

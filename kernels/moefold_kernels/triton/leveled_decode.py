@@ -9,11 +9,11 @@ share a register (leveled_tokens.py brings tokens into that order).
                           scale, as the definition rounds it. What is dropped keeps its level's low byte, as a number
                           below 2 ** -125, times the scale
     pair8                 a level's number n is the byte of an fp8 number (eighths.py), and n * 16 the bits of a bf16
-                          number: 2 ** -120 of it. Its low byte is four bits of (low), moved to the upper nibble, its
-                          high byte the fifth. What multiplies it is the row's scale with the state's sign, or what is
-                          left of it without its high byte, which makes zero of such numbers
+                          number: 2 ** -120 of it. Its low byte is four bits of (low) in the upper nibble, or nothing
+                          where the state drops the position; its high byte the fifth bit and the sign, or nothing
+                          (`prmt` of (words) repeats 0xFE's sign where a nibble's fourth bit is set: 0xFF, else 0xFE)
 
-Eight positions take 17 (pair4), 18 (pair5, pair6) and 24 (pair8) integer instructions for one slot, 25 to 34 for both,
+Eight positions take 17 (pair4) and 18 (the others) integer instructions for one slot, 25 to 30 for both,
 and four multiplications a slot. Four positions at a time, of words that all four threads of a row had to read, took 20
 to 44, and 4 to 16 multiplications (docs/kernels.md).
 """
@@ -24,18 +24,23 @@ from collections.abc import Sequence
 
 LOWS = {"pair4": 0, "pair5": 1, "pair6": 1, "pair8": 1}
 """Words of the plane `low` for eight columns; pair5's and pair6's are moved so that a column's bits are the lowest."""
-TABLES = {"pair4": 4, "pair5": 4, "pair6": 4, "pair8": 0}
-"""Registers of levels (levels.operand_table): high bytes of eight, low bytes."""
+TABLES = 4
+"""Registers of levels (levels.operand_table): high bytes of eight, low bytes; of pair8 two of what each slot keeps."""
 EVEN, ODD = 0, 1
 """Of the two registers of four columns: that of columns 0 and 2, that of 1 and 3."""
 _LOW_MASK = {"pair5": 0x11111111, "pair6": 0x33333333}
-_TOP = {"pair4": (3, 0x11111111), "pair5": (2, 0x22222222), "pair6": (1, 0x44444444), "pair8": (3, 0x11111111)}
+_TOP = {"pair4": (3, 0x11111111), "pair5": (2, 0x22222222), "pair6": (1, 0x44444444)}
 """How far the nibbles' fourth bits are moved to be the highest bits of selectors, and their mask."""
 _BY_SIGN = 0xA8
 """`lop3`'s (a | b) & c: a number, its sign bits set, and what a state keeps of it."""
 SCALE_EXPONENT = 64
 """pair8's scales are given times two to this, so that products with numbers near 2 ** -125 are no subnormal ones (for
 scales from 2 ** -61 on); scales have to be below 2 ** 64."""
+
+
+def tables_of(format: str, slots: int) -> int:
+    """How many registers of TABLES the assembly takes."""
+    return 2 * slots if format == "pair8" else TABLES
 
 
 def _selectors(format: str, word: str, low: str) -> str:
@@ -74,29 +79,26 @@ def _levels(scale: str, tables: Sequence[str], slots: Sequence[tuple[str, str]])
     return lines
 
 
-def _numbers(scale: str, low: str, slots: Sequence[tuple[str, str]]) -> str:
-    """PTX for pair8 behind _selectors."""
+def _numbers(word: str, scale: str, low: str, tables: Sequence[str], slots: Sequence[tuple[str, str]]) -> str:
+    """PTX for pair8."""
     lines = f"""
-    mov.b32 t, 0x00000100;
-    prmt.b32 c, t, t, c;
+    shr.u32 d, {word}, 16;
+    mov.b32 t, 0xFEFEFEFE;
+    prmt.b32 c, t, t, {word};
     prmt.b32 d, t, t, d;
-    shl.b32 a, {low}, 4;
-    and.b32 a, a, 0xF0F0F0F0;
-    and.b32 b, {low}, 0xF0F0F0F0;
-    prmt.b32 m0, a, c, 0x6140;
-    prmt.b32 m1, b, c, 0x7150;
-    prmt.b32 m2, a, d, 0x6342;
-    prmt.b32 m3, b, d, 0x7352;
-    mov.b32 ones, 0xFFFFFFFF;"""
+    shl.b32 a, {low}, 4;"""
     for slot, (first, second) in enumerate(slots):
-        for four, state in enumerate(("s", "z")):
+        kept = tables[2 * slot], tables[2 * slot + 1]
+        for four, (state, fifth, less) in enumerate((("s", "c", "a"), ("z", "d", low))):
             lines += f"""
-    prmt.b32 t, {first}, {second}, {state};"""
-            for half, bytes_of in ((EVEN, 0x2404), (ODD, 0x3414)):
+    prmt.b32 t, {first}, {second}, {state};
+    prmt.b32 x, {kept[0]}, {kept[1]}, {state};
+    and.b32 t, t, {fifth};
+    and.b32 x, x, {less};"""
+            for half, bytes_of in ((EVEN, 0x6240), (ODD, 0x7351)):
                 lines += f"""
-    prmt.b32 x, t, ones, 0x{bytes_of:04X};
-    lop3.b32 x, {scale}, 0x80008000, x, 0x{_BY_SIGN:02X};
-    mul.rn.bf16x2 ${4 * slot + 2 * four + half}, m{2 * four + half}, x;"""
+    prmt.b32 m, x, t, 0x{bytes_of:04X};
+    mul.rn.bf16x2 ${4 * slot + 2 * four + half}, m, {scale};"""
     return lines
 
 
@@ -104,25 +106,28 @@ def assembly(format: str, slots: int) -> str:
     """PTX of eight columns: for each slot, of the first four columns and of the others, the registers EVEN and ODD.
 
     Operands: the results; a word; a word of `low` (LOWS); the row's scale twice in a register (`scale_assembly`); the
-    row's registers of levels (TABLES); the two of each slot's states (levels.operand_table).
+    row's registers of levels (tables_of); the two of each slot's states (levels.operand_table).
     """
     names = iter(f"${number}" for number in range(4 * slots, 99))
     word = next(names)
     low = next(names) if LOWS[format] else ""
     scale = next(names)
-    tables = [next(names) for _ in range(TABLES[format])]
+    tables = [next(names) for _ in range(tables_of(format, slots))]
     states = [(next(names), next(names)) for _ in range(slots)]
-    rest = _numbers(scale, low, states) if format == "pair8" else _levels(scale, tables, states)
+    if format == "pair8":
+        lines = _numbers(word, scale, low, tables, states)
+    else:
+        lines = _selectors(format, word, low) + _levels(scale, tables, states)
     return f"""{{
-    .reg .b32 a, b, c, d, m0, m1, m2, m3, ones, s, t, x, z;
+    .reg .b32 a, b, c, d, m, s, t, x, z;
     and.b32 s, {word}, 0x77777777;
-    shr.u32 z, s, 16;{_selectors(format, word, low)}{rest}
+    shr.u32 z, s, 16;{lines}
     }}"""
 
 
 def constraints(format: str, slots: int) -> str:
     """Of `assembly`, as Triton wants them."""
-    given = 2 + LOWS[format] + TABLES[format] + 2 * slots
+    given = 2 + LOWS[format] + tables_of(format, slots) + 2 * slots
     return ",".join(["=r"] * 4 * slots + ["r"] * given)
 
 

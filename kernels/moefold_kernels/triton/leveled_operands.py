@@ -85,10 +85,7 @@ def decoded(
     given = (_word(words[group], number, ROWS),)
     if FORMAT != "pair4":
         given = given + (_word(words[2 + group], number, ROWS),)
-    given = given + (scale,)
-    if FORMAT != "pair8":
-        given = given + tables
-    given = given + states
+    given = given + (scale,) + tables + states
     if PAIRED:
         made = gl.inline_asm_elementwise(
             code(FORMAT, 2, 0), code(FORMAT, 2, 1), given,
@@ -106,13 +103,19 @@ def decoded(
 
 
 @gluon.jit
-def tables_of(levels, up, slot, ROWS: gl.constexpr, PAIRED: gl.constexpr):
+def tables_of(levels, up, slot, ROWS: gl.constexpr, PAIRED: gl.constexpr, FORMAT: gl.constexpr):
     """Registers of levels and of states for `decoded`; rows 8 to 15 of every 16 have the levels at `levels + up`."""
     rows: gl.constexpr = word_layout(ROWS, gl.num_warps())
     thread = levels + gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, rows)), 0)  # [1, 4]: each has its own
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, rows))
-    own = thread + gl.where(gl.expand_dims(row, 1) % 16 >= 8, up, 0)
-    tables = gl.load(own), gl.load(own + 4), gl.load(own + 8), gl.load(own + 12)
+    own = thread
+    if FORMAT != "pair8":
+        row = gl.arange(0, ROWS, gl.SliceLayout(1, rows))
+        own = thread + gl.where(gl.expand_dims(row, 1) % 16 >= 8, up, 0)
+    elif not PAIRED:
+        own = thread + 8 * slot
+    tables = gl.load(own), gl.load(own + 4)
+    if PAIRED or FORMAT != "pair8":
+        tables = tables + (gl.load(own + 8), gl.load(own + 12))
     first = 16 if PAIRED else 16 + 8 * slot
     states = gl.load(thread + first), gl.load(thread + first + 4)
     if PAIRED:

@@ -248,6 +248,12 @@ def write_inner(
         sums, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS,
         TOKENS, ACTIVATION,
     )  # fmt: skip
+    store_inner(value, out, begin, end, first_row, inner, ROWS, TOKENS)
+
+
+@gluon.jit
+def store_inner(value, out, begin, end, first_row, inner, ROWS: gl.constexpr, TOKENS: gl.constexpr):
+    """Activations [ROWS, TOKENS] to `out` [entry in order, inner], as bfloat16."""
     layout: gl.constexpr = store_layout(ROWS, gl.num_warps())
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     entry = begin + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))

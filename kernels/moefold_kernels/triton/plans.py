@@ -20,6 +20,8 @@ BARRIERS = 512
 """Bytes that warps apart take for barriers and for what they hand over, at most (252 seen)."""
 THINLY = 32
 """e4m3_stage.THINLY: tokens from which on those of steps of 256 columns have one place, without importing Gluon."""
+ROUNDED = 8
+"""Tokens of down's tile from which on a kernel makes terms of the rows between the projections (Plan.rounded)."""
 LEAST_REGISTERS, MOST_REGISTERS = 64, 248
 """Of a thread."""
 MODES = ("pair", "slot", "overlapped_pair", "overlapped")
@@ -103,6 +105,12 @@ class Tile:
         return self.tokens + self.extra
 
 
+def part(tile: Tile, columns: int, few_bits: bool) -> int:
+    """Columns of one of a tile's splits: whole steps, so that the last one may have fewer."""
+    step = max(tile.columns, STEP) if few_bits else tile.columns
+    return -(-columns // (tile.splits * step)) * step
+
+
 @dataclass(frozen=True)
 class Plan:
     """How one layer is run on one batch."""
@@ -129,6 +137,15 @@ class Plan:
         able = not self.first.overlapped and self.first.splits == 1
         if self.joined and not (able and self.second == _below(self.first)):
             raise FormatError(f"{self.first} and {self.second} cannot be joined in one launch")
+
+    @property
+    def rounded(self) -> bool:
+        """With terms: whether rows between the projections are bfloat16 first, and a factor is for a split of them.
+
+        Down's sums of a group then take one multiplication instead of two. For fewer tokens the kernel that makes the
+        terms takes longer than that (docs/kernels.md), so the first projection does, with a factor for each group.
+        """
+        return bool(self.second.terms) and self.second.tokens >= ROUNDED
 
     @property
     def tiles(self) -> tuple[Tile, Tile]:
@@ -169,7 +186,7 @@ def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
     """What the few-bit formats' kernels on Hopper take of shared memory.
 
     leveled.py: planes and bf16 tokens of 128 columns a place (stage). e4m3.py, in steps of `columns`: planes, two terms
-    of each token, factors of each group; of many tokens at one place. Its last lines need no more for float32.
+    of each token (of many at one place), factors of each group between few. Its last lines need no more for float32.
     """
     rows, entries = tile.rows * (2 if gated else 1), tile.entries * (2 if tile.paired else 1)
     bits = layout_pairs.magnitude_bits(format) + layout_pairs.STATE_BITS
@@ -181,7 +198,8 @@ def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
         return tile.stages * (planes + 256 * entries) + max(writing, WRITING) + _barriers(tile)
     halves = 2 if tile.columns > 128 else 1
     places = 1 if halves == 2 and tile.tokens >= THINLY else tile.stages
-    return halves * (tile.stages * planes + places * (256 + 16) * entries) + 2 * WRITING
+    factors = 0 if gated or tile.tokens >= ROUNDED else 16
+    return halves * (tile.stages * planes + places * (256 + factors) * entries) + 2 * WRITING
 
 
 def _barriers(tile: Tile) -> int:

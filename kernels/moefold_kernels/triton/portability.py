@@ -89,6 +89,17 @@ def after_the_one_before(CHAIN: tl.constexpr):
 
     In this order: what a kernel reads before its own wait then is from two kernels back or earlier, which have ended.
     """
+    wait_for_the_one_before(CHAIN)
+    launch_the_next(CHAIN)
+
+
+@triton.jit
+def wait_for_the_one_before(CHAIN: tl.constexpr):
     if CHAIN:
         cuda.gdc_wait()
+
+
+@triton.jit
+def launch_the_next(CHAIN: tl.constexpr):
+    if CHAIN:
         cuda.gdc_launch_dependents()

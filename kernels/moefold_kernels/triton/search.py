@@ -199,9 +199,7 @@ class Search:
                 weights, one.batch.hidden, one.batch.top_k_index, one.batch.top_k_weights, plan=plan
             )
         x = self._activations
-        held = layer.Inner(
-            x, e4m3_launch.between(x) if plan.second.terms else None, leveled_launch.takes(weights, plan)
-        )
+        held = layer.Inner(x, e4m3_launch.between(x, plan), leveled_launch.takes(weights, plan))
         return lambda one: layer.down(
             weights, held, one.batch.top_k_index, one.batch.top_k_weights, one.tables, plan, torch.bfloat16
         )

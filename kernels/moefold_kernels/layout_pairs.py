@@ -27,7 +27,7 @@ Why: `prmt` looks four bytes up in a table of eight by the lower three bits of f
 registers. So `words & 0x77777777` are selectors of states as they are, of a table of bf16 high bytes for +1, -1 and 0
 for each slot; and `(low >> w * j) & 0x33333333 | (words >> 1) & 0x44444444` are selectors of eight levels for pair6,
 with masks 0x11111111 and (words >> 2) & 0x22222222 for pair5, and 0x11111111 of words >> 3 for pair4. Two look-ups
-nibbles. (In version 1 nibble i was column i, which took two `prmt` more, and four for bf16 operands.) Levels of pair8
+give the two bytes of four levels. A number of pair8, whose levels are fp8 numbers, is its level's byte: four columns'
 lower bits are low & 0x0F0F0F0F, or low >> 4 & 0x0F0F0F0F, in the order in which `prmt` makes bytes of half a word's
 nibbles. (In version 1 nibble i was column i's, which took two `prmt` more, and four for bf16 operands.) Levels of pair8
 that are no fp8 numbers lie on eight straight pieces of four (`pieces`), as the fp8 numbers of the bytes 0 to 31 do.

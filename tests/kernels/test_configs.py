@@ -249,6 +249,9 @@ def test_a_broken_table_is_named(text, folder):
         ({"mode": "overlapped", "terms": 2, "registers": 256}, "registers is 256"),
         ({"mode": "overlapped", "terms": 2, "registers": 128.0}, "registers is 128.0"),
         ({"mode": "overlapped", "terms": 2, "tokens": 2}, "tokens is 2, and must be a power of two, at least 4"),
+        ({"blocks": 2}, "blocks is 2, and must be 1 but in an overlapped mode with bf16 operands"),
+        ({"mode": "overlapped", "terms": 2, "blocks": 2}, "blocks is 2"),
+        ({"mode": "overlapped", "blocks": 0}, "blocks is 0, and must be a whole number, at least 1"),
         ({"mode": "overlapped", "tokens": 4}, "tokens is 4, and must be a power of two, at least 8"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from layers import assert_near, batch, clamped_gate, expected, leveled_layer, operands
@@ -29,12 +31,20 @@ PLAIN = {
 
 
 def fast(
-    mode: str, tokens: int, warps: int = 4, stages: int = 4, splits: int = 1, group: int = 1, extra: int = 0
+    mode: str,
+    tokens: int,
+    warps: int = 4,
+    stages: int = 4,
+    splits: int = 1,
+    group: int = 1,
+    extra: int = 0,
+    blocks: int = 1,
 ) -> Plan:
     """A plan for leveled.py."""
     sizes = (8 * warps, 64, warps, stages), (16 * warps, 64, warps, stages)
     first, second = (Tile(mode, tokens, extra, *size, group=group) for size in sizes)
-    return Plan(first, second if splits == 1 else Tile(mode, tokens, extra, *sizes[1], splits=splits))
+    second = replace(second, blocks=blocks)
+    return Plan(first, second if splits == 1 else replace(second, splits=splits, group=1))
 
 
 FAST = {
@@ -52,6 +62,9 @@ FAST |= {
     "slot 128 and 32, splits": fast("overlapped", 128, warps=8, stages=2, extra=32, splits=2),
     "slot 256 and 32, warps apart, splits": fast("overlapped", 256, warps=8, stages=2, extra=32, splits=2),
     "slot 256, warps apart": fast("overlapped", 256, warps=8, stages=2, group=2),
+    "pair 64 and 16, blocks in turn": fast("overlapped_pair", 64, stages=2, extra=16, blocks=2),
+    "pair 32, blocks in turn, splits": fast("overlapped_pair", 32, stages=3, blocks=5, splits=2),
+    "slot 64, blocks in turn": fast("overlapped", 64, stages=2, blocks=2, group=2),
 }
 
 
@@ -150,7 +163,12 @@ def test_hoppers_kernels(plan, format, device, monkeypatch):
         monkeypatch.delattr(module, "project_in")
         monkeypatch.delattr(module, "project_out")
     biased = "splits" in plan
-    layer = leveled_layer(format, 6, 640, 384, biased=biased, device=device, coded=format == "pair8")
+    inner = 768 if "in turn" in plan else 384  # steps of all stages, in each split
+    if "in turn" in plan:
+        second = FAST[plan].second
+        rows = torch.empty(1, inner, device="meta")
+        assert kernels.leveled_launch.in_turn(second, rows, 640, inner // second.splits) == second.blocks
+    layer = leveled_layer(format, 6, 640, inner, biased=biased, device=device, coded=format == "pair8")
     activation = kernels.Activation("clamped", 1.5, 1.702) if biased else kernels.SILU
     for tokens, skew in ((1, 0.0), (3, 0.0), (150, 0.0), (150, 9.0), *[(300, 0.0), (500, 9.0)] * ("apart" in plan)):
         arguments = batch(tokens, 640, 2, 6, skew=skew)
@@ -169,6 +187,21 @@ def test_where_warps_apart_copy(tokens, warps, paired, rows, answer):
     """One slot's many tokens by eight warps, and rows within 32 bits."""
     x = torch.empty(rows, 2048, device="meta", dtype=torch.bfloat16)
     assert kernels.leveled_launch.apart(tokens, warps, paired, x) is answer
+
+
+@pytest.mark.parametrize(
+    ("sizes", "part", "change", "answer"),
+    [
+        ((640, 768), 768, {}, 5), ((640, 768), 384, {}, 5), ((640, 768), 256, {}, 1), ((704, 768), 768, {}, 1),
+        ((640, 896), 512, {}, 1), ((640, 768), 768, {"tokens": 256, "warps": 8}, 1),
+        ((640, 768), 768, {"blocks": 1}, 1),
+    ],
+)  # fmt: skip
+def test_where_a_program_does_blocks_in_turn(sizes, part, change, answer):
+    """Whole blocks, whole splits, as many steps as a number of stages, and no warps apart."""
+    tile = replace(Tile("overlapped", 64, 0, 64, 64, 4, 3, blocks=5), **change)
+    x = torch.empty(3, sizes[1], device="meta", dtype=torch.bfloat16)
+    assert kernels.leveled_launch.in_turn(tile, x, sizes[0], part) == answer
 
 
 @pytest.mark.gpu

@@ -36,6 +36,8 @@ REGISTERS, REGISTERS_OVERLAPPED = 170, 150
 """Sums a thread may hold: of its 255 registers the rest goes to operands and pointers (two sets when overlapped)."""
 SPARE = 6144
 """Shared memory that Triton takes beside the tiles, at most."""
+IN_TURN = (2, 4)
+"""Blocks of rows that a program of down does in turn (leveled.py), beside one, where two share a multiprocessor."""
 PROGRAMS = 4
 """Programs for each multiprocessor from which on splitting the columns only adds work."""
 
@@ -88,6 +90,8 @@ def _tiles(shape: Shape, room: Room, side: int) -> Iterator[Tile]:
                     yield limited
                     if idle and columns > STEP and shape.inner >= 1024:  # as many programs as the limit lets run
                         yield replace(limited, splits=2)
+                if side and leveled and not kind.terms and kind.extra and tile.paired and (warps, group) == (4, 1):
+                    yield from (replace(tile, blocks=n) for n in IN_TURN if shape.hidden % (rows * n) == 0)
                 if idle:
                     yield from (replace(tile, splits=splits) for splits in (2, 4) if shape.inner >= 512 * splits)
 

@@ -287,11 +287,14 @@ def down(
             continue
         if isinstance(kind, Leveled):
             if x.ordered:
+                in_turn = leveled_launch.in_turn(tile, rows, hidden, part)
+                programs = _programs(table, mode) * blocks(hidden, tile.rows * in_turn)
                 leveled_launch.down(
                     (programs, splits), rows, kind, parts,
                     (tables.order, tables.offsets, table, weights.experts, gates, bias),
                     _narrow(shared, tile)
-                    | {"part": part, "out_split": parts.stride(0), "shift": LEVELED, "PLACES": tile.stages},
+                    | {"part": part, "out_split": parts.stride(0), "shift": LEVELED, "PLACES": tile.stages}
+                    | {"BLOCKS": in_turn},
                 )  # fmt: skip
                 continue
             planes, low = _planes(kind, kind.narrow)

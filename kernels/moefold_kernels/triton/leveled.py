@@ -29,6 +29,7 @@ from moefold_kernels.triton.leveled_stage import (
     begin_words,
     behind,
     buffers_of,
+    low_words,
     start_tokens,
     start_words,
 )
@@ -80,15 +81,30 @@ def _begin_tokens(
 
 
 @gluon.jit
+def _first(
+    buffers, levels, up, slot, ROWS: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr
+):  # fmt: skip
+    """Registers of levels and of states, and the first step's words when they have come."""
+    tables, states = tables_of(levels, up, slot, ROWS, PAIRED, FORMAT)
+    async_copy.wait_group(2 * PLACES - 2)
+    barrier()
+    return tables, states, read(buffers, 0, ROWS, FORMAT)
+
+
+@gluon.jit
 def _products(
-    buffers, planes, x, live, steps, slot, levels, up,
+    buffers, planes, x, words, live, steps, more, next_words, next_low, next_scale, tables, states,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr,
-    PAIRED: gl.constexpr,
+    PAIRED: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
     """Sums [ROWS, TOKENS] of both slots, then [ROWS, EXTRA], over `steps` times STEP columns; nothing for what is not.
 
-    The first PLACES steps' words have been asked for, and tokens of one group less; pointers are behind them. Rows 8 to
-    15 of every 16 have the levels at `levels + up`.
+    The first PLACES steps' words have been asked for, and tokens of one group less; pointers are behind them, and the
+    first step's words have been read (`_first`). Rows 8 to 15 of every 16 have their levels in `tables`, too.
+
+    CHAINED: where there are `more` rows, what is asked for last is theirs: words `next_words`, `next_low` and
+    `next_scale` integers behind these rows', for the same tokens; `steps` is a number of PLACES. Returned are also
+    pointers and words to go on with.
     """
     gl.assume(steps > 0)
     mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
@@ -97,15 +113,19 @@ def _products(
     left_extra: gl.constexpr = gl.DotOperandLayout(0, mma_extra, 2)
     sets: gl.constexpr = (2 if PAIRED else 1) * (2 if EXTRA else 1)
     x0, x1, x2, x3 = x
-    tables, states = tables_of(levels, up, slot, ROWS, PAIRED, FORMAT)
     sums0 = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
     sums1 = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
     extra0 = warpgroup_mma_init(gl.zeros((ROWS, max(EXTRA, 16)), gl.float32, mma_extra))
     extra1 = warpgroup_mma_init(gl.zeros((ROWS, max(EXTRA, 16)), gl.float32, mma_extra))
-    async_copy.wait_group(2 * PLACES - 2)
-    barrier()
-    words = read(buffers, 0, ROWS, FORMAT)
     for first in range(0, steps, PLACES):
+        last = first + PLACES == steps
+        if CHAINED:
+            w, low, scales = planes
+            w += gl.where(last, next_words, 0)
+            if FORMAT != "pair4":
+                low += gl.where(last, next_low, 0)
+            scales += gl.where(last, next_scale, 0)
+            planes = w, low, scales
         for place in gl.static_range(PLACES):
             nothing = first >> 30  # which the compiler does not know
             ahead = first + place + PLACES
@@ -144,21 +164,34 @@ def _products(
                         barrier()  # for all, and nobody reads the tokens of the one before, nor this step's words
                         start_tokens(
                             buffers, (x0, x1, x2, x3), live, 1 - half, (place + PLACES - 1 + half) % PLACES,
-                            ahead - 1 + half < steps, TOKENS, EXTRA, PAIRED,
+                            _wanted(ahead - 1 + half, steps, more, CHAINED), TOKENS, EXTRA, PAIRED,
                         )  # fmt: skip
                         x0 += HALF
                         x1 += HALF
                         x2 += HALF
                         x3 += HALF
+                        if CHAINED and half == 0 and place == 0:  # all others of these PLACES are the next rows'
+                            back = gl.where(last, steps * STEP, 0)
+                            x0 -= back
+                            x1 -= back
+                            x2 -= back
+                            x3 -= back
                         if half == 0:
-                            start_words(buffers, planes, place, ahead < steps, FORMAT)
+                            start_words(buffers, planes, place, _wanted(ahead, steps, more, CHAINED), FORMAT)
                             planes = behind(planes, FORMAT, 1)
                         async_copy.commit_group()
                     elif half == 1:
                         words = read(buffers, (place + 1) % PLACES, ROWS, FORMAT)
     sums0, sums1, extra0, extra1 = warpgroup_mma_wait(0, deps=(sums0, sums1, extra0, extra1))
-    end_copies()
-    return sums0, sums1, extra0, extra1
+    return sums0, sums1, extra0, extra1, planes, (x0, x1, x2, x3), words
+
+
+@gluon.jit
+def _wanted(step, steps, more, CHAINED: gl.constexpr):
+    wanted = step < steps
+    if CHAINED:
+        wanted |= more
+    return wanted
 
 
 @gluon.jit(do_not_specialize=["top_k", "capacity", "bias_expert", "bias_row", "bias_up", "limit", "alpha"])
@@ -225,9 +258,12 @@ def _in(
         b1, more1 = tokens_at(x, order, begin1 + TOKENS, end1, k, top_k, x_row, HALF, rest)
     live = live0, live1, more0, more1
     at = _begin_tokens(buffers, (a0, a1, b0, b1), live, steps, TOKENS, EXTRA, PLACES, PAIRED)
-    sums0, sums1, extra0, extra1 = _products(
-        buffers, planes, at, live, steps, slot, levels, TABLE, 2 * ROWS, TOKENS, EXTRA, PLACES, FORMAT, PAIRED
-    )
+    tables, states, words = _first(buffers, levels, TABLE, slot, 2 * ROWS, PLACES, FORMAT, PAIRED)
+    sums0, sums1, extra0, extra1, planes, at, words = _products(
+        buffers, planes, at, words, live, steps, False, 0, 0, 0, tables, states, 2 * ROWS, TOKENS, EXTRA, PLACES,
+        FORMAT, PAIRED, False,
+    )  # fmt: skip
+    end_copies()
     shifts = shift_of(levels, shift, FORMAT), shift_of(levels + TABLE, shift, FORMAT)
     given = out, first_row, inner, shifts, bias, bias_expert, bias_row, bias_up, limit, alpha
     activate(sums0, begin0, end0, gl.load(experts + place), given, ROWS, TOKENS, ACTIVATION)
@@ -257,12 +293,16 @@ def project_out(
     x, words, low, scale, levels, out, order, offsets, tiles, experts, weights, bias,
     inner, hidden, capacity, part, out_split, shift, bias_expert, bias_row,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, GROUP: gl.constexpr, PLACES: gl.constexpr,
-    FORMAT: gl.constexpr, PAIRED: gl.constexpr,
+    FORMAT: gl.constexpr, PAIRED: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
-    """overlapped.project_out of what `project_in` wrote, in splits of `part` columns (whole STEPs, as `inner` is)."""
+    """overlapped.project_out of what `project_in` wrote, in splits of `part` columns (whole STEPs, as `inner` is).
+
+    A program does BLOCKS times ROWS rows, one after another, and asks for the next ones' words before it writes; where
+    that is more than one, `hidden` is a number of them, `inner` of `part`, and that of PLACES steps.
+    """
     slot = 0 if PAIRED else gl.program_id(0) % 2
     program = gl.program_id(0) if PAIRED else gl.program_id(0) // 2
-    tile, first_row = share(program, gl.cdiv(hidden, ROWS), ROWS, GROUP)
+    tile, first_row = share(program, gl.cdiv(hidden, BLOCKS * ROWS), BLOCKS * ROWS, GROUP)
     unit = gl.load(tiles + tile)  # the tables are of two kernels before
     if unit < 0:
         after_the_one_before()  # also here: that this kernel has ended must mean that the one before it has
@@ -287,19 +327,19 @@ def project_out(
     quarter: gl.constexpr = max(TOKENS // 4, 8)
     most = gl.maximum(end0 - begin0, end1 - begin1) if PAIRED else end0 - begin0
     if EXTRA and most > TOKENS:
-        _out(buffers, given, ROWS, TOKENS, EXTRA, PLACES, FORMAT, PAIRED)
+        _out(buffers, given, ROWS, TOKENS, EXTRA, PLACES, FORMAT, PAIRED, BLOCKS)
     elif most > half:
-        _out(buffers, given, ROWS, TOKENS, 0, PLACES, FORMAT, PAIRED)
+        _out(buffers, given, ROWS, TOKENS, 0, PLACES, FORMAT, PAIRED, BLOCKS)
     elif most > quarter:
-        _out(buffers, given, ROWS, half, 0, PLACES, FORMAT, PAIRED)
+        _out(buffers, given, ROWS, half, 0, PLACES, FORMAT, PAIRED, BLOCKS)
     else:
-        _out(buffers, given, ROWS, quarter, 0, PLACES, FORMAT, PAIRED)
+        _out(buffers, given, ROWS, quarter, 0, PLACES, FORMAT, PAIRED, BLOCKS)
 
 
 @gluon.jit
 def _out(
     buffers, given, ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
-    FORMAT: gl.constexpr, PAIRED: gl.constexpr,
+    FORMAT: gl.constexpr, PAIRED: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
     (
         planes, x, out, order, weights, begin0, end0, begin1, end1, steps, slot, place, begin, first_row, hidden, inner,
@@ -321,18 +361,29 @@ def _out(
     at = _begin_tokens(buffers, (a0, a1, b0, b1), live, steps, TOKENS, EXTRA, PLACES, PAIRED)
     entries0, rest0 = gates_of(entries0, weights), gates_of(rest0, weights)
     entries1, rest1 = gates_of(entries1, weights), gates_of(rest1, weights)
-    sums0, sums1, extra0, extra1 = _products(
-        buffers, planes, at, live, steps, slot, levels + 2 * TABLE, 0, ROWS, TOKENS, EXTRA, PLACES, FORMAT, PAIRED
-    )
+    tables, states, words = _first(buffers, levels + 2 * TABLE, 0, slot, ROWS, PLACES, FORMAT, PAIRED)
     shift = shift_of(levels + 2 * TABLE, shift, FORMAT)
-    given = out, first_row, hidden, shift, bias, bias_expert, bias_row
-    write(sums0, entries0, begin0, end0, gl.load(experts + place), given, ROWS, TOKENS)
-    if EXTRA:
-        write(extra0, rest0, begin0 + TOKENS, end0, gl.load(experts + place), given, ROWS, EXTRA)
-    if PAIRED:
-        write(sums1, entries1, begin1, end1, gl.load(experts + place + 1), given, ROWS, TOKENS)
+    columns = steps * STEP
+    # from behind a block's last words to the next block's first ones
+    next_words = (ROWS * inner - columns) // 8
+    next_low = (ROWS * inner - columns) * low_words(FORMAT, STEP) // STEP
+    next_scale = (ROWS * inner - columns) // STEP
+    blocks = BLOCKS + (steps >> 30)  # which the compiler does not know
+    for block in range(0, blocks):
+        more = block + 1 < blocks
+        sums0, sums1, extra0, extra1, planes, at, words = _products(
+            buffers, planes, at, words, live, steps, more, next_words, next_low, next_scale, tables, states, ROWS,
+            TOKENS, EXTRA, PLACES, FORMAT, PAIRED, BLOCKS > 1,
+        )  # fmt: skip
+        to = out, first_row + block * ROWS, hidden, shift, bias, bias_expert, bias_row
+        write(sums0, entries0, begin0, end0, gl.load(experts + place), to, ROWS, TOKENS)
         if EXTRA:
-            write(extra1, rest1, begin1 + TOKENS, end1, gl.load(experts + place + 1), given, ROWS, EXTRA)
+            write(extra0, rest0, begin0 + TOKENS, end0, gl.load(experts + place), to, ROWS, EXTRA)
+        if PAIRED:
+            write(sums1, entries1, begin1, end1, gl.load(experts + place + 1), to, ROWS, TOKENS)
+            if EXTRA:
+                write(extra1, rest1, begin1 + TOKENS, end1, gl.load(experts + place + 1), to, ROWS, EXTRA)
+    end_copies()
 
 
 @gluon.jit

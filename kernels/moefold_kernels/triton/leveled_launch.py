@@ -101,7 +101,14 @@ def _file(x: Tensor, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
     if not apart(options["TOKENS"], options["num_warps"], options["PAIRED"], x):
         return leveled, options
-    return leveled_apart, {k: v for k, v in options.items() if k != "PAIRED"} | {"REGISTERS": COPY_REGISTERS}
+    kept = {name: value for name, value in options.items() if name not in ("PAIRED", "BLOCKS")}
+    return leveled_apart, kept | {"REGISTERS": COPY_REGISTERS}
+
+
+def in_turn(tile: Tile, x: Tensor, hidden: int, part: int) -> int:
+    """How many blocks of rows a program of down does: as the tile says where rows, columns and steps are whole."""
+    whole = not (hidden % (tile.rows * tile.blocks) or x.shape[1] % part or part % (STEP * tile.stages))
+    return tile.blocks if whole and not apart(tile.tokens, tile.warps, tile.paired, x) else 1
 
 
 def apart(tokens: int, warps: int, paired: bool, x: Tensor) -> bool:

@@ -55,6 +55,8 @@ class Tile:
     registers: int = 0
     """With `terms`: most registers of a thread, a multiple of 8, as 128 let two programs of eight warps run on a
     multiprocessor at once; 0 for as many as the compiler takes."""
+    blocks: int = 1
+    """Down in few bits on Hopper with bf16 operands (leveled.py): blocks of rows that a program does in turn."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -70,7 +72,7 @@ class Tile:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least or value & (value - 1):
                 raise FormatError(f"{name} is {value!r}, and must be a power of two, at least {least}")
-        for name, least in {"stages": 2 if self.overlapped else 1, "group": 1, "splits": 1}.items():
+        for name, least in {"stages": 2 if self.overlapped else 1, "group": 1, "splits": 1, "blocks": 1}.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise FormatError(f"{name} is {value!r}, and must be a whole number, at least {least}")
@@ -82,11 +84,14 @@ class Tile:
                 f"from {allowed[0]} to {allowed[-1]}"
             )
 
+        if self.blocks > 1 and (self.terms or not self.overlapped):
+            raise FormatError(f"blocks is {self.blocks!r}, and must be 1 but in an overlapped mode with bf16 operands")
+
     def __str__(self) -> str:
         entries = f"{self.tokens}+{self.extra}" if self.extra else f"{self.tokens}"
         more = f" g{self.group}" * (self.group > 1) + f" k{self.splits}" * (self.splits > 1)
         more += f" a{self.ahead}" * (self.ahead != 4) + " e4m3" * (self.terms > 0)
-        more += f" r{self.registers}" * (self.registers > 0)
+        more += f" r{self.registers}" * (self.registers > 0) + f" b{self.blocks}" * (self.blocks > 1)
         return f"{self.mode} {entries} {self.rows}x{self.columns} w{self.warps} s{self.stages}{more}"
 
     @property

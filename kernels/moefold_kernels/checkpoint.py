@@ -169,13 +169,10 @@ def _read_packed(where: str, entry: Mapping[str, Json]) -> PackedLayer:
         raise FormatError(f"{where}.format is {entry['format']!r}; this version knows {', '.join(FORMATS)}, {MERGED}")
     exponent = entry.get("format", layout.EXPONENT) == layout.EXPONENT
     values = "window" if exponent else "levels"
-    newer = VERSIONS.get(entry.get("format", layout.EXPONENT))
-    if newer is not None and entry.get("layout") != newer:
-        raise FormatError(
-            f"{where}.layout of {entry['format']} is {entry.get('layout', 1)!r}, this moefold reads {newer}: the bits "
-            "lie elsewhere; compress the model again, or use the moefold that wrote it"
-        )
-    keys = {"prefix", "format", values, "pairs", "dense", "route", "matrix"} | ({"layout"} if newer else set())
+    version = VERSIONS.get(entry.get("format", layout.EXPONENT))
+    if version is not None:
+        _check_layout(where, entry, version)
+    keys = {"prefix", "format", values, "pairs", "dense", "route", "matrix"} | ({"layout"} if version else set())
     check_keys(where, entry, keys)
     check_prefix(where, entry["prefix"])
     matrix = entry["matrix"]
@@ -200,6 +197,20 @@ def _read_packed(where: str, entry: Mapping[str, Json]) -> PackedLayer:
         route=route,
         levels=levels,
     )
+
+
+def _check_layout(where: str, entry: Mapping[str, Json], version: int) -> None:
+    """That a format's bits lie where this version has them."""
+    if "layout" not in entry:
+        raise FormatError(
+            f"{where} is {entry['format']} without layout, as an earlier moefold laid its bits out; this one reads "
+            f"layout {version}: compress the model again, or use the moefold that wrote it"
+        )
+    if type(entry["layout"]) is not int or entry["layout"] != version:
+        raise FormatError(
+            f"{where}.layout of {entry['format']} is {entry['layout']!r}, this moefold reads {version}: use the one "
+            "that wrote it"
+        )
 
 
 def _read_window(where: str, window: Json, names: Sequence[str]) -> dict[str, int]:

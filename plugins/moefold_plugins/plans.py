@@ -71,7 +71,11 @@ def pair_planned(layer: Layer, plan: MergePlan) -> Groups:
     return plan.groups(layer.number)
 
 
-@stage("pack.planned", version=3, keep="until read")
+VERSION = max(codec.version for codec in CODECS.values())
+"""Of a stage whose results any of the codecs makes: the largest of theirs, which grow."""
+
+
+@stage("pack.planned", version=VERSION, keep="until read")
 def pack_planned(layer: Layer, merge: Paired, plan: MergePlan, table: LevelTable | None) -> Packed:
     """Pack merged pairs in the format that a plan names for their layer."""
     name = plan.layer(layer.number)["format"] or layout.EXPONENT

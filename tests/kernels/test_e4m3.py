@@ -127,5 +127,5 @@ def test_activations_have_a_factor_for_each_group_or_split():
 
 def test_plans_count_shared_memory_as_kernels_take_it():
     """From so many tokens on those of steps of 256 columns have one place; plans.py does without Gluon."""
-    assert e4m3_stage.THINLY.value == plans.THINLY
+    assert e4m3_stage.THINLY.value == plans.THINLY >= plans.ROUNDED  # no factors where tokens have one place
     assert overlapped.MOST_WRITING.value == plans.MOST_WRITING

@@ -226,6 +226,43 @@ def test_hoppers_kernels_with_e4m3_operands(plan, format, sizes, device, monkeyp
         assert_near(found, expected(layer, *arguments, clamped_gate if biased else silu))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", ["pair-8", "pair-4", "pair-32-thinly"])
+def test_e4m3_operands_beside_experts_left_alone(plan, device):
+    """Rows of both kinds of experts, and rows that nobody writes, of entries whose expert does not exist."""
+    layer = leveled_layer("pair6", 7, 512, 768, 1, device=device, coded=True)
+    x, index, weights = batch(90, 512, 3, 7, skew=2.0)
+    index[::4, 1] = 99
+    found = run(layer, x, index, weights, device, E4M3[plan])
+    assert_near(found, expected(layer, x, index, weights))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", ["pair-8", "pair-4", "pair-32-thinly"])
+def test_a_graph_of_two_layers_with_e4m3_operands(plan, device):
+    """Kernels of which each begins before the one in front has ended, with other routing at each replay."""
+    layer = leveled_layer("pair8", 6, 512, 768, device=device, coded=True)
+    made = weights_of(operands(layer))
+    x, index, weights = (t.to(device) for t in batch(60, 512, 2, 6))
+
+    def step():
+        first = kernels.forward(made, x, index, weights, kernels.SILU, torch.bfloat16, E4M3[plan])
+        return first, kernels.forward(made, first, index, weights, kernels.SILU, torch.float32, E4M3[plan])
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first, second = step()
+    for seed in (5, 6, 7):
+        fresh = batch(60, 512, 2, 6, skew=3.0 * (seed - 5), seed=seed)
+        for held, new in zip((x, index, weights), fresh, strict=True):
+            held.copy_(new)
+        for _ in range(3):
+            graph.replay()
+        assert_near(first, expected(layer, *fresh))
+        assert_near(second, expected(layer, first.cpu(), *fresh[1:]))
+
+
 def test_levels_of_other_numbers_get_bf16_operands(device):
     """A plan for e4m3 operands, where levels are none."""
     layer = leveled_layer("pair4", 6, 256, 256, device=device)

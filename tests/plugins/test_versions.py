@@ -15,6 +15,9 @@ import torch
 from moefold import Activity, Experts, Groups, Similarity, Text
 from moefold.artifact import Artifact
 from moefold.hooks import Registry
+from moefold_kernels.layout_pairs import MAGNITUDE_BITS
+from moefold_kernels.reference_pairs import encode
+from moefold_plugins.damage import CODECS
 from moefold_plugins.puzzlemoe import puzzlemoe
 
 PINNED = {
@@ -23,6 +26,10 @@ PINNED = {
     "pair.similar": (1, "c1f727df409a2a85"),
     "puzzlemoe": (1, "284633552391bc4f"),
     "pack.exponent": (2, "8c015d9226130770"),
+    "pack.pair8": (4, "f3327b876a73b006"),
+    "pack.pair6": (4, "d1351e56fe36ad5e"),
+    "pack.pair5": (4, "55ed4fba94fe4c07"),
+    "pack.pair4": (4, "e3de4b736eaab8f2"),
     "text.mix": (1, "176fcec209b466cd"),
 }
 
@@ -49,7 +56,24 @@ PAIRS = Groups([[0, 4], [2, 3]], [1, 5])
 TEXTS = tuple(Text(f"t{i}", torch.arange(24, dtype=torch.int32).view(6, 4) + 100 * i, 24) for i in range(3))
 
 
-def outputs() -> dict[str, Artifact]:
+class Planes:
+    """A matrix's bits in a few-bit format: of levels, signs and positions that integers give."""
+
+    def __init__(self, **parts: torch.Tensor) -> None:
+        self.__dict__ |= parts
+
+
+def planes(format: str) -> Planes:
+    number = torch.arange(3 * 160).view(3, 160)
+    level = (number * 7 % (1 << MAGNITUDE_BITS[format])).to(torch.uint8)
+    negative = torch.stack([number % 3 == 0, number % 5 < 2])
+    keep = torch.stack([number % 7 != 0, number % 7 != 1])
+    scale = numbers(3, 3, salt=6).abs()
+    made = encode(format, level, scale, negative & keep, keep)
+    return Planes(**{name: part.view(torch.int16) for name, part in made.items()})  # halves of words: exact in float32
+
+
+def outputs() -> dict[str, Artifact | Planes]:
     stages = Registry.installed().stages
     merge = puzzlemoe(EXPERTS, PAIRS, ACTIVITY, threshold=0.4)
     alike = numbers(6, 6, salt=4).float()
@@ -59,11 +83,12 @@ def outputs() -> dict[str, Artifact]:
         "pair.similar": stages["pair.similar"](Layer(), Similarity(alike + alike.T, "x"), fraction=0.7, skip=[]),
         "puzzlemoe": merge,
         "pack.exponent": stages["pack.exponent"](merge),
+        **{f"pack.{format}": planes(format) for format in MAGNITUDE_BITS},
         "text.mix": stages["text.mix"](TEXTS, shares=[1, 2, 1], samples=8, seed=2),
     }
 
 
-def digest(value: Artifact) -> str:
+def digest(value: Artifact | Planes) -> str:
     found = hashlib.sha256()
     if hasattr(value, "merged"):
         for matrix in EXPERTS.matrices():
@@ -78,6 +103,11 @@ def digest(value: Artifact) -> str:
             data = entry.float().numpy().tobytes() if isinstance(entry, torch.Tensor) else repr(entry).encode()
             found.update(f"{name}{key}".encode() + data)
     return found.hexdigest()[:16]
+
+
+def test_what_any_codec_packs_has_a_version_of_all() -> None:
+    stages = Registry.installed().stages
+    assert stages["pack.planned"].version == max(stages[f"pack.{codec}"].version for codec in CODECS)
 
 
 @pytest.mark.parametrize("name", PINNED)

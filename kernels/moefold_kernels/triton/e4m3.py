@@ -391,10 +391,12 @@ def project_in(
     ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, GROUP: gl.constexpr, PLACES: gl.constexpr,
     ACTIVATION: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
-    """overlapped.project_in of `x` [token, group, 2, 64] and its factors, to terms [entry in order, group, 2, 64].
+    """overlapped.project_in of `x` [token, group, 2, 64] and its factors, to `out` [entry in order, inner] bfloat16.
+
+    Or to terms [entry in order, group, 2, 64], as `out` has it, and `factors` [entry in order, group] float32.
 
     `hidden` is a number of STEPs, ROWS one of groups; planes are contiguous [unit, row, word], gate rows first, `w_up`
-    rows before the up rows. `factors` [entry in order, group] float32 is written, too.
+    rows before the up rows.
     """
     after_the_one_before()
     slot = 0 if PAIRED else gl.program_id(0) % 2
@@ -495,7 +497,7 @@ def project_out(
     slot = 0 if PAIRED else gl.program_id(0) % 2
     program = gl.program_id(0) if PAIRED else gl.program_id(0) // 2
     tile, first_row = share(program, gl.cdiv(hidden, ROWS), ROWS, GROUP)
-    unit = gl.load(tiles + tile)  # the tables are of two kernels before
+    unit = gl.load(tiles + tile)  # the tables are of before the first projection, which has waited for them
     if unit < 0:
         after_the_one_before()  # also here: that this kernel has ended must mean that the one before it has
         return

@@ -10,7 +10,7 @@ is the level's magnitude with its highest bit set, and the operand is the AND of
     pair8          a level's number is its byte: four bits of (low), and a fifth of (words) as in pair4
 
 Scales are not in an operand: they multiply sums of 64 columns (e4m3.py). Eight positions and both slots take 13
-instructions (pair4), 17 (pair5, pair6) and 16 (pair8), where bf16 operands (leveled_decode.py) take 34 to 68.
+instructions (pair4), 17 (pair5, pair6) and 16 (pair8), where bf16 operands (leveled_decode.py) take 33 to 38.
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ def prepared(x: Tensor, early: bool = True, within: int = 0) -> Terms:
     """The terms of `x` [row, columns] bfloat16, columns being a number of groups.
 
     One factor a row, or for each `within` columns. `early`: where `x` was complete before the kernel in front began,
-    as routing is.
+    as routing is. Otherwise the kernel behind may begin while the one in front still runs, which must have waited for
+    all that the one behind reads before its own wait: a first projection has, routing has not.
     """
     from moefold_kernels.triton import e4m3_tokens
 
@@ -63,7 +64,10 @@ def empty(rows: int, columns: int, like: Tensor, factors: int) -> Terms:
 
 
 def between(x: Tensor, plan: Plan) -> Terms | None:
-    """The terms of activations [entry, inner] as a plan's projections have them between each other."""
+    """The terms of activations [entry, inner] as a plan's projections have them between each other.
+
+    Not early (`prepared`): never between routing and the projection that takes them.
+    """
     if not plan.second.terms:
         return None
     if plan.rounded:

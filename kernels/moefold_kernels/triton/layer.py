@@ -169,7 +169,7 @@ def both(
 class Inner(NamedTuple):
     """Hidden activations of a batch, entries in their order."""
 
-    rows: Tensor  # [entry, inner] bf16; none where all experts have
+    rows: Tensor  # [entry, inner] bf16; none where all experts have, and were not rounded first,
     terms: Terms | None = None
     """those of pairs, for e4m3.py."""
     ordered: bool = False

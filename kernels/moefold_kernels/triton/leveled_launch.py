@@ -44,7 +44,7 @@ def slow_because(kind: Leveled, fused: bool) -> str:
     if kind.hidden % STEP or kind.inner % STEP:
         return f"hidden and inner size, {kind.hidden} and {kind.inner}, are to be multiples of {STEP}"
     if kind.format == NUMBERED and not kind.coded:
-        return "the levels are no fp8 numbers, as those of checkpoints written now are: merge the model again"
+        return "the levels are no fp8 numbers times a factor: let moefold learn them, or give such ones"
     return "" if aligned(kind) else "planes are not contiguous, or begin at no multiple of 16 bytes"
 
 

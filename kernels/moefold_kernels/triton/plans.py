@@ -10,7 +10,7 @@ from moefold_kernels.errors import FormatError
 STEP = 128
 """Columns of which few-bit formats need a number on Hopper: leveled_stage.STEP, without importing Gluon."""
 GROUP = layout_pairs.GROUP
-"""Rows of gate and up in terms come in so many: they are columns of down, with a factor for a group."""
+"""Rows of gate and up in terms come in so many: columns of down, where few tokens have a factor for a group."""
 PER_WARP = 16
 WRITING = 4096
 """Bytes of shared memory that a program's last lines take beside its places, at most as seen; e4m3's twice that."""
@@ -204,7 +204,9 @@ def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
     halves = 2 if tile.columns > 128 else 1
     places = 1 if halves == 2 and tile.tokens >= THINLY else tile.stages
     factors = 0 if gated or tile.tokens >= ROUNDED else 16
-    return halves * (tile.stages * planes + places * (256 + factors) * entries) + 2 * WRITING
+    whole = halves * (tile.stages * planes + places * (256 + factors) * entries)
+    # where columns are no number of 256, steps have 128, and tokens as many places as words
+    return max(whole, tile.stages * (planes + (256 + factors) * entries)) + 2 * WRITING
 
 
 def _barriers(tile: Tile) -> int:

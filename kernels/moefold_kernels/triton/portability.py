@@ -87,7 +87,8 @@ def power_of_two(number: int) -> int:
 def after_the_one_before(CHAIN: tl.constexpr):
     """Wait for the data of the kernel before this one, then let the next one's programs start as places become free.
 
-    In this order: what a kernel reads before its own wait then is from two kernels back or earlier, which have ended.
+    In this order: what a kernel reads before its own wait then is from two kernels back or earlier, which have ended
+    (from three, behind one that lets the next come first: e4m3_tokens.prepare).
     """
     wait_for_the_one_before(CHAIN)
     launch_the_next(CHAIN)

@@ -2,8 +2,8 @@
 
 A token's values x are scaled by a power of two that brings the largest one to 128 or more, below 256, and then are
 e4m3(x) + e4m3(x - e4m3(x)). Eight significant bits fit into two terms of four and a sign each, so bf16 tokens lose
-nothing but what is below 2^-17 of the largest value (7e-7 of the norm of normal values); float32 activations lose 6e-4,
-where rounding them to bf16 takes 1.7e-3.
+nothing but what is below 2^-17 of the largest value (7e-7 of the norm of normal values). Float32 activations of few
+tokens lose 6e-4; those of more (plans.ROUNDED) are rounded to bf16 first, which takes 1.7e-3.
 
 Stored are, for each group of 64 columns, 64 first terms and then 64 second ones, each in the order that a product of
 e4m3_operands.py wants: column 16 t + 8 s + 4 u + j is number 32 s + 16 u + 4 t + j. Beside them is what to multiply

@@ -15,7 +15,7 @@ from moefold_kernels.bench.correctness import poisoned
 
 pytest.importorskip("triton", reason="needs triton")
 from moefold_kernels.triton import layer as kernels
-from moefold_kernels.triton import ops  # noqa: F401  (registers the operations)
+from moefold_kernels.triton import ops, routing  # noqa: F401  (ops registers the operations)
 from moefold_kernels.triton.backend import Triton
 from moefold_kernels.triton.operands import weights as weights_of
 from moefold_kernels.triton.plans import Plan, Tile
@@ -224,6 +224,29 @@ def test_hoppers_kernels_with_e4m3_operands(plan, format, sizes, device, monkeyp
         arguments = batch(tokens, hidden, 2, 6, skew=skew)
         found = run(layer, *arguments, device, E4M3[plan], activation)
         assert_near(found, expected(layer, *arguments, clamped_gate if biased else silu))
+
+
+@pytest.mark.parametrize(("plan", "whole"), [("pair-4", False), ("pair-8", True), ("pair-32-thinly", True)])
+def test_what_goes_between_projections_with_e4m3_operands(plan, whole, monkeypatch):
+    """Terms of few tokens are the first projection's; of more a kernel makes them, which lets down begin early."""
+    pytest.importorskip("moefold_kernels.triton.e4m3", reason="needs a Triton that has Gluon")
+    launched = []
+    for module in (kernels, kernels.e4m3_launch, routing):
+        monkeypatch.setattr(
+            module, "launch", lambda kernel, grid, *given, **o: launched.append((kernel, grid, given, o))
+        )
+    monkeypatch.setattr(kernels.Target, "of", lambda tensor: kernels.Target(True, False, overlap=True, chain=True))
+    made = weights_of(operands(leveled_layer("pair8", 6, 512, 768, coded=True)))
+    kernels.forward(made, *batch(20, 512, 2, 6), plan=E4M3[plan])
+    named = [(kernel.fn.__name__, grid, given, options) for kernel, grid, given, options in launched]
+    order = ["prepare", "project_in", *["prepare"] * whole, "project_out"]
+    projections = [one for one in named if one[0] in order]
+    assert [name for name, *_ in projections] == order
+    (_, _, given, _), (_, (_, splits), rows, down) = projections[1], projections[-1]
+    assert given[6].dtype == (torch.bfloat16 if whole else torch.float8_e4m3fn)  # what the first one writes
+    assert down["WHOLE"] is whole
+    assert rows[1].numel() == 40 * (splits if whole else 768 // 64)
+    assert [options["EARLY"] for name, *_, options in projections if name == "prepare"] == [True, False][: 1 + whole]
 
 
 @pytest.mark.gpu

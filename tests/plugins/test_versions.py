@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,24 +57,19 @@ PAIRS = Groups([[0, 4], [2, 3]], [1, 5])
 TEXTS = tuple(Text(f"t{i}", torch.arange(24, dtype=torch.int32).view(6, 4) + 100 * i, 24) for i in range(3))
 
 
-class Planes:
+def planes(format: str) -> SimpleNamespace:
     """A matrix's bits in a few-bit format: of levels, signs and positions that integers give."""
-
-    def __init__(self, **parts: torch.Tensor) -> None:
-        self.__dict__ |= parts
-
-
-def planes(format: str) -> Planes:
     number = torch.arange(3 * 160).view(3, 160)
     level = (number * 7 % (1 << MAGNITUDE_BITS[format])).to(torch.uint8)
     negative = torch.stack([number % 3 == 0, number % 5 < 2])
     keep = torch.stack([number % 7 != 0, number % 7 != 1])
     scale = numbers(3, 3, salt=6).abs()
     made = encode(format, level, scale, negative & keep, keep)
-    return Planes(**{name: part.view(torch.int16) for name, part in made.items()})  # halves of words: exact in float32
+    halves = {name: part.view(torch.int16) for name, part in made.items()}  # of words: exact in float32
+    return SimpleNamespace(**halves)
 
 
-def outputs() -> dict[str, Artifact | Planes]:
+def outputs() -> dict[str, Artifact | SimpleNamespace]:
     stages = Registry.installed().stages
     merge = puzzlemoe(EXPERTS, PAIRS, ACTIVITY, threshold=0.4)
     alike = numbers(6, 6, salt=4).float()
@@ -88,7 +84,7 @@ def outputs() -> dict[str, Artifact | Planes]:
     }
 
 
-def digest(value: Artifact | Planes) -> str:
+def digest(value: Artifact | SimpleNamespace) -> str:
     found = hashlib.sha256()
     if hasattr(value, "merged"):
         for matrix in EXPERTS.matrices():

@@ -97,8 +97,7 @@ def gate_up(
 def down(
     grid: tuple[int, ...], rows: Terms, kind: Leveled, out: Tensor, tables: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
-    """The same, with the gate weights before the bias."""
+    """The same, with the gate weights before the bias; `options` also say whether `rows` are WHOLE (Plan.rounded)."""
     from moefold_kernels.triton import e4m3
 
-    whole = rows.factors.dim() == 1 or rows.factors.shape[1] < kind.inner // GROUP
-    launch(e4m3.project_out, grid, *rows, *planes_of(kind, kind.narrow), out, *tables, WHOLE=whole, **options)
+    launch(e4m3.project_out, grid, *rows, *planes_of(kind, kind.narrow), out, *tables, **options)

@@ -282,7 +282,7 @@ def down(
                 (tables.order, tables.offsets, table, weights.experts, gates, bias),
                 _narrow(shared, tile)
                 | e4m3_launch.cut(tile, kind, inner)
-                | {"part": part, "out_split": parts.stride(0)},
+                | {"part": part, "out_split": parts.stride(0), "WHOLE": plan.rounded},
             )  # fmt: skip
             continue
         if isinstance(kind, Leveled):

@@ -59,17 +59,17 @@ def shared_by_warps(tile: Tile, matrices: int) -> bool:
     return tile.warps % 4 == 0 and tile.rows * matrices >= 16 * tile.warps
 
 
-def prepared(x: Tensor, chained: bool = True) -> Tensor:
+def prepared(x: Tensor) -> Tensor:
     """`x` [row, columns] bfloat16, columns being a number of groups, in the order of leveled_tokens.py.
 
-    `chained`: where `x` was complete before the kernel in front began, as routing is.
+    `x` was complete before the kernel in front, which is routing's, began.
     """
     from moefold_kernels.triton import leveled_tokens
 
     rows, columns = x.shape
     made = x.new_empty(rows, columns)
     if rows:
-        chain, size = chained and Target.of(x).chain, power_of_two(columns)
+        chain, size = Target.of(x).chain, power_of_two(columns)
         launch(
             leveled_tokens.prepare, (rows,), x, made, columns, x.stride(0), COLUMNS=size, CHAIN=chain,
             num_warps=max(1, min(8, size // 512)), **({"launch_pdl": True} if chain else {}),

@@ -83,7 +83,6 @@ class Tile:
                 f"registers is {self.registers!r}, and must be 0, or with e4m3 operands a multiple of 8 "
                 f"from {allowed[0]} to {allowed[-1]}"
             )
-
         if self.blocks > 1 and (self.terms or not self.overlapped):
             raise FormatError(f"blocks is {self.blocks!r}, and must be 1 but in an overlapped mode with bf16 operands")
 

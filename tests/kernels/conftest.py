@@ -28,6 +28,24 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What is launched as on Hopper, which nothing runs: (name, module, grid, arguments, options) of each kernel."""
+    pytest.importorskip("moefold_kernels.triton.e4m3", reason="needs a Triton that has Gluon")
+    from moefold_kernels.triton import e4m3_launch, layer, leveled_launch, routing
+
+    seen: list[tuple] = []
+
+    def launch(kernel, grid, *given, **options) -> None:
+        seen.append((kernel.fn.__name__, kernel.fn.__module__, grid, given, options))
+
+    for module in (layer, e4m3_launch, leveled_launch, routing):
+        monkeypatch.setattr(module, "launch", launch)
+    target = layer.Target(assembly=True, upcast=False, overlap=True, chain=True)
+    monkeypatch.setattr(layer.Target, "of", lambda tensor: target)
+    return seen
+
+
+@pytest.fixture
 def a_device_each() -> None:
     """For tests that start two processes: on CPUs, or with a GPU of its own for each."""
     if torch.cuda.device_count() == 1:

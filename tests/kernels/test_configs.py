@@ -137,6 +137,9 @@ def test_planes_and_terms_of_a_format_have_to_fit(folder):
     assert leveled_bytes(replace(many, splits=2), False, "pair8") == 2 * (2 * 64 * 132 + 64 * 256) + 8192
     assert leveled_bytes(replace(many, columns=128), True, "pair8") == 2 * (128 * 132 + 64 * 256) + 8192
     assert leveled_bytes(replace(first, terms=0, stages=3), False, "pair6") == 3 * (64 * 100 + 16 * 256) + 4096
+    apart = Tile("overlapped", 256, 32, 128, 64, 8, 2)  # as compiled for pair8: 181788, and 187772 with blocks in turn
+    assert leveled_bytes(apart, False, "pair8") == 2 * (128 * 132 + 288 * 256) + 4096 + 512
+    assert leveled_bytes(replace(apart, blocks=4), False, "pair8") == 2 * (128 * 132 + 288 * 256) + 4096 + 512 + 8 * 288
     ship(folder, {few: made})
     assert configs.choose(few, GPU) == made
     assert configs.choose(few._replace(format="pair8"), GPU) == configs.rule(few)
@@ -145,6 +148,9 @@ def test_planes_and_terms_of_a_format_have_to_fit(folder):
     assert not tile_fits(wide, True, 232448, "pair4")
     assert not tile_fits(replace(wide, extra=0, stages=5), True, 232448)  # 240 KB of places
     assert tile_fits(replace(wide, extra=0, stages=4), True, 232448)
+    places = 2 * (128 + 288) * 64 * 4
+    assert tile_fits(replace(apart, stages=4, blocks=2), False, places + 4096 + 512 + 8 * 288)
+    assert not tile_fits(replace(apart, stages=4, blocks=2), False, places + 4096 + 512)
 
 
 def test_plans_that_get_other_kernels_than_they_want_are_named(folder, monkeypatch):

@@ -15,7 +15,7 @@ from moefold_kernels.bench.correctness import poisoned
 
 pytest.importorskip("triton", reason="needs triton")
 from moefold_kernels.triton import layer as kernels
-from moefold_kernels.triton import ops, routing  # noqa: F401  (ops registers the operations)
+from moefold_kernels.triton import ops  # noqa: F401  (registers the operations)
 from moefold_kernels.triton.backend import Triton
 from moefold_kernels.triton.operands import weights as weights_of
 from moefold_kernels.triton.plans import Plan, Tile
@@ -65,6 +65,10 @@ FAST |= {
     "pair 64 and 16, blocks in turn": fast("overlapped_pair", 64, stages=2, extra=16, blocks=2),
     "pair 32, blocks in turn, splits": fast("overlapped_pair", 32, stages=3, blocks=5, splits=2),
     "slot 64, blocks in turn": fast("overlapped", 64, stages=2, blocks=2, group=2),
+    "slot 256 and 32, warps apart, blocks in turn": fast("overlapped", 256, warps=8, stages=2, extra=32, blocks=5),
+    "slot 256, warps apart, blocks in turn, splits": fast("overlapped", 256, warps=8, stages=2, blocks=2, splits=2),
+    "slot 256, warps apart, blocks in turn": fast("overlapped", 256, warps=8, stages=2, blocks=2, group=2),
+    "slot 256, warps apart, no whole blocks": fast("overlapped", 256, warps=8, stages=2, blocks=3),
 }
 
 
@@ -162,16 +166,16 @@ def test_hoppers_kernels(plan, format, device, monkeypatch):
     for module in (kernels.project, leveled if "apart" in plan else leveled_apart):
         monkeypatch.delattr(module, "project_in")
         monkeypatch.delattr(module, "project_out")
-    biased = "splits" in plan
-    inner = 768 if "in turn" in plan else 384  # steps of all stages, in each split
-    if "in turn" in plan:
-        second = FAST[plan].second
-        rows = torch.empty(1, inner, device="meta")
-        assert kernels.leveled_launch.in_turn(second, rows, 640, inner // second.splits) == second.blocks
-    layer = leveled_layer(format, 6, 640, inner, biased=biased, device=device, coded=format == "pair8")
+    biased, apart, second = "splits" in plan, "apart" in plan, FAST[plan].second
+    inner = 1536 if "in turn" in plan else 384  # steps of all stages, in each split
+    hidden = 1280 if apart and "blocks" in plan else 640  # more than one program's
+    in_turn = kernels.leveled_launch.in_turn(second, hidden, inner, inner // second.splits)
+    assert in_turn == (second.blocks if "in turn" in plan else 1)
+    layer = leveled_layer(format, 6, hidden, inner, biased=biased, device=device, coded=format == "pair8")
     activation = kernels.Activation("clamped", 1.5, 1.702) if biased else kernels.SILU
-    for tokens, skew in ((1, 0.0), (3, 0.0), (150, 0.0), (150, 9.0), *[(300, 0.0), (500, 9.0)] * ("apart" in plan)):
-        arguments = batch(tokens, 640, 2, 6, skew=skew)
+    batches = [(1, 0.0), (3, 0.0), (150, 0.0), (150, 9.0), *[(300, 0.0), (500, 9.0)] * apart]
+    for tokens, skew in batches + [(850, 0.0)] * (apart and "blocks" in plan):
+        arguments = batch(tokens, hidden, 2, 6, skew=skew)
         found = run(layer, *arguments, device, FAST[plan], activation)
         assert_near(found, expected(layer, *arguments, clamped_gate if biased else silu))
 
@@ -193,15 +197,29 @@ def test_where_warps_apart_copy(tokens, warps, paired, rows, answer):
     ("sizes", "part", "change", "answer"),
     [
         ((640, 768), 768, {}, 5), ((640, 768), 384, {}, 5), ((640, 768), 256, {}, 1), ((704, 768), 768, {}, 1),
-        ((640, 896), 512, {}, 1), ((640, 768), 768, {"tokens": 256, "warps": 8}, 1),
-        ((640, 768), 768, {"blocks": 1}, 1),
+        ((640, 896), 512, {}, 1), ((640, 768), 768, {"tokens": 256, "warps": 8}, 5),
+        ((640, 768), 768, {"blocks": 1}, 1), ((640, 768), 768, {"stages": 4}, 1),
     ],
 )  # fmt: skip
 def test_where_a_program_does_blocks_in_turn(sizes, part, change, answer):
-    """Whole blocks, whole splits, as many steps as a number of stages, and no warps apart."""
+    """Whole blocks, whole splits, and as many steps as a number of stages."""
     tile = replace(Tile("overlapped", 64, 0, 64, 64, 4, 3, blocks=5), **change)
-    x = torch.empty(3, sizes[1], device="meta", dtype=torch.bfloat16)
-    assert kernels.leveled_launch.in_turn(tile, x, sizes[0], part) == answer
+    assert kernels.leveled_launch.in_turn(tile, *sizes, part) == answer
+
+
+@pytest.mark.parametrize(("hidden", "inner", "blocks"), [(640, 768, 5), (640, 640, 1), (768, 768, 1)])
+@pytest.mark.parametrize("extra", [0, 32])
+def test_what_is_launched_for_blocks_in_turn_by_warps_apart(extra, hidden, inner, blocks, launched):
+    plan = fast("overlapped", 256, warps=8, stages=2, extra=extra, blocks=5)
+    made = weights_of(operands(leveled_layer("pair4", 6, hidden, inner)))
+    kernels.forward(made, *batch(20, hidden, 2, 6), plan=plan)
+    first, second = (one for one in launched if one[0] in ("project_in", "project_out"))
+    assert [file.rpartition(".")[2] for _, file, *_ in (first, second)] == ["leveled_apart"] * 2
+    assert "BLOCKS" not in first[-1]
+    assert second[-1]["BLOCKS"] == blocks
+    assert second[2][0] % (2 * hidden // (128 * blocks)) == 0
+    assert second[2][0] * blocks * 128 == first[2][0] * 64 // inner * hidden
+    assert second[-1]["REGISTERS"] == kernels.leveled_launch.COPY_REGISTERS
 
 
 @pytest.mark.gpu
@@ -227,22 +245,14 @@ def test_hoppers_kernels_with_e4m3_operands(plan, format, sizes, device, monkeyp
 
 
 @pytest.mark.parametrize(("plan", "whole"), [("pair-4", False), ("pair-8", True), ("pair-32-thinly", True)])
-def test_what_goes_between_projections_with_e4m3_operands(plan, whole, monkeypatch):
+def test_what_goes_between_projections_with_e4m3_operands(plan, whole, launched):
     """Terms of few tokens are the first projection's; of more a kernel makes them, which lets down begin early."""
-    pytest.importorskip("moefold_kernels.triton.e4m3", reason="needs a Triton that has Gluon")
-    launched = []
-    for module in (kernels, kernels.e4m3_launch, routing):
-        monkeypatch.setattr(
-            module, "launch", lambda kernel, grid, *given, **o: launched.append((kernel, grid, given, o))
-        )
-    monkeypatch.setattr(kernels.Target, "of", lambda tensor: kernels.Target(True, False, overlap=True, chain=True))
     made = weights_of(operands(leveled_layer("pair8", 6, 512, 768, coded=True)))
     kernels.forward(made, *batch(20, 512, 2, 6), plan=E4M3[plan])
-    named = [(kernel.fn.__name__, grid, given, options) for kernel, grid, given, options in launched]
     order = ["prepare", "project_in", *["prepare"] * whole, "project_out"]
-    projections = [one for one in named if one[0] in order]
+    projections = [one for one in launched if one[0] in order]
     assert [name for name, *_ in projections] == order
-    (_, _, given, _), (_, (_, splits), rows, down) = projections[1], projections[-1]
+    (_, _, _, given, _), (_, _, (_, splits), rows, down) = projections[1], projections[-1]
     assert given[6].dtype == (torch.bfloat16 if whole else torch.float8_e4m3fn)  # what the first one writes
     assert down["WHOLE"] is whole
     assert rows[1].numel() == 40 * (splits if whole else 768 // 64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from layers import assert_near, batch, clamped_gate, expected, operands, random_layer
@@ -27,10 +29,12 @@ PLANS = {
 JOINED = [name for name in PLANS if name.startswith("joined")]
 
 
-def overlapped(mode: str, tokens: int, extra: int, places: int, columns: int = 64, warps: int = 4) -> Plan:
+def overlapped(
+    mode: str, tokens: int, extra: int, places: int, columns: int = 64, warps: int = 4, blocks: int = 1
+) -> Plan:
     """A plan for overlapped.py, overlapped_apart.py or overlapped_pair.py."""
     first, second = ((rows, columns, warps, places) for rows in (8 * warps, 16 * warps))
-    return Plan(Tile(mode, tokens, extra, *first), Tile(mode, tokens, extra, *second))
+    return Plan(Tile(mode, tokens, extra, *first), Tile(mode, tokens, extra, *second, blocks=blocks))
 
 
 HOPPERS = {
@@ -43,6 +47,9 @@ HOPPERS = {
     "slot 128 and 32, eight warps": overlapped("overlapped", 128, 32, 3, warps=8),
     "slot 256 and 32, warps apart": overlapped("overlapped", 256, 32, 3, warps=8),
     "slot 256, warps apart": overlapped("overlapped", 256, 0, 4, warps=8),
+    "slot 256 and 32, warps apart, blocks in turn": overlapped("overlapped", 256, 32, 3, warps=8, blocks=5),
+    "slot 256, warps apart, blocks in turn": overlapped("overlapped", 256, 0, 4, warps=8, blocks=2),
+    "slot 256, warps apart, no whole blocks": overlapped("overlapped", 256, 0, 4, warps=8, blocks=3),
 }
 
 
@@ -240,13 +247,38 @@ def test_hoppers_kernels(plan, device, monkeypatch):
     for module in (kernels.project, overlapped if "apart" in plan else overlapped_apart):
         monkeypatch.delattr(module, "project_in")
         monkeypatch.delattr(module, "project_out")
-    biased = "and" in plan
-    layer = random_layer(6, 640, 384, biased=biased)
+    biased, second = "and" in plan, HOPPERS[plan].second
+    hidden, inner = (1280, 768) if "blocks" in plan else (640, 384)
+    in_turn = kernels.leveled_launch.in_turn(second, hidden, inner, inner, second.columns)
+    assert in_turn == (second.blocks if "in turn" in plan else 1)
+    layer = random_layer(6, hidden, inner, biased=biased)
     activation = kernels.Activation("clamped", 1.5, 1.702) if biased else kernels.SILU
-    for tokens, skew in ((1, 0.0), (7, 0.0), (150, 0.0), (150, 9.0), *[(300, 0.0), (500, 9.0)] * ("apart" in plan)):
-        arguments = batch(tokens, 640, 2, 6, skew=skew)
+    batches = [(1, 0.0), (7, 0.0), (150, 0.0), (150, 9.0), *[(300, 0.0), (500, 9.0)] * ("apart" in plan)]
+    for tokens, skew in batches + [(850, 0.0)] * ("blocks" in plan):
+        arguments = batch(tokens, hidden, 2, 6, skew=skew)
         found = run(layer, *arguments, device, activation=activation, plan=HOPPERS[plan])
         assert_near(found, expected(layer, *arguments, clamped_gate if biased else silu))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "change", "blocks"),
+    [
+        (640, 512, {}, 5), (640, 384, {}, 1), (768, 512, {}, 1), (640, 512, {"tokens": 128}, None),
+        (640, 512, {"columns": 32}, None),
+    ],
+)  # fmt: skip
+def test_what_is_launched_for_blocks_in_turn_by_warps_apart(hidden, inner, change, blocks, launched):
+    """Steps of all places, and whole blocks; other kernels of the 16-bit format do not have them."""
+    plan = overlapped("overlapped", 256, 32, 4, warps=8, blocks=5)
+    made = weights_of(operands(random_layer(6, hidden, inner)))
+    plan = Plan(replace(plan.first, **change), replace(plan.second, **change))
+    kernels.forward(made, *batch(20, hidden, 2, 6), plan=plan)
+    first, second = (one for one in launched if one[0] in ("project_in", "project_out"))
+    name = "overlapped_apart" if blocks else "overlapped"
+    assert [file.rpartition(".")[2] for _, file, *_ in (first, second)] == [name] * 2
+    assert second[-1].get("BLOCKS") == blocks
+    assert second[2][0] * (blocks or 1) * 128 == first[2][0] * 64 // inner * hidden
+    assert "BLOCKS" not in first[-1]
 
 
 @pytest.mark.gpu

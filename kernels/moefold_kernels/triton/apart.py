@@ -22,10 +22,19 @@ import triton.experimental.gluon as gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from moefold_kernels.triton.overlapped import copy_layout, entries_at, gates_of
+from moefold_kernels.triton.overlapped import (
+    copy_layout,
+    entries_at,
+    gates_of,
+    product_layout,
+    store_layout,
+    write_outer,
+)
 
 COPYING = gl.constexpr(4)
 """Warps that copy."""
+WRITTEN = gl.constexpr(128)
+"""More entries are written by halves between blocks of rows: their gate weights take registers, too."""
 
 
 @gluon.jit
@@ -72,3 +81,47 @@ def entries_and_gates(order, weights, begin, end, TOKENS: gl.constexpr, EXTRA: g
     entries = entries_at(order, begin, end, TOKENS)
     more = entries_at(order, begin + TOKENS, end, max(EXTRA, 16))
     return gates_of(entries, weights), gates_of(more, weights)
+
+
+@gluon.jit
+def keep(order, weights, begin, end, TOKENS: gl.constexpr, EXTRA: gl.constexpr):
+    """The same in shared memory: to write blocks of rows in turn, through which registers do not reach."""
+    entries, more = entries_and_gates(order, weights, begin, end, TOKENS, EXTRA)
+    kept = _keep(entries, TOKENS)
+    return kept, _keep(more, EXTRA) if EXTRA else kept
+
+
+@gluon.jit
+def _keep(entries, N: gl.constexpr):
+    entry, gates = entries
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    kept = gl.allocate_shared_memory(gl.int32, [N], flat, entry)
+    return kept, gl.allocate_shared_memory(gl.float32, [N], flat, gates)
+
+
+@gluon.jit
+def write_kept(
+    sums, extra, kept, more, begin, end, given, ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr
+):  # fmt: skip
+    """overlapped.write_slot_outer of entries that were kept (`keep`), the extra ones first: they leave registers."""
+    if EXTRA:
+        _write(extra, more, begin + TOKENS, end, given, ROWS, EXTRA)
+    _write(sums, kept, begin, end, given, ROWS, TOKENS)
+
+
+@gluon.jit
+def _write(sums, kept, begin, end, given, ROWS: gl.constexpr, N: gl.constexpr):
+    out, first_row, hidden, shift, expert, bias, bias_expert, bias_row = given
+    n: gl.constexpr = N // 2 if N > WRITTEN else N
+    mma: gl.constexpr = product_layout(n, gl.num_warps())
+    parts = (sums,)
+    if N > WRITTEN:
+        parts = gl.split(gl.permute(gl.reshape(sums, (ROWS, 2, n)), (0, 2, 1)))
+    for part in gl.static_range(N // n):
+        entry = kept[0].slice(n * part, n).load(gl.SliceLayout(0, store_layout(ROWS, gl.num_warps())))
+        gates = kept[1].slice(n * part, n).load(gl.SliceLayout(0, mma))
+        ours = gl.convert_layout(parts[part], mma, assert_trivial=True)
+        write_outer(
+            ours, out, (entry, gates), begin + n * part, end, first_row, hidden, shift, expert, bias, bias_expert,
+            bias_row, ROWS, n,
+        )  # fmt: skip

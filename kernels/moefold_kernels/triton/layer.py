@@ -287,7 +287,7 @@ def down(
             continue
         if isinstance(kind, Leveled):
             if x.ordered:
-                in_turn = leveled_launch.in_turn(tile, rows, hidden, part)
+                in_turn = leveled_launch.in_turn(tile, hidden, inner, part)
                 programs = _programs(table, mode) * blocks(hidden, tile.rows * in_turn)
                 leveled_launch.down(
                     (programs, splits), rows, kind, parts,
@@ -309,6 +309,9 @@ def down(
         shared |= {"w_unit": base.stride(0), "w_row": base.stride(1)}
         if low < 0 and splits == 1 and mode != project.DENSE.value and _overlaps(tile, target, base, rows, 1):
             file, more = _overlapped(tile, rows)
+            if more:  # warps apart
+                more["BLOCKS"] = leveled_launch.in_turn(tile, hidden, inner, part, tile.columns)
+                programs = _programs(table, mode) * blocks(hidden, tile.rows * more["BLOCKS"])
             launch(file.project_out, (programs,), rows, base, *lists, **shared, **more, shift=shift, PLACES=tile.stages)
             continue
         launch(

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from moefold_kernels.triton.apart import COPYING, barriers, entries_and_gates, rows_in, rows_out
+from moefold_kernels.triton.apart import COPYING, barriers, entries_and_gates, keep, rows_in, rows_out, write_kept
 from moefold_kernels.triton.leveled import TABLE, activate, shift_of, write
 from moefold_kernels.triton.leveled_operands import decoded, read, right, scale_of, tables_of
 from moefold_kernels.triton.leveled_planes import entries_of, rows_of
@@ -69,34 +69,42 @@ def _planes(
 
 @gluon.jit
 def _copy(
-    buffers, come, free, bases, offsets, x, tokens, more, steps,
-    TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr,
+    buffers, come, free, bases, behind, offsets, x, tokens, more, steps,
+    TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
     """Bring tokens from `x` on and words from `bases` on, for `steps` times STEP columns; beyond, zeros.
 
-    Offsets are elements: `tokens` [TOKENS, HALF], `more` [EXTRA, HALF], each plane's [rows, words].
+    Offsets are elements: `tokens` [TOKENS, HALF], `more` [EXTRA, HALF], each plane's [rows, words]. All of that BLOCKS
+    times, from one block's last step `behind` steps further on in planes to the next one's first, for the same tokens;
+    where that is more than once, `steps` is a number of PLACES.
     """
     w, low, scale = bases
     phase = 1  # nothing has been read: as if all were free
-    for first in range(0, steps, PLACES):
-        for place in gl.static_range(PLACES):
-            wanted = first + place < steps
-            for half in gl.static_range(2):
-                mbarrier.wait(free[2 * place + half], phase)
-                if half == 0:
-                    of_step = w + offsets[0], low + offsets[1], scale + offsets[2]
-                    start_words(buffers, of_step, place, wanted, FORMAT)
-                    w += STEP // 8
-                    low += low_words(FORMAT, STEP)
-                    scale += 1
-                to = buffers[at(TOKENS_OF + half, place)].index(0).slice(0, TOKENS, 0)
-                async_copy.async_copy_global_to_shared(to, x + tokens, mask=wanted)
-                if EXTRA:
-                    to = buffers[at(EXTRA_OF + half, place)].index(0)
-                    async_copy.async_copy_global_to_shared(to, x + more, mask=wanted)
-                async_copy.mbarrier_arrive(come[2 * place + half], increment_count=False)
-                x += HALF
-        phase ^= 1
+    for block in range(0, BLOCKS):
+        for first in range(0, steps, PLACES):
+            for place in gl.static_range(PLACES):
+                wanted = True if BLOCKS > 1 else first + place < steps
+                for half in gl.static_range(2):
+                    mbarrier.wait(free[2 * place + half], phase)
+                    if half == 0:
+                        of_step = w + offsets[0], low + offsets[1], scale + offsets[2]
+                        start_words(buffers, of_step, place, wanted, FORMAT)
+                        w += STEP // 8
+                        low += low_words(FORMAT, STEP)
+                        scale += 1
+                    to = buffers[at(TOKENS_OF + half, place)].index(0).slice(0, TOKENS, 0)
+                    async_copy.async_copy_global_to_shared(to, x + tokens, mask=wanted)
+                    if EXTRA:
+                        to = buffers[at(EXTRA_OF + half, place)].index(0)
+                        async_copy.async_copy_global_to_shared(to, x + more, mask=wanted)
+                    async_copy.mbarrier_arrive(come[2 * place + half], increment_count=False)
+                    x += HALF
+            phase ^= 1
+        further = behind + ((block + steps) >> 30)  # so that the compiler does not keep what comes of it
+        w += further * (STEP // 8)
+        low += further * low_words(FORMAT, STEP)
+        scale += further
+        x -= steps * STEP
     async_copy.wait_group(0)
 
 
@@ -111,39 +119,46 @@ def _copy_in(
     rest: gl.constexpr = max(EXTRA, 16)
     tokens = rows_in(order, begin, end, top_k, x_row, HALF, TOKENS)
     more = rows_in(order, begin + TOKENS, end, top_k, x_row, HALF, rest)
-    _copy(buffers, come, free, bases, offsets, x, tokens, more, steps, TOKENS, EXTRA, PLACES, FORMAT)
+    _copy(
+        buffers, come, free, bases, 0, offsets, x, tokens, more, steps, TOKENS, EXTRA, PLACES, FORMAT, 1
+    )  # fmt: skip
 
 
 @gluon.jit
 def _copy_out(
-    buffers, come, free, x, words, low, scale, unit, first_row, begin, end, hidden, inner, skipped, steps,
-    ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr,
+    given, ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr,
+    BLOCKS: gl.constexpr,
 ):  # fmt: skip
     """The same of down's, of columns from `skipped` on."""
+    (
+        buffers, come, free, x, words, low, scale, unit, first_row, begin, end, hidden, inner, skipped, steps,
+    ) = given  # fmt: skip
+    behind = ROWS * (inner // STEP) - steps
     bases, offsets = _planes(words, low, scale, unit, first_row, hidden, inner, skipped, 0, ROWS, FORMAT, False)
     rest: gl.constexpr = max(EXTRA, 16)
     tokens = rows_out(begin, end, inner, HALF, TOKENS)
     more = rows_out(begin + TOKENS, end, inner, HALF, rest)
     after_the_one_before()
-    _copy(buffers, come, free, bases, offsets, x + skipped, tokens, more, steps, TOKENS, EXTRA, PLACES, FORMAT)
+    _copy(
+        buffers, come, free, bases, behind, offsets, x + skipped, tokens, more, steps, TOKENS, EXTRA, PLACES, FORMAT,
+        BLOCKS,
+    )  # fmt: skip
 
 
 @gluon.jit
-def _multiply(
-    buffers, come, free, steps, slot, levels, up,
+def _products(
+    buffers, come, free, steps, phase, tables, states,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr,
 ):  # fmt: skip
-    """Multiplying warps' part: sums [ROWS, TOKENS] and [ROWS, EXTRA] of one slot, as leveled._products."""
+    """Sums [ROWS, TOKENS] and [ROWS, EXTRA] of one slot, as leveled._products, and the next turn's `phase`."""
     gl.assume(steps > 0)
     rest: gl.constexpr = max(EXTRA, 16)
     mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
     mma_extra: gl.constexpr = product_layout(rest, gl.num_warps())
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     left_extra: gl.constexpr = gl.DotOperandLayout(0, mma_extra, 2)
-    tables, states = tables_of(levels, up, slot, ROWS, False, FORMAT)
     sums = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
     extra = warpgroup_mma_init(gl.zeros((ROWS, rest), gl.float32, mma_extra))
-    phase = 0
     for first in range(0, steps, PLACES):
         for place in gl.static_range(PLACES):
             nothing = first >> 30  # which the compiler does not know
@@ -174,7 +189,22 @@ def _multiply(
                         elif first > 0:
                             async_copy.mbarrier_arrive(free[2 * PLACES - 1], increment_count=False)
         phase ^= 1
-    return warpgroup_mma_wait(0, deps=(sums, extra))
+    sums, extra = warpgroup_mma_wait(0, deps=(sums, extra))
+    return sums, extra, phase
+
+
+@gluon.jit
+def _multiply(
+    buffers, come, free, steps, slot, levels, up,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr,
+):  # fmt: skip
+    """Multiplying warps' part."""
+    tables, states = tables_of(levels, up, slot, ROWS, False, FORMAT)
+    phase = 0
+    sums, extra, phase = _products(
+        buffers, come, free, steps, phase, tables, states, ROWS, TOKENS, EXTRA, PLACES, FORMAT
+    )  # fmt: skip
+    return sums, extra
 
 
 @gluon.jit
@@ -187,6 +217,31 @@ def _multiply_out(
     entries, more = entries_and_gates(order, weights, begin, end, TOKENS, EXTRA)
     sums, extra = _multiply(buffers, come, free, steps, slot, levels, 0, ROWS, TOKENS, EXTRA, PLACES, FORMAT)
     return sums, extra, entries, more
+
+
+@gluon.jit
+def _multiply_in_turn(
+    buffers, come, free, order, weights, begin, end, steps, slot, levels, given,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr,
+    BLOCKS: gl.constexpr,
+):  # fmt: skip
+    """The same for BLOCKS blocks of rows, each of which is written while the next one's copies come."""
+    out, first_row, hidden, shift, experts, place, bias, bias_expert, bias_row = given
+    after_the_one_before()
+    kept, more = keep(order, weights, begin, end, TOKENS, EXTRA)
+    tables, states = tables_of(levels, 0, slot, ROWS, False, FORMAT)
+    phase = 0
+    for block in range(0, BLOCKS + (end >> 30)):  # a number that the compiler does not know
+        sums, extra, phase = _products(
+            buffers, come, free, steps, phase, tables, states, ROWS, TOKENS, EXTRA, PLACES, FORMAT
+        )  # fmt: skip
+        async_copy.mbarrier_arrive(free[2 * PLACES - 1], increment_count=False)
+        to = (
+            out, first_row + block * ROWS, hidden, shift_of(levels, shift, FORMAT), gl.load(experts + place), bias,
+            bias_expert, bias_row,
+        )  # fmt: skip
+        first = begin + ((block + end) >> 30)  # so that the compiler does not keep what comes of it
+        write_kept(sums, extra, kept, more, first, end, to, ROWS, TOKENS, EXTRA)
 
 
 @gluon.jit(do_not_specialize=["top_k", "capacity", "bias_expert", "bias_row", "bias_up", "limit", "alpha"])
@@ -259,11 +314,11 @@ def project_out(
     x, words, low, scale, levels, out, order, offsets, tiles, experts, weights, bias,
     inner, hidden, capacity, part, out_split, shift, bias_expert, bias_row,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, GROUP: gl.constexpr, PLACES: gl.constexpr,
-    FORMAT: gl.constexpr, REGISTERS: gl.constexpr,
+    FORMAT: gl.constexpr, REGISTERS: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
     """leveled.project_out for one slot."""
     slot = gl.program_id(0) % 2
-    tile, first_row = share(gl.program_id(0) // 2, gl.cdiv(hidden, ROWS), ROWS, GROUP)
+    tile, first_row = share(gl.program_id(0) // 2, gl.cdiv(hidden, BLOCKS * ROWS), BLOCKS * ROWS, GROUP)
     unit = gl.load(tiles + tile)  # the tables are of two kernels before
     if unit < 0:
         after_the_one_before()  # also here: that this kernel has ended must mean that the one before it has
@@ -283,19 +338,19 @@ def project_out(
     half: gl.constexpr = max(TOKENS // 2, 8)
     quarter: gl.constexpr = max(TOKENS // 4, 8)
     if EXTRA and end - begin > TOKENS:
-        _out(buffers, given, ROWS, TOKENS, EXTRA, PLACES, FORMAT, REGISTERS)
+        _out(buffers, given, ROWS, TOKENS, EXTRA, PLACES, FORMAT, REGISTERS, BLOCKS)
     elif end - begin > half:
-        _out(buffers, given, ROWS, TOKENS, 0, PLACES, FORMAT, REGISTERS)
+        _out(buffers, given, ROWS, TOKENS, 0, PLACES, FORMAT, REGISTERS, BLOCKS)
     elif end - begin > quarter:
-        _out(buffers, given, ROWS, half, 0, PLACES, FORMAT, REGISTERS)
+        _out(buffers, given, ROWS, half, 0, PLACES, FORMAT, REGISTERS, BLOCKS)
     else:
-        _out(buffers, given, ROWS, quarter, 0, PLACES, FORMAT, REGISTERS)
+        _out(buffers, given, ROWS, quarter, 0, PLACES, FORMAT, REGISTERS, BLOCKS)
 
 
 @gluon.jit
 def _out(
     buffers, given, ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
-    FORMAT: gl.constexpr, REGISTERS: gl.constexpr,
+    FORMAT: gl.constexpr, REGISTERS: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
     (
         come, free, x, words, low, scale, order, weights, unit, first_row, begin, end, hidden, inner, part, slot, place,
@@ -303,20 +358,33 @@ def _out(
     ) = given  # fmt: skip
     skipped = gl.program_id(1) * part
     steps = gl.minimum(inner - skipped, part) // STEP
-    sums, extra, entries, more = gl.warp_specialize(
-        [
-            (_multiply_out, (
-                buffers, come, free, order, weights, begin, end, steps, slot, levels + 2 * TABLE, ROWS, TOKENS, EXTRA,
-                PLACES, FORMAT,
-            )),
-            (_copy_out, (
-                buffers, come, free, x, words, low, scale, unit, first_row, begin, end, hidden, inner, skipped, steps,
-                ROWS, TOKENS, EXTRA, PLACES, FORMAT,
-            )),
-        ],
-        [COPYING], [REGISTERS],
+    copied = (
+        buffers, come, free, x, words, low, scale, unit, first_row, begin, end, hidden, inner, skipped, steps,
     )  # fmt: skip
-    given = out, first_row, hidden, shift_of(levels + 2 * TABLE, shift, FORMAT), bias, bias_expert, bias_row
-    write(sums, entries, begin, end, gl.load(experts + place), given, ROWS, TOKENS)
-    if EXTRA:
-        write(extra, more, begin + TOKENS, end, gl.load(experts + place), given, ROWS, EXTRA)
+    if BLOCKS > 1:
+        to = out, first_row, hidden, shift, experts, place, bias, bias_expert, bias_row
+        gl.warp_specialize(
+            [
+                (_multiply_in_turn, (
+                    buffers, come, free, order, weights, begin, end, steps, slot, levels + 2 * TABLE, to, ROWS, TOKENS,
+                    EXTRA, PLACES, FORMAT, BLOCKS,
+                )),
+                (_copy_out, (copied, ROWS, TOKENS, EXTRA, PLACES, FORMAT, BLOCKS)),
+            ],
+            [COPYING], [REGISTERS],
+        )  # fmt: skip
+    else:
+        sums, extra, entries, more = gl.warp_specialize(
+            [
+                (_multiply_out, (
+                    buffers, come, free, order, weights, begin, end, steps, slot, levels + 2 * TABLE, ROWS, TOKENS,
+                    EXTRA, PLACES, FORMAT,
+                )),
+                (_copy_out, (copied, ROWS, TOKENS, EXTRA, PLACES, FORMAT, BLOCKS)),
+            ],
+            [COPYING], [REGISTERS],
+        )  # fmt: skip
+        given = out, first_row, hidden, shift_of(levels + 2 * TABLE, shift, FORMAT), bias, bias_expert, bias_row
+        write(sums, entries, begin, end, gl.load(experts + place), given, ROWS, TOKENS)
+        if EXTRA:
+            write(extra, more, begin + TOKENS, end, gl.load(experts + place), given, ROWS, EXTRA)

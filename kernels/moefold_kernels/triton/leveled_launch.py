@@ -101,14 +101,14 @@ def _file(x: Tensor, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
     if not apart(options["TOKENS"], options["num_warps"], options["PAIRED"], x):
         return leveled, options
-    kept = {name: value for name, value in options.items() if name not in ("PAIRED", "BLOCKS")}
+    kept = {name: value for name, value in options.items() if name != "PAIRED"}
     return leveled_apart, kept | {"REGISTERS": COPY_REGISTERS}
 
 
-def in_turn(tile: Tile, x: Tensor, hidden: int, part: int) -> int:
+def in_turn(tile: Tile, hidden: int, inner: int, part: int, step: int = STEP) -> int:
     """How many blocks of rows a program of down does: as the tile says where rows, columns and steps are whole."""
-    whole = not (hidden % (tile.rows * tile.blocks) or x.shape[1] % part or part % (STEP * tile.stages))
-    return tile.blocks if whole and not apart(tile.tokens, tile.warps, tile.paired, x) else 1
+    whole = not (hidden % (tile.rows * tile.blocks) or inner % part or part % (step * tile.stages))
+    return tile.blocks if whole else 1
 
 
 def apart(tokens: int, warps: int, paired: bool, x: Tensor) -> bool:

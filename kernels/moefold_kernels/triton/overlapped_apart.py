@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from moefold_kernels.triton.apart import COPYING, barriers, entries_and_gates, rows_in, rows_out
+from moefold_kernels.triton.apart import COPYING, barriers, entries_and_gates, keep, rows_in, rows_out, write_kept
 from moefold_kernels.triton.overlapped import (
     after_the_one_before,
     copy_layout,
@@ -55,17 +55,20 @@ def _words_out(words, unit, first_row, hidden, w_unit, w_row, ROWS: gl.constexpr
 
 @gluon.jit
 def _copy(
-    buffers, come, free, w, offsets, x, tokens, more, steps,
-    COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
+    buffers, come, free, w, behind, offsets, x, tokens, more, steps,
+    COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
     """Bring tokens from `x` on and words from `w` on, for `steps` times COLUMNS columns; beyond, zeros.
 
-    Offsets are elements: `offsets` [rows, COLUMNS], `tokens` [TOKENS, COLUMNS], `more` [EXTRA, COLUMNS].
+    Offsets are elements: `offsets` [rows, COLUMNS], `tokens` [TOKENS, COLUMNS], `more` [EXTRA, COLUMNS]. All of that
+    BLOCKS times, from behind one block's words `behind` further on to the next one's, for the same tokens; where that
+    is more than once, `steps` is a number of PLACES.
     """
     phase = 1  # nothing has been read: as if all were free
-    for first in range(0, steps, PLACES):
+    left = steps
+    for first in range(0, BLOCKS * steps, PLACES):
         for place in gl.static_range(PLACES):
-            wanted = first + place < steps
+            wanted = True if BLOCKS > 1 else first + place < steps
             mbarrier.wait(free[place], phase)
             async_copy.async_copy_global_to_shared(buffers[words_of(place, 1)], w + offsets, mask=wanted)
             to = buffers[tokens_of(place, 1, 0)].index(0).slice(0, TOKENS, 0)
@@ -76,6 +79,12 @@ def _copy(
             w += COLUMNS
             x += COLUMNS
         phase ^= 1
+        if BLOCKS > 1:
+            left -= PLACES
+            last = left == 0
+            w += gl.where(last, behind, 0)
+            x -= gl.where(last, steps * COLUMNS, 0)
+            left = gl.where(last, steps, left)
     async_copy.wait_group(0)
 
 
@@ -88,28 +97,32 @@ def _copy_in(
     w, offsets = _words_in(words, unit, first_row, inner, w_unit, w_row, w_up, ROWS, COLUMNS)
     tokens = rows_in(order, begin, end, top_k, x_row, COLUMNS, TOKENS)
     more = rows_in(order, begin + TOKENS, end, top_k, x_row, COLUMNS, max(EXTRA, 16))
-    _copy(buffers, come, free, w, offsets, x, tokens, more, hidden // COLUMNS, COLUMNS, TOKENS, EXTRA, PLACES)
+    _copy(buffers, come, free, w, 0, offsets, x, tokens, more, hidden // COLUMNS, COLUMNS, TOKENS, EXTRA, PLACES, 1)
 
 
 @gluon.jit
 def _copy_out(
-    buffers, come, free, x, words, unit, first_row, begin, end, hidden, inner, w_unit, w_row,
+    given,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
+    BLOCKS: gl.constexpr,
 ):  # fmt: skip
     """The same of down's."""
+    buffers, come, free, x, words, unit, first_row, begin, end, hidden, inner, w_unit, w_row = given
     w, offsets = _words_out(words, unit, first_row, hidden, w_unit, w_row, ROWS, COLUMNS)
     tokens = rows_out(begin, end, inner, COLUMNS, TOKENS)
     more = rows_out(begin + TOKENS, end, inner, COLUMNS, max(EXTRA, 16))
     after_the_one_before()
-    _copy(buffers, come, free, w, offsets, x, tokens, more, inner // COLUMNS, COLUMNS, TOKENS, EXTRA, PLACES)
+    steps = inner // COLUMNS
+    behind = ROWS * w_row - steps * COLUMNS
+    _copy(buffers, come, free, w, behind, offsets, x, tokens, more, steps, COLUMNS, TOKENS, EXTRA, PLACES, BLOCKS)
 
 
 @gluon.jit
-def _multiply(
-    buffers, come, free, steps,
+def _products(
+    buffers, come, free, steps, phase,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
-    """Multiplying warps' part: sums [ROWS, TOKENS] and [ROWS, EXTRA], as overlapped._products."""
+    """Sums [ROWS, TOKENS] and [ROWS, EXTRA], as overlapped._products, and the next turn's `phase`."""
     gl.assume(steps > 0)
     rest: gl.constexpr = max(EXTRA, 16)
     mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
@@ -118,7 +131,6 @@ def _multiply(
     left_extra: gl.constexpr = gl.DotOperandLayout(0, mma_extra, 2)
     sums = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
     extra = warpgroup_mma_init(gl.zeros((ROWS, rest), gl.float32, mma_extra))
-    phase = 0
     for first in range(0, steps, PLACES):
         for place in gl.static_range(PLACES):
             nothing = first >> 30  # which the compiler does not know
@@ -144,7 +156,19 @@ def _multiply(
                     elif first > 0:
                         async_copy.mbarrier_arrive(free[PLACES - 1], increment_count=False)
         phase ^= 1
-    return warpgroup_mma_wait(0, deps=(sums, extra))
+    sums, extra = warpgroup_mma_wait(0, deps=(sums, extra))
+    return sums, extra, phase
+
+
+@gluon.jit
+def _multiply(
+    buffers, come, free, steps,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
+):  # fmt: skip
+    """Multiplying warps' part."""
+    phase = 0
+    sums, extra, phase = _products(buffers, come, free, steps, phase, ROWS, COLUMNS, TOKENS, EXTRA, PLACES)
+    return sums, extra
 
 
 @gluon.jit
@@ -157,6 +181,25 @@ def _multiply_out(
     entries, more = entries_and_gates(order, weights, begin, end, TOKENS, EXTRA)
     sums, extra = _multiply(buffers, come, free, steps, ROWS, COLUMNS, TOKENS, EXTRA, PLACES)
     return sums, extra, entries, more
+
+
+@gluon.jit
+def _multiply_in_turn(
+    buffers, come, free, order, weights, begin, end, steps, given,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
+    BLOCKS: gl.constexpr,
+):  # fmt: skip
+    """The same for BLOCKS blocks of rows, each of which is written while the next one's copies come."""
+    out, first_row, hidden, shift, expert, bias, bias_expert, bias_row = given
+    after_the_one_before()
+    kept, more = keep(order, weights, begin, end, TOKENS, EXTRA)
+    phase = 0
+    for block in range(0, BLOCKS + (end >> 30)):  # a number that the compiler does not know
+        sums, extra, phase = _products(buffers, come, free, steps, phase, ROWS, COLUMNS, TOKENS, EXTRA, PLACES)
+        async_copy.mbarrier_arrive(free[PLACES - 1], increment_count=False)
+        to = out, first_row + block * ROWS, hidden, shift, expert, bias, bias_expert, bias_row
+        first = begin + ((block + end) >> 30)  # so that the compiler does not keep what comes of it
+        write_kept(sums, extra, kept, more, first, end, to, ROWS, TOKENS, EXTRA)
 
 
 @gluon.jit(do_not_specialize=["top_k", "capacity", "bias_expert", "bias_row", "bias_up", "limit", "alpha"])
@@ -228,10 +271,10 @@ def project_out(
     x, words, out, order, offsets, tiles, experts, weights, bias,
     inner, hidden, capacity, w_unit, w_row, shift, bias_expert, bias_row,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, GROUP: gl.constexpr,
-    PLACES: gl.constexpr, REGISTERS: gl.constexpr,
+    PLACES: gl.constexpr, REGISTERS: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
-    """overlapped.project_out."""
-    tile, first_row = share(gl.program_id(0) // 2, gl.cdiv(hidden, ROWS), ROWS, GROUP)
+    """overlapped.project_out for BLOCKS times ROWS rows a program, one after another, as leveled.project_out."""
+    tile, first_row = share(gl.program_id(0) // 2, gl.cdiv(hidden, BLOCKS * ROWS), BLOCKS * ROWS, GROUP)
     unit = gl.load(tiles + tile)  # the tables are of two kernels before
     if unit < 0:
         after_the_one_before()  # also here: that this kernel has ended must mean that the one before it has
@@ -252,38 +295,50 @@ def project_out(
     half: gl.constexpr = max(TOKENS // 2, 8)
     quarter: gl.constexpr = max(TOKENS // 4, 8)
     if EXTRA and end - begin > TOKENS:
-        _out(buffers, given, ROWS, COLUMNS, TOKENS, EXTRA, PLACES, REGISTERS)
+        _out(buffers, given, ROWS, COLUMNS, TOKENS, EXTRA, PLACES, REGISTERS, BLOCKS)
     elif end - begin > half:
-        _out(buffers, given, ROWS, COLUMNS, TOKENS, 0, PLACES, REGISTERS)
+        _out(buffers, given, ROWS, COLUMNS, TOKENS, 0, PLACES, REGISTERS, BLOCKS)
     elif end - begin > quarter:
-        _out(buffers, given, ROWS, COLUMNS, half, 0, PLACES, REGISTERS)
+        _out(buffers, given, ROWS, COLUMNS, half, 0, PLACES, REGISTERS, BLOCKS)
     else:
-        _out(buffers, given, ROWS, COLUMNS, quarter, 0, PLACES, REGISTERS)
+        _out(buffers, given, ROWS, COLUMNS, quarter, 0, PLACES, REGISTERS, BLOCKS)
 
 
 @gluon.jit
 def _out(
     buffers, given,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    REGISTERS: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
     (
         come, free, x, words, out, order, weights, unit, begin, end, w_unit, w_row, first_row, inner, hidden, shift,
         expert, bias, bias_expert, bias_row,
     ) = given  # fmt: skip
-    sums, extra, entries, more = gl.warp_specialize(
-        [
-            (_multiply_out, (
-                buffers, come, free, order, weights, begin, end, inner // COLUMNS, ROWS, COLUMNS, TOKENS, EXTRA, PLACES,
-            )),
-            (_copy_out, (
-                buffers, come, free, x, words, unit, first_row, begin, end, hidden, inner, w_unit, w_row,
-                ROWS, COLUMNS, TOKENS, EXTRA, PLACES,
-            )),
-        ],
-        [COPYING], [REGISTERS],
-    )  # fmt: skip
-    write_slot_outer(
-        sums, extra, out, entries, more, begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row,
-        ROWS, TOKENS, EXTRA,
-    )  # fmt: skip
+    copied = buffers, come, free, x, words, unit, first_row, begin, end, hidden, inner, w_unit, w_row
+    if BLOCKS > 1:
+        to = out, first_row, hidden, shift, expert, bias, bias_expert, bias_row
+        gl.warp_specialize(
+            [
+                (_multiply_in_turn, (
+                    buffers, come, free, order, weights, begin, end, inner // COLUMNS, to,
+                    ROWS, COLUMNS, TOKENS, EXTRA, PLACES, BLOCKS,
+                )),
+                (_copy_out, (copied, ROWS, COLUMNS, TOKENS, EXTRA, PLACES, BLOCKS)),
+            ],
+            [COPYING], [REGISTERS],
+        )  # fmt: skip
+    else:
+        sums, extra, entries, more = gl.warp_specialize(
+            [
+                (_multiply_out, (
+                    buffers, come, free, order, weights, begin, end, inner // COLUMNS,
+                    ROWS, COLUMNS, TOKENS, EXTRA, PLACES,
+                )),
+                (_copy_out, (copied, ROWS, COLUMNS, TOKENS, EXTRA, PLACES, BLOCKS)),
+            ],
+            [COPYING], [REGISTERS],
+        )  # fmt: skip
+        write_slot_outer(
+            sums, extra, out, entries, more, begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row,
+            ROWS, TOKENS, EXTRA,
+        )  # fmt: skip

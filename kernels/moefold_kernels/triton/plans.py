@@ -18,6 +18,8 @@ MOST_WRITING = 8192
 """The same where they are float32, as sums of a part of the columns are; of more none go through it (overlapped.py)."""
 BARRIERS = 512
 """Bytes that warps apart take for barriers and for what they hand over, at most (252 seen)."""
+KEPT = 8
+"""Bytes of an entry that they keep to write blocks of rows in turn."""
 THINLY = 32
 """e4m3_stage.THINLY: tokens from which on those of steps of 256 columns have one place, without importing Gluon."""
 ROUNDED = 8
@@ -56,7 +58,8 @@ class Tile:
     """With `terms`: most registers of a thread, a multiple of 8, as 128 let two programs of eight warps run on a
     multiprocessor at once; 0 for as many as the compiler takes."""
     blocks: int = 1
-    """Down in few bits on Hopper with bf16 operands (leveled.py): blocks of rows that a program does in turn."""
+    """Down on Hopper with bf16 operands (leveled.py, and with warps apart): blocks of rows that a program does in turn,
+    where rows and columns are whole (leveled_launch.in_turn); elsewhere one."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -182,7 +185,7 @@ def tile_fits(tile: Tile, gated: bool, memory: int, format: str = layout.EXPONEN
     if tile.overlapped and format != layout.EXPONENT:
         return leveled_bytes(tile, gated, format) <= memory
     rows, entries = tile.rows * (2 if gated else 1), tile.entries * (2 if tile.paired else 1)
-    more = -WRITING - _barriers(tile) if tile.overlapped else 16384
+    more = -WRITING - _apart(tile) if tile.overlapped else 16384
     return 2 * (rows + entries) * tile.columns * tile.stages <= memory + more
 
 
@@ -199,7 +202,7 @@ def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
     if not tile.terms:
         if gated:  # activations are also brought into their order
             writing = max(writing, 2 * tile.rows * tile.tokens)
-        return tile.stages * (planes + 256 * entries) + max(writing, WRITING) + _barriers(tile)
+        return tile.stages * (planes + 256 * entries) + max(writing, WRITING) + _apart(tile)
     halves = 2 if tile.columns > 128 else 1
     places = 1 if halves == 2 and tile.tokens >= THINLY else tile.stages
     factors = 0 if gated or tile.tokens >= ROUNDED else 16
@@ -208,8 +211,9 @@ def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
     return max(whole, tile.stages * (planes + (256 + factors) * entries)) + 2 * WRITING
 
 
-def _barriers(tile: Tile) -> int:
-    return 0 if tile.paired else BARRIERS
+def _apart(tile: Tile) -> int:
+    """What warps apart may take more."""
+    return 0 if tile.paired else BARRIERS + (KEPT * tile.entries if tile.blocks > 1 else 0)
 
 
 def alone(tile: Tile, second: bool) -> Plan:

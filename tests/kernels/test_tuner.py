@@ -279,6 +279,16 @@ def test_candidates_suit_the_device(sizes, tokens, dense):
     assert counts[2] < counts[1]
 
 
+@pytest.mark.parametrize("format", ["exponent", "pair4", "pair8"])
+@pytest.mark.parametrize(("hidden", "inner", "tried"), [(2048, 768, {1, 2, 4}), (2304, 768, {1, 2}), (2048, 896, {1})])
+def test_blocks_in_turn_by_warps_apart_are_tried(hidden, inner, tried, format):
+    """Where rows and steps are whole."""
+    shape = configs.Shape(hidden, inner, 128, 8, False, 4096, format)
+    firsts, seconds = candidates(shape, ROOMS["H200"], configs.rule(shape))
+    assert {tile.blocks for tile in firsts} == {1}
+    assert {tile.blocks for tile in seconds if tile.tokens == 256 and tile.rows == 128} == tried
+
+
 @pytest.mark.parametrize("format", layout_pairs.MAGNITUDE_BITS)
 @pytest.mark.parametrize("tokens", tune.TOKENS)
 @pytest.mark.parametrize("sizes", [(4096, 14336, 8, 2), (2048, 768, 128, 8)])

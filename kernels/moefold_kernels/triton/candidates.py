@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moefold_kernels import layout
+from moefold_kernels.triton import layer, leveled_launch
 from moefold_kernels.triton.configs import Shape
 from moefold_kernels.triton.plans import STEP, Plan, Tile, leveled_bytes, tile_fits
 from moefold_kernels.triton.portability import Target
@@ -37,7 +38,7 @@ REGISTERS, REGISTERS_OVERLAPPED = 170, 150
 SPARE = 6144
 """Shared memory that Triton takes beside the tiles, at most."""
 IN_TURN = (2, 4)
-"""Blocks of rows that a program of down does in turn (leveled.py), beside one, where two share a multiprocessor."""
+"""Blocks of rows that a program of down does in turn, beside one."""
 PROGRAMS = 4
 """Programs for each multiprocessor from which on splitting the columns only adds work."""
 
@@ -90,10 +91,23 @@ def _tiles(shape: Shape, room: Room, side: int) -> Iterator[Tile]:
                     yield limited
                     if idle and columns > STEP and shape.inner >= 1024:  # as many programs as the limit lets run
                         yield replace(limited, splits=2)
-                if side and leveled and not kind.terms and kind.extra and tile.paired and (warps, group) == (4, 1):
-                    yield from (replace(tile, blocks=n) for n in IN_TURN if shape.hidden % (rows * n) == 0)
+                if side:
+                    yield from _in_turn(tile, shape, leveled)
                 if idle:
                     yield from (replace(tile, splits=splits) for splits in (2, 4) if shape.inner >= 512 * splits)
+
+
+def _in_turn(tile: Tile, shape: Shape, leveled: bool) -> Iterator[Tile]:
+    """The tile with several blocks of rows in turn, where two programs share a multiprocessor, or by warps apart."""
+    if tile.paired:
+        tried = leveled and not tile.terms and tile.extra and (tile.warps, tile.group) == (4, 1)
+    else:
+        many = tile.overlapped and tile.tokens >= leveled_launch.MANY and tile.warps == 8
+        tried = many and (leveled or tile.columns == layer.WIDEST)
+    step = STEP if leveled else tile.columns
+    for several in (replace(tile, blocks=n) for n in IN_TURN if tried):
+        if leveled_launch.in_turn(several, shape.hidden, shape.inner, shape.inner, step) > 1:
+            yield several
 
 
 def _possible(kind: Kind, dense: bool, room: Room) -> Kind:

@@ -35,6 +35,14 @@ that are no fp8 numbers lie on eight straight pieces of four (`pieces`), as the 
 Rows are padded to whole groups of 64 columns with clear bits, which decode to what nobody asked for: readers cut. So
 each plane's rows are multiples of 8 bytes (the nibble plane's: of 32), and a split between groups cuts no word.
 
+In files and on devices a plane of a matrix whose rows are a number of 64 and whose columns a number of 128 lies in
+bands (`banded`): a band is 64 rows, and holds their first 128 columns, one row's words (or bits, or two scales) behind
+another's, then the next 128 columns, and so on. What a kernel reads in one step then lies in one piece, of 64 x 128
+positions; in rows it would be 64 pieces of 64 bytes, which memory gives more slowly (docs/kernels.md). Such a plane has
+a line for each band instead of each row, [.., rows / 64, 64 * words], so that a part of the bands is a part of the
+rows, and a part of each band's words, where it has whole 128 columns, one of the columns. Other matrices lie in rows.
+(In versions before, all did.)
+
 A row that is not in a checkpoint yet is one record of 16-bit integers: the nibble plane's (low halves first), those of
 the other plane, the scales' bits. In files and on devices they are three tensors, and the scales are int16 there, too:
 no reader casts integers when a model is to have another dtype.
@@ -47,17 +55,21 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from moefold_kernels.errors import FormatError
 
 MAGNITUDE_BITS = {"pair4": 1, "pair5": 2, "pair6": 3, "pair8": 5}
 """Format -> the bits b of a level's number."""
 
-VERSIONS = {"pair8": 2}
-"""Format -> the version of where its bits are; 1 where none is given."""
+VERSIONS = {"pair4": 2, "pair5": 2, "pair6": 2, "pair8": 3}
+"""Format -> the version of where its bits are."""
 
 GROUP = 64
 """Columns of a row that share a scale."""
+
+BAND, STEP = 64, 128
+"""Rows of a band, and columns of which it holds one piece after another."""
 
 WORD = 32
 NIBBLE = 4
@@ -106,6 +118,31 @@ def planes(format: str, columns: int) -> dict[str, int]:
     if low_bits(format):
         found["low"] = word_columns(columns, low_bits(format))
     return found | {"scale": groups(columns)}
+
+
+def banded(rows: int, columns: int) -> bool:
+    """Whether a matrix of this shape lies in bands."""
+    return rows > 0 and columns > 0 and not (rows % BAND or columns % STEP)
+
+
+def stored(format: str, rows: int, columns: int) -> dict[str, tuple[int, int]]:
+    """The shapes of a matrix's planes as they lie in files and on devices."""
+    found = planes(format, columns)
+    if not banded(rows, columns):
+        return {name: (rows, width) for name, width in found.items()}
+    return {name: (rows // BAND, BAND * width) for name, width in found.items()}
+
+
+def to_bands(plane: Tensor, columns: int) -> Tensor:
+    """A plane [.., rows, width] of a banded matrix as it is stored: [.., rows / BAND, BAND * width], contiguous."""
+    pieces = plane.unflatten(-1, (columns // STEP, -1)).unflatten(-3, (-1, BAND))  # [.., band, row, step, words]
+    return pieces.transpose(-3, -2).flatten(-3).contiguous()
+
+
+def from_bands(plane: Tensor, columns: int) -> Tensor:
+    """What `to_bands` was given."""
+    pieces = plane.unflatten(-1, (columns // STEP, BAND, -1))  # [.., band, step, row, words]
+    return pieces.transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
 
 def record(format: str, columns: int) -> int:

@@ -55,8 +55,24 @@ def encode(format: str, level: Tensor, scale: Tensor, negative: Tensor, keep: Te
     return planes | {"scale": scale.view(torch.int16)}
 
 
+def stored(format: str, planes: Planes, columns: int) -> dict[str, Tensor]:
+    """The planes of a whole matrix [..., rows, width], as they lie in files and on devices (layout_pairs.banded)."""
+    _check(format, planes, columns)
+    if not layout_pairs.banded(planes["words"].shape[-2], columns):
+        return dict(planes)
+    return {name: layout_pairs.to_bands(plane, columns) for name, plane in planes.items()}
+
+
+def by_rows(format: str, planes: Planes, columns: int) -> Planes:
+    """The planes [..., rows, width] of a matrix as it is stored, or by rows already; widths tell which."""
+    width, words = layout_pairs.planes(format, columns)["words"], planes["words"].shape[-1]
+    if words != layout_pairs.BAND * width or columns % layout_pairs.STEP:
+        return planes
+    return {name: layout_pairs.from_bands(plane, columns) for name, plane in planes.items()}
+
+
 def fields(format: str, planes: Planes, columns: int) -> tuple[Tensor, Tensor]:
-    """The states and the levels' numbers (uint8 [..., columns]) that the planes hold."""
+    """The states and the levels' numbers (uint8 [..., columns]) that the planes, by rows, hold."""
     _check(format, planes, columns)
     low = layout_pairs.low_bits(format)
     nibbles = _positions(planes["words"], NIBBLE, layout_pairs.places(format, "words"), columns)
@@ -69,10 +85,11 @@ def fields(format: str, planes: Planes, columns: int) -> tuple[Tensor, Tensor]:
 def decode(format: str, planes: Planes, levels: Sequence[float], columns: int, slot: int) -> Tensor:
     """One slot's bf16 values [..., columns]: `(-1) ** sign * bf16(levels[number] * scale)` where it reads, else +0.
 
-    The product of two bf16 numbers is rounded once, as a bf16 multiplication does it.
+    The product of two bf16 numbers is rounded once, as a bf16 multiplication does it. Planes may be as they are stored.
     """
     if slot not in range(layout.SLOTS):
         raise FormatError(f"slot {slot!r}: a pair has slots 0 and 1")
+    planes = by_rows(format, planes, columns)
     state, number = fields(format, planes, columns)
     table = torch.tensor(levels, dtype=torch.bfloat16, device=state.device)
     scale = planes["scale"].view(torch.bfloat16).repeat_interleave(GROUP, dim=-1)[..., :columns]
@@ -101,7 +118,10 @@ def from_record(format: str, record: Tensor, columns: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class LeveledExperts(PackedExperts):
-    """One layer's experts in a few-bit pair format; `words` is the nibble plane, and `window` is empty."""
+    """One layer's experts in a few-bit pair format; `words` is the nibble plane, and `window` is empty.
+
+    Planes are as they are stored: [pair, rows, width], or in bands.
+    """
 
     format: str
     low: Mapping[str, Tensor]  # as words, empty for pair4
@@ -120,7 +140,9 @@ class LeveledExperts(PackedExperts):
 
     def shape(self, matrix: str) -> tuple[int, int]:
         """Rows and columns."""
-        return self.words[matrix].shape[1], self.columns[matrix]
+        plane, columns = self.words[matrix], self.columns[matrix]
+        width = layout_pairs.planes(self.format, columns)["words"]
+        return plane.shape[1] * (plane.shape[2] // width), columns
 
 
 def _factor(slot: int, state: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ and in place of the first, in the few-bit pair formats (layout_pairs.py), whose 
     {experts}.{pair}.gate_proj.packed_weight_low     [inner, words] int32: the other bits of the levels; not of pair4
     {experts}.{pair}.gate_proj.packed_weight_group   [inner, groups] int16: the bits of the scales, which are bf16
 
+or, of a matrix that lies in bands, [inner / 64, 64 * words] and so on (layout_pairs.stored).
+
 `{experts}` is the prefix that the source's own files use, and so are the matrices' names (Mixtral: w1, w3, w2). The
 names are 2-D and per pair because vLLM's loader takes them for experts; the suffix must not begin with `weight`, on
 which transformers 5.17's patterns would match. The tripwire makes a stock transformers without this package raise
@@ -101,7 +103,9 @@ class PackedLayer:
 
     def stored(self, part: str, rows: int, columns: int) -> tuple[int, int]:
         """The shape that a part of a matrix of this shape has."""
-        return rows, columns if self.format == layout.EXPONENT else layout_pairs.planes(self.format, columns)[part]
+        if self.format == layout.EXPONENT:
+            return rows, columns
+        return layout_pairs.stored(self.format, rows, columns)[part]
 
     def to_json(self) -> dict[str, Json]:
         """The entry as config.json has it."""
@@ -208,8 +212,8 @@ def _check_layout(where: str, entry: Mapping[str, Json], version: int) -> None:
         )
     if type(entry["layout"]) is not int or entry["layout"] != version:
         raise FormatError(
-            f"{where}.layout of {entry['format']} is {entry['layout']!r}, this moefold reads {version}: use the one "
-            "that wrote it"
+            f"{where}.layout of {entry['format']} is {entry['layout']!r}, this moefold reads {version}: compress the "
+            "model again, or use the moefold that wrote it"
         )
 
 

@@ -61,9 +61,9 @@ def _refusal(module: PackedModule, hidden: Tensor) -> str:
         return "each expert's output is normalised (has_post_expert_norm)"
     if getattr(flags, "_is_expert_parallel", False):
         return "the experts of a pair stay together (expert parallelism)"
-    if flags.has_bias and _biases(module)[0].shape[1] != module.gate_up_packed.shape[1]:  # type: ignore[union-attr]
+    if flags.has_bias and _biases(module)[0].shape[1] != module.inner * (1 + flags.has_gate):  # type: ignore[union-attr]
         return "the words are split over devices (tensor parallelism) and the biases are not"
-    if module.packed_layer.format != layout.EXPONENT and module.inner != module.full_inner:
+    if module.packed_layer.format != layout.EXPONENT and module.split:
         return "the words of a few-bit format are split over devices (tensor parallelism)"
     if by_default and hidden.requires_grad and torch.is_grad_enabled():
         return "the kernels have no gradient (run under torch.no_grad() to use them)"

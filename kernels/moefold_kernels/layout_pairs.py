@@ -52,7 +52,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
@@ -133,6 +133,18 @@ def stored(format: str, rows: int, columns: int) -> dict[str, tuple[int, int]]:
     return {name: (rows // BAND, BAND * width) for name, width in found.items()}
 
 
+def layer_sizes(up: Sequence[int], down: Sequence[int]) -> tuple[int, int]:
+    """(inner, hidden) by the shapes, as they are stored, of the nibble planes of up and down; FormatError for others.
+
+    A width alone does not tell bands from rows. The two together do: each has the other's rows for its columns, and
+    whether either lies in bands follows from both.
+    """
+    for inner, hidden in product((up[0], BAND * up[0]), (down[0], BAND * down[0])):
+        if _words(inner, hidden) == tuple(up) and _words(hidden, inner) == tuple(down):
+            return inner, hidden
+    raise FormatError(f"{list(up)} and {list(down)} words are no nibble planes of up and down of one layer")
+
+
 def to_bands(plane: Tensor, columns: int) -> Tensor:
     """A plane [.., rows, width] of a banded matrix as it is stored: [.., rows / BAND, BAND * width], contiguous."""
     pieces = plane.unflatten(-1, (columns // STEP, -1)).unflatten(-3, (-1, BAND))  # [.., band, row, step, words]
@@ -143,6 +155,12 @@ def from_bands(plane: Tensor, columns: int) -> Tensor:
     """What `to_bands` was given."""
     pieces = plane.unflatten(-1, (columns // STEP, BAND, -1))  # [.., band, step, row, words]
     return pieces.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+
+
+def _words(rows: int, columns: int) -> tuple[int, int]:
+    """`stored` of the nibble plane, which is the same in every format."""
+    width = word_columns(columns, NIBBLE)
+    return (rows // BAND, BAND * width) if banded(rows, columns) else (rows, width)
 
 
 def record(format: str, columns: int) -> int:

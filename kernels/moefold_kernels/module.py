@@ -34,10 +34,12 @@ class PackedModule(RoutedModule):
     """What a packed experts module has beside its stock class; never instantiated by itself."""
 
     packed_layer: PackedLayer
-    gate_up_packed: Tensor  # [pair, 2 * inner, hidden] int16, gate rows before up rows (few-bit: words of 32 bits)
+    gate_up_packed: Tensor  # [pair, 2 * inner, hidden] int16, gate rows before up rows (few-bit: words, or in bands)
     down_packed: Tensor  # [pair, hidden, inner] int16; few-bit formats have .._low and .._group as well
     full_inner: int
     """The experts' inner width; on one of several ranks it may be less."""
+    hidden: int
+    """The rows of the down projection, on every rank."""
     gate_up_dense: Tensor  # [expert left alone, 2 * inner, hidden]; only where there are such experts
     down_dense: Tensor  # [expert left alone, hidden, inner]
     dtype_like: Tensor  # [0]: a buffer that follows the dtype the model is moved to
@@ -62,30 +64,52 @@ class PackedModule(RoutedModule):
         if layer.format == layout.EXPONENT:
             return PackedExperts(parts["words"], dense, layer.window, layer.pairs, layer.dense)
         columns = {name: self.inner if name == "down_proj" else self.hidden for name in layer.matrix}
-        if self.inner != self.full_inner and self.inner % layout_pairs.GROUP:
-            raise FormatError(
-                f"{self.stock_class.__name__}: {layer.format} has a scale for {layout_pairs.GROUP} columns, and these "
-                f"ranks would cut them ({self.inner} of {self.full_inner}); use fewer ranks, or device_map"
-            )
+        self._check_part()
         rest = layer.format, parts.get("low", {}), parts["scale"], layer.levels, columns
         return LeveledExperts(parts["words"], dense, {}, layer.pairs, layer.dense, *rest)
 
     @property
     def inner(self) -> int:
         """The rows of the up projection; where experts are split, this rank's."""
-        return self.gate_up_packed.shape[1] // (1 + self.packed_layer.gated)
+        lines = self.gate_up_packed.shape[1] // (1 + self.packed_layer.gated)
+        return lines * layout_pairs.BAND if self._banded(self.full_inner, self.hidden) else lines
 
     @property
-    def hidden(self) -> int:
-        """The rows of the down projection."""
-        return self.down_packed.shape[1]
+    def split(self) -> bool:
+        """Whether this is one of several ranks, with a part of what is packed."""
+        return self._shapes() != part_shapes(self.packed_layer, self.full_inner, self.hidden)
+
+    def _banded(self, rows: int, columns: int) -> bool:
+        return self.packed_layer.format != layout.EXPONENT and layout_pairs.banded(rows, columns)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        names = (name for part in self.packed_layer.parts for name in part_names(part))
+        return {name: tuple(getattr(self, name).shape[1:]) for name in names}
+
+    def _check_part(self) -> None:
+        """Raise FormatError where ranks of a few-bit format cut what lies together, and would read others' columns.
+
+        A part is right if it is what a matrix of its size has, by rows or in bands as the whole is.
+        """
+        if not self.split:
+            return
+        inner, whole, step = self.inner, (self.full_inner, self.hidden), layout_pairs.GROUP
+        if self._banded(*whole[::-1]):
+            step = layout_pairs.STEP
+        if inner and not inner % step and self._shapes() == part_shapes(self.packed_layer, inner, self.hidden):
+            return
+        raise FormatError(
+            f"{self.stock_class.__name__}: {self.packed_layer.format} keeps {step} of {self.full_inner} inner columns "
+            "together, and these ranks would cut them; use fewer ranks, or device_map"
+        )
 
     def _views(self, part: str) -> dict[str, Tensor]:
         """One part of every matrix."""
         gate_up, down = (getattr(self, name) for name in part_names(part))
         if not self.packed_layer.gated:
             return {"up_proj": gate_up, "down_proj": down}
-        return {"gate_proj": gate_up[:, : self.inner], "up_proj": gate_up[:, self.inner :], "down_proj": down}
+        gate, up = gate_up.chunk(2, dim=1)
+        return {"gate_proj": gate, "up_proj": up, "down_proj": down}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The stock forward; what it reads is decoded once (the eager implementation reads once per expert)."""
@@ -156,17 +180,17 @@ def pack_module(module: nn.Module, layer: PackedLayer, where: str) -> None:
         resize(module, bias_names(module), layer.experts)
     inner, hidden = stock_sizes(flags.is_transposed, down)
     rows = (2 if layer.gated else 1) * inner
-    for part in layer.parts:
-        kind = torch.int16 if layer.format == layout.EXPONENT or part == "scale" else torch.int32
-        for name, shape in zip(part_names(part), ((rows, hidden), (hidden, inner)), strict=True):
-            words = torch.empty(len(layer.pairs), *layer.stored(part, *shape), dtype=kind, device=down.device)
-            module.register_parameter(name, nn.Parameter(words, requires_grad=False))
+    for name, shape in part_shapes(layer, inner, hidden).items():
+        kind = torch.int16 if layer.format == layout.EXPONENT or name in part_names("scale") else torch.int32
+        words = torch.empty(len(layer.pairs), *shape, dtype=kind, device=down.device)
+        module.register_parameter(name, nn.Parameter(words, requires_grad=False))
     dense = {GATE_UP_DENSE: (len(layer.dense), rows, hidden), DOWN_DENSE: (len(layer.dense), hidden, inner)}
     for name, size in dense.items() if layer.dense else ():
         module.register_parameter(name, nn.Parameter(torch.empty(size, dtype=down.dtype, device=down.device)))
     module.register_buffer("dtype_like", torch.empty(0, dtype=down.dtype, device=down.device), persistent=False)
     module.__class__ = _packed_class(cast(Any, type(module)), gate_up_name(layer))
-    flags.packed_layer, flags.arrived, flags._decoded, flags.full_inner = layer, set(), None, inner
+    flags.packed_layer, flags.arrived, flags._decoded = layer, set(), None
+    flags.full_inner, flags.hidden = inner, hidden
     flags.known_activation, flags.fallback = recognise_module(module), None
     flags.add_tables(down.device)
     flags._is_hf_initialized = True  # stock initialisation would write normal numbers over the words
@@ -182,7 +206,7 @@ def unpack_module(module: PackedModule, dtype: torch.dtype | None = None) -> Non
     for name in (name for part in ENDS for name in part_names(part)):
         module._parameters.pop(name, None)
     module.drop_tables("dtype_like")
-    for name in ("packed_layer", "arrived", "known_activation", "fallback", "_decoded", "full_inner"):
+    for name in ("packed_layer", "arrived", "known_activation", "fallback", "_decoded", "full_inner", "hidden"):
         del module.__dict__[name]
     module.__class__ = module.stock_class  # type: ignore[assignment]  # back to what pack_module found
     for name, value in values.items():
@@ -198,6 +222,15 @@ def stock_sizes(is_transposed: bool, down: Tensor) -> tuple[int, int]:
     """(inner, hidden) of a stock module by its down projection."""
     _, rows, columns = down.shape
     return (rows, columns) if is_transposed else (columns, rows)
+
+
+def part_shapes(layer: PackedLayer, inner: int, hidden: int) -> dict[str, tuple[int, int]]:
+    """Of each packed parameter's pairs; gate and up lie behind one another."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for part in layer.parts:
+        (lines, width), down = layer.stored(part, inner, hidden), layer.stored(part, hidden, inner)
+        shapes |= zip(part_names(part), (((1 + layer.gated) * lines, width), down), strict=True)
+    return shapes
 
 
 def part_names(part: str) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from moefold_kernels import layout, reference_pairs
+from moefold_kernels import layout, layout_pairs, reference_pairs
 from moefold_kernels.checkpoint import PackedLayer
 from moefold_kernels.errors import FormatError
 from moefold_kernels.reference import decode
@@ -39,9 +39,7 @@ def fuse(matrices: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 def _read_matrix(get: Callable[[str], Tensor], layer: PackedLayer, matrix: str, dtype: torch.dtype | None) -> Tensor:
     first = {part: get(layer.packed(0, matrix, part)) for part in layer.parts}
     stored = get(layer.alone(0, matrix)).dtype if layer.dense else torch.bfloat16
-    rows, columns = first["words"].shape
-    if layer.format != layout.EXPONENT:  # of which words do not tell how far a row is padded
-        columns = get(layer.packed(0, "up_proj" if matrix == "down_proj" else "down_proj")).shape[0]
+    rows, columns = _shape(get, layer, matrix, tuple(first["words"].shape))
     out = first["words"].new_empty(layer.experts, rows, columns, dtype=dtype or stored)
     for index, pair in enumerate(layer.pairs):
         parts = {part: get(layer.packed(index, matrix, part)) for part in layer.parts} if index else first
@@ -55,6 +53,19 @@ def _read_matrix(get: Callable[[str], Tensor], layer: PackedLayer, matrix: str, 
     for number, expert in enumerate(layer.dense):
         out[expert] = get(layer.alone(number, matrix))
     return out
+
+
+def _shape(get: Callable[[str], Tensor], layer: PackedLayer, matrix: str, words: tuple[int, ...]) -> tuple[int, int]:
+    """A matrix's rows and columns; words of few bits do not tell by themselves how far a row is padded."""
+    if layer.format == layout.EXPONENT:
+        return words[0], words[1]
+    down = matrix == "down_proj"
+    other = tuple(get(layer.packed(0, "up_proj" if down else "down_proj")).shape)
+    try:
+        inner, hidden = layout_pairs.layer_sizes(*((other, words) if down else (words, other)))
+    except FormatError as error:
+        raise FormatError(f"{layer.prefix}: {error}; the checkpoint is damaged, download or save it again") from error
+    return (hidden, inner) if down else (inner, hidden)
 
 
 def _decode(layer: PackedLayer, matrix: str, parts: Mapping[str, Tensor], columns: int, slot: int) -> Tensor:

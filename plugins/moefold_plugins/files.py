@@ -60,7 +60,9 @@ def _packed_tensors(layer: Layer, entry: PackedLayer, value: Packed) -> Iterator
         for pair in range(len(value.pairs)):
             parts = {"words": words[pair]}
             if value.format != layout.EXPONENT:
-                parts = reference_pairs.from_record(value.format, words[pair], value.settings[matrix]["columns"])
+                columns = value.settings[matrix]["columns"]
+                planes = reference_pairs.from_record(value.format, words[pair], columns)
+                parts = reference_pairs.stored(value.format, planes, columns)
             yield from ((entry.packed(pair, matrix, part), tensor) for part, tensor in parts.items())
         for number in range(len(value.dense)):
             yield entry.alone(number, matrix), value.experts[matrix][number]

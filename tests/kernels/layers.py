@@ -118,7 +118,7 @@ def leveled_layer(
         given = LEVELS[format] if coded else uneven(format)
         levels[name] = torch.tensor([level * factor for level in given]).bfloat16().tolist()
         drawn = [matrix(format, rows, columns[name], seed=8 * number + pair) for pair in range(pairs)]
-        made = [reference_pairs.encode(format, *one) for one in drawn]
+        made = [reference_pairs.stored(format, reference_pairs.encode(format, *one), columns[name]) for one in drawn]
         parts[name] = {part: torch.stack([one[part] for one in made]).to(device) for part in made[0]}
     planes = {part: {name: held[part] for name, held in parts.items()} for part in next(iter(parts.values()))}
     rest = format, planes.get("low", {}), planes["scale"], levels, columns

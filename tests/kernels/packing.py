@@ -119,7 +119,7 @@ def _code(entry: PackedLayer, name: str, weights: Tensor, seed: int) -> tuple[di
     planes = reference_pairs.encode(entry.format, level, scale * 0.1, weights < 0, keep)
     levels = entry.levels[name]
     read = [reference_pairs.decode(entry.format, planes, levels, columns, slot) for slot in (0, 1)]
-    return planes, torch.stack(read)
+    return reference_pairs.stored(entry.format, planes, columns), torch.stack(read)
 
 
 def top_of(weights: Tensor) -> int:

@@ -35,7 +35,7 @@ def test_levels_of_other_numbers_are_not_coded():
 def test_what_a_launch_takes_of_a_tile():
     tile = Tile("overlapped", 32, 0, 64, 256, 8, 3, terms=2, registers=128)
     none = Planes(torch.empty(0), None, torch.empty(0))
-    kind = Leveled("pair6", none, none, torch.empty(0), gated=True)
+    kind = Leveled("pair6", none, none, torch.empty(0), True, 512, 384)
     assert cut(tile, kind, 512) == {"FORMAT": "pair6", "PLACES": 3, "HALVES": 2, "maxnreg": 128}
     few = Tile("overlapped", 32, 0, 64, 256, 8, 3, terms=2)
     assert cut(few, kind, 384) == {"FORMAT": "pair6", "PLACES": 3, "HALVES": 1}

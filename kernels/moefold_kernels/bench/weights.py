@@ -65,8 +65,8 @@ def _random_levels(
     device = generator.device
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, (rows, columns) in sizes.items():
-        for part, width in layout_pairs.planes(format, columns).items():
-            size = (shape.experts // 2, rows, width)
+        for part, lines in layout_pairs.stored(format, rows, columns).items():
+            size = (shape.experts // 2, *lines)
             if part == "scale":
                 drawn = torch.rand(size, generator=generator, device=device).add_(0.5).mul_(columns**-0.5)
                 made = drawn.bfloat16().view(torch.int16)

@@ -132,8 +132,9 @@ def leveled(packed: LeveledExperts) -> Leveled:
     wide = Planes(fused(packed.words), fused(low) if low else None, fused(packed.scale))
     narrow = Planes(packed.words["down_proj"], low["down_proj"] if low else None, packed.scale["down_proj"])
     levels = layer_tables(packed.format, packed.levels).to(narrow.words.device)
-    coded = levels_coded(packed.format, packed.levels)
-    return Leveled(packed.format, contiguous(wide), contiguous(narrow), levels, "gate_proj" in packed.words, coded)
+    coded, gated = levels_coded(packed.format, packed.levels), "gate_proj" in packed.words
+    sizes = packed.shape("up_proj")
+    return Leveled(packed.format, contiguous(wide), contiguous(narrow), levels, gated, *sizes, coded)
 
 
 def _projections(matrices: Mapping[str, Tensor], packed: PackedExperts) -> Projections | None:

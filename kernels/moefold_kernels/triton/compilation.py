@@ -185,14 +185,13 @@ def empty(shape: Shape, format: str, device: torch.device) -> Leveled:
 
     pairs = shape.experts // 2
 
-    def planes(rows: int, columns: int) -> Planes:
-        widths = layout_pairs.planes(format, columns)
-        made = {name: (torch.int16 if name == "scale" else torch.int32, width) for name, width in widths.items()}
-        held = {
-            name: torch.zeros(pairs, rows, width, dtype=kind, device=device) for name, (kind, width) in made.items()
-        }
+    def planes(fused: int, rows: int, columns: int) -> Planes:
+        held = {}
+        for name, (lines, width) in layout_pairs.stored(format, rows, columns).items():
+            kind = torch.int16 if name == "scale" else torch.int32
+            held[name] = torch.zeros(pairs, fused * lines, width, dtype=kind, device=device)
         return Planes(held["words"], held.get("low"), held["scale"])
 
     levels = torch.zeros(3, INTEGERS, dtype=torch.int32, device=device)
-    wide, narrow = planes(2 * shape.inner, shape.hidden), planes(shape.hidden, shape.inner)
-    return Leveled(format, wide, narrow, levels, gated=True, coded=True)
+    wide, narrow = planes(2, shape.inner, shape.hidden), planes(1, shape.hidden, shape.inner)
+    return Leveled(format, wide, narrow, levels, True, shape.inner, shape.hidden, coded=True)

@@ -34,7 +34,7 @@ class Operands(NamedTuple):
     """Whether `gate_up_bias` alternates gate and up, as gpt-oss has it, rather than all of gate before up."""
     format: str = layout.EXPONENT
     """Of the pairs. In the few-bit formats (layout_pairs.py) `..._packed` are the nibble planes, int32, with"""
-    gate_up_low: Tensor | None = None  # [pair, 2 * inner, words] int32; not in pair4
+    gate_up_low: Tensor | None = None  # [pair, 2 * inner, words] int32, or in bands; not in pair4
     down_low: Tensor | None = None
     gate_up_scale: Tensor | None = None  # [pair, 2 * inner, groups] int16
     down_scale: Tensor | None = None
@@ -101,19 +101,29 @@ def check(
 def sizes(operands: Operands) -> tuple[int, int]:
     """(hidden, inner)."""
     gate_up, down = sample(operands)
-    return down.shape[1], gate_up.shape[1] // (2 if operands.gated else 1)
+    rows = gate_up.shape[1] // (2 if operands.gated else 1)
+    if gate_up is not operands.gate_up_packed or operands.format == layout.EXPONENT:
+        return down.shape[1], rows
+    try:
+        inner, hidden = layout_pairs.layer_sizes((rows, gate_up.shape[2]), tuple(down.shape[1:]))
+    except FormatError as error:
+        raise FormatError(
+            f"gate_up_packed is {_is(gate_up)} and down_packed is {_is(down)}, no nibble planes of one layer"
+        ) from error
+    return hidden, inner
 
 
 def _packed(operands: Operands, wide: int, outer: int, inner: int) -> list[tuple[str, Tensor | None, tuple[int, ...]]]:
     """What is packed, with the shapes it must have; FormatError where a plane is missing."""
-    pairs, matrices = _length(operands.gate_up_packed), (("gate_up", wide, outer), ("down", outer, inner))
+    pairs = _length(operands.gate_up_packed)
     if operands.format == layout.EXPONENT:
+        matrices = (("gate_up", wide, outer), ("down", outer, inner))
         return [(f"{name}_packed", getattr(operands, f"{name}_packed"), (pairs, *size)) for name, *size in matrices]
     wanted: list[tuple[str, Tensor | None, tuple[int, ...]]] = [("levels", operands.levels, (3, INTEGERS))]
-    for name, rows, columns in matrices:
-        for part, width in layout_pairs.planes(operands.format, columns).items():
+    for name, fused, rows, columns in (("gate_up", 1 + operands.gated, inner, outer), ("down", 1, outer, inner)):
+        for part, (lines, width) in layout_pairs.stored(operands.format, rows, columns).items():
             called = f"{name}_{'packed' if part == 'words' else part}"
-            wanted.append((called, getattr(operands, called), (pairs, rows, width)))
+            wanted.append((called, getattr(operands, called), (pairs, fused * lines, width)))
     if missing := [name for name, tensor, _ in wanted if tensor is None and pairs]:
         raise FormatError(f"{operands.format} needs {missing[0]}")
     return wanted
@@ -139,8 +149,9 @@ def _leveled(gate_up: Tensor | None, down: Tensor | None, operands: Operands) ->
     wide, narrow, levels = operands.gate_up_scale, operands.down_scale, operands.levels
     if gate_up is None or down is None or not len(down) or wide is None or narrow is None or levels is None:
         return None
-    above, below = Planes(gate_up, operands.gate_up_low, wide), Planes(down, operands.down_low, narrow)
-    return Leveled(operands.format, contiguous(above), contiguous(below), levels, operands.gated, operands.coded)
+    above, below = contiguous(Planes(gate_up, operands.gate_up_low, wide)), Planes(down, operands.down_low, narrow)
+    hidden, inner = sizes(operands)
+    return Leveled(operands.format, above, contiguous(below), levels, operands.gated, inner, hidden, operands.coded)
 
 
 def _projections(gate_up: Tensor | None, down: Tensor | None, operands: Operands) -> Projections | None:

@@ -36,9 +36,9 @@ class Projections(NamedTuple):
 
 
 class Planes(NamedTuple):
-    """One fused matrix of every pair in a few-bit format, as layout_pairs.py has it; contiguous."""
+    """One fused matrix of every pair in a few-bit format, as layout_pairs.py has it, contiguous."""
 
-    words: Tensor  # [pair, rows, words] int32
+    words: Tensor  # [pair, rows, words] int32, or [pair, rows / 64, 64 * words]; the others alike
     low: Tensor | None  # [pair, rows, words] int32; pair4 has none
     scale: Tensor  # [pair, rows, groups] int16
 
@@ -51,18 +51,12 @@ class Leveled(NamedTuple):
     narrow: Planes  # down
     levels: Tensor  # [3, INTEGERS] int32: of gate, up and down, as levels.py has them
     gated: bool
+    inner: int
+    """Rows of up."""
+    hidden: int
+    """Rows of down."""
     coded: bool = False
     """Whether all levels are e4m3 numbers times a factor (levels.coded)."""
-
-    @property
-    def inner(self) -> int:
-        """Rows of up."""
-        return self.wide.words.shape[1] // (1 + self.gated)
-
-    @property
-    def hidden(self) -> int:
-        """Rows of down."""
-        return self.narrow.words.shape[1]
 
 
 class Biases(NamedTuple):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moefold_kernels import FormatError, PackedLayer, decode, read_config, read_layer, write_config
+from moefold_kernels import FormatError, PackedLayer, decode, layout_pairs, read_config, read_layer, write_config
 
 LAYER = PackedLayer(
     prefix="model.layers.3.block_sparse_moe.experts",
@@ -77,19 +77,28 @@ def test_a_wrong_entry_says_where(change, message):
         read_config(entry)
 
 
-def test_bits_that_lie_elsewhere_are_refused():
-    """pair8 has a version of its own; the other formats have none, and know none."""
-    levels = {name: tuple(float(i + 1) for i in range(32)) for name in ("gate_proj", "up_proj", "down_proj")}
-    layer = replace(LAYER, format="pair8", window={}, levels=levels)
-    entry = write_config({3: layer})
-    assert entry["layers"]["3"]["layout"] == 2
+@pytest.mark.parametrize("format", layout_pairs.MAGNITUDE_BITS)
+def test_bits_that_lie_elsewhere_are_refused(format):
+    """The few-bit formats have a version each; the exponent format has none, and knows none."""
+    levels = tuple(float(i + 1) for i in range(1 << layout_pairs.magnitude_bits(format)))
+    layer = replace(
+        LAYER, format=format, window={}, levels=dict.fromkeys(("gate_proj", "up_proj", "down_proj"), levels)
+    )
+    entry, version = write_config({3: layer}), layout_pairs.VERSIONS[format]
+    assert version == (3 if format == "pair8" else 2)  # since planes lie in bands
+    assert entry["layers"]["3"]["layout"] == version
     assert read_config(entry) == {3: layer}
-    entry["layers"]["3"]["layout"] = 3
-    with pytest.raises(FormatError, match=r"layers\.3\.layout of pair8 is 3, this moefold reads 2: use the one that"):
-        read_config(entry)
+    for other in (version - 1, version + 1, str(version), None):
+        entry["layers"]["3"]["layout"] = other
+        said = rf"layers\.3\.layout of {format} is {other!r}, this moefold reads {version}: compress the model again"
+        with pytest.raises(FormatError, match=said):
+            read_config(entry)
     del entry["layers"]["3"]["layout"]
-    with pytest.raises(FormatError, match=r"layers\.3 is pair8 without layout, .* compress the model again"):
+    with pytest.raises(FormatError, match=rf"layers\.3 is {format} without layout, .* compress the model again"):
         read_config(entry)
+
+
+def test_words_have_no_layout():
     other = write_config({3: LAYER})
     assert "layout" not in other["layers"]["3"]
     other["layers"]["3"]["layout"] = 1

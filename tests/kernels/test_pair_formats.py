@@ -12,7 +12,7 @@ from leveled import FORMATS, levels_of, matrix
 
 from moefold_kernels import FormatError, layout_pairs
 from moefold_kernels.backend import Need, builtin, choose
-from moefold_kernels.reference_pairs import decode, encode, fields, from_record, states, to_record
+from moefold_kernels.reference_pairs import by_rows, decode, encode, fields, from_record, states, stored, to_record
 from moefold_kernels.triton import portability
 from moefold_kernels.triton.backend import Triton
 
@@ -89,6 +89,88 @@ def test_bits_are_where_the_picture_has_them():
             assert planes["low"][0, word] == bits
             assert planes["low"].count_nonzero() == 1
         assert planes["scale"].tolist() == [[0x3F80]]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 128), (192, 256), (128, 640)])
+@pytest.mark.parametrize("format", FORMATS)
+def test_bands_there_and_back(format, rows, columns):
+    parts = matrix(format, rows, columns)
+    planes = encode(format, *parts)
+    banded = stored(format, planes, columns)
+    assert {name: tuple(plane.shape) for name, plane in banded.items()} == layout_pairs.stored(format, rows, columns)
+    assert all(plane.is_contiguous() and plane.dtype == planes[name].dtype for name, plane in banded.items())
+    again = by_rows(format, banded, columns)
+    assert all(torch.equal(again[name], planes[name]) for name in planes)
+    for slot in (0, 1):
+        found = decode(format, banded, levels_of(format), columns, slot)
+        assert torch.equal(found, decode(format, planes, levels_of(format), columns, slot))
+    pairs = {name: torch.stack([plane, plane.flip(0)]) for name, plane in planes.items()}  # [pair, ..]
+    twice = stored(format, pairs, columns)
+    assert all(torch.equal(twice[name][0], banded[name]) for name in banded)
+    assert torch.equal(by_rows(format, twice, columns)["words"], pairs["words"])
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 192), (96, 128), (63, 128), (64, 100), (1, 1)])
+@pytest.mark.parametrize("format", FORMATS)
+def test_other_sizes_lie_in_rows(format, rows, columns):
+    planes = encode(format, *matrix(format, rows, columns))
+    assert not layout_pairs.banded(rows, columns)
+    kept = stored(format, planes, columns)
+    assert all(torch.equal(kept[name], planes[name]) for name in planes)
+    widths = layout_pairs.planes(format, columns)
+    assert layout_pairs.stored(format, rows, columns) == {name: (rows, width) for name, width in widths.items()}
+
+
+def test_shapes_of_bands():
+    assert layout_pairs.stored("pair4", 128, 256) == {"words": (2, 64 * 32), "scale": (2, 64 * 4)}
+    assert layout_pairs.stored("pair5", 64, 128) == {"words": (1, 1024), "low": (1, 256), "scale": (1, 128)}
+    assert layout_pairs.stored("pair6", 64, 128) == {"words": (1, 1024), "low": (1, 512), "scale": (1, 128)}
+    assert layout_pairs.stored("pair8", 64, 128) == {"words": (1, 1024), "low": (1, 1024), "scale": (1, 128)}
+
+
+def test_where_a_position_lies_in_a_band():
+    """Row 70, column 300 of 128 x 384: band 1, row 6 in it, step 2, column 44 in it; nothing else is set."""
+    level, scale = torch.zeros(128, 384, dtype=torch.uint8), torch.zeros(128, 6).bfloat16()
+    keep, negative = torch.ones(2, 128, 384, dtype=torch.bool), torch.zeros(2, 128, 384, dtype=torch.bool)
+    level[70, 300], negative[0, 70, 300], scale[70, 4] = 0b11111, True, 1.0
+    found = stored("pair8", encode("pair8", level, scale, negative, keep), 384)
+    # a step has 64 rows of 128 columns: 16 words a row of either plane here, and 2 scales
+    place = 2 * 64 * 16 + 6 * 16 + 44 // 8
+    assert [found[name].count_nonzero().item() for name in ("words", "low", "scale")] == [1, 1, 1]
+    assert found["words"][1, place] == 0b1001 << 4 * (44 % 8)  # the level's highest bit, slot 0 negative
+    assert found["low"][1, place] == 0b1111 << 4  # column 4 of eight: the upper half of byte 0
+    assert found["scale"][1, 2 * 64 * 2 + 6 * 2] == 0x3F80
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_part_of_the_bands_is_a_part_of_the_matrix(format):
+    """What ranks take: bands of some rows, and of each band's words those of whole steps."""
+    level, scale, negative, keep = matrix(format, 192, 384)
+    whole = stored(format, encode(format, level, scale, negative, keep), 384)
+    right = decode(format, whole, levels_of(format), 384, 0)
+    rows = {name: plane[1:] for name, plane in whole.items()}
+    assert torch.equal(decode(format, rows, levels_of(format), 384, 0), right[64:])
+    columns = {name: plane[:, plane.shape[1] // 3 :] for name, plane in whole.items()}
+    assert torch.equal(decode(format, columns, levels_of(format), 256, 0), right[:, 128:])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 24), st.integers(-1, 1), st.integers(1, 24), st.integers(-1, 1))
+def test_two_matrices_words_tell_a_layers_sizes(inner, more, hidden, other):
+    inner, hidden = 64 * inner + more, 64 * hidden + other
+    up, down = (layout_pairs.stored("pair4", *size)["words"] for size in ((inner, hidden), (hidden, inner)))
+    assert layout_pairs.layer_sizes(up, down) == (inner, hidden)
+
+
+def test_no_two_sizes_have_the_same_words():
+    sizes = [*range(1, 131), *range(192, 2 * 4096 + 1, 64)]
+    seen = set()
+    for inner, hidden in product(sizes, repeat=2):
+        up, down = (layout_pairs._words(*size) for size in ((inner, hidden), (hidden, inner)))
+        seen.add((*up, *down))
+    assert len(seen) == len(sizes) ** 2
+    with pytest.raises(FormatError, match=r"\[31, 16\] and \[64, 8\] words are no nibble planes"):
+        layout_pairs.layer_sizes((31, 16), (64, 8))
 
 
 def test_sizes_are_what_they_are_called():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 
@@ -23,6 +24,12 @@ from moefold_kernels.module import PackedModule
 
 PAIRS = [*zip(FAMILIES, (*FORMATS, "pair6"), strict=True)]
 """Every family and every format."""
+SIZES = {
+    "bands": {"hidden_size": 128, "moe_intermediate_size": 128},
+    "down in rows": {"hidden_size": 128, "moe_intermediate_size": 64},
+    "gate and up in rows": {"hidden_size": 64, "moe_intermediate_size": 128},
+}
+"""Of qwen3_moe; the families' own sizes are in rows."""
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
@@ -33,6 +40,47 @@ def test_logits_are_the_twins(made, family, format, implementation):
     assert any(isinstance(module, PackedModule) for module in left.modules())
     assert torch.equal(logits(left), logits(right))
     assert logits(left).float().std() > 0.01
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_bands_are_read_saved_and_decoded(made, format, sizes, tmp_path):
+    packed, twin = made("qwen3_moe", 2, format=format, **SIZES[sizes])
+    model, right = load(packed, experts_implementation="grouped_mm"), load(twin, experts_implementation="grouped_mm")
+    assert torch.equal(logits(model), logits(right))
+    hidden, inner = SIZES[sizes].values()
+    module = stock_experts(model)[0]
+    lines, bands = (2 * inner, 2 * inner // 64), (hidden, hidden // 64)
+    assert module.gate_up_packed.shape[1] == lines[hidden % 128 == 0]
+    assert module.down_packed.shape[1] == bands[inner % 128 == 0]
+    assert (module.inner, module.hidden, module.split) == (inner, hidden, False)
+    model.save_pretrained(tmp_path / "again")
+    before, after = load_file(packed / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    layers = read_config(json.loads((packed / "config.json").read_text())["quantization_config"])
+    with safe_open(packed / "model.safetensors", framework="pt") as file:
+        read = read_layer(file.get_tensor, layers[0])
+        for matrix, weights in canonical(stock_experts(right)[0]).items():
+            assert torch.equal(read[matrix], weights)
+    plain = load(packed).dequantize()
+    assert torch.equal(logits(plain), logits(load(twin)))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_earlier_layouts_are_refused(made, format, tmp_path):
+    packed, _ = made("qwen3_moe", format=format)
+    shutil.copytree(packed, tmp_path / "old")
+    config = json.loads((packed / "config.json").read_text())
+    entries, version = config["quantization_config"]["layers"], layout_pairs.VERSIONS[format]
+    for layout, said in ((version - 1, f"layout of {format} is {version - 1}"), (None, f"{format} without layout")):
+        for entry in entries.values():
+            entry |= {"layout": layout}
+            if layout is None:
+                del entry["layout"]
+        (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(FormatError, match=rf"layers\.\d\.?.*{said}"):
+            load(tmp_path / "old")
 
 
 @pytest.mark.parametrize(("family", "format"), PAIRS)
@@ -178,11 +226,24 @@ except moefold_kernels.FormatError as error:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("a_device_each")
-@pytest.mark.parametrize(("inner", "word"), [(128, "EQUAL"), (96, "REFUSED")])
-def test_two_processes_split_whole_groups_or_refuse(made, tmp_path, inner, word):
-    """Each rank has 64 columns of down, or would have 48 of a group."""
+@pytest.mark.parametrize(
+    ("hidden", "inner", "word"),
+    [
+        (96, 128, "EQUAL"),  # by rows: 64 columns of down for each
+        (64, 96, "REFUSED"),  # 48 of a group
+        (128, 256, "EQUAL"),  # in bands: 128 columns
+        (64, 256, "EQUAL"),  # down in bands, gate and up by rows
+        (128, 128, "REFUSED"),  # 64 columns of what lies in steps of 128
+        (64, 128, "REFUSED"),  # the same, of down alone
+        (128, 64, "REFUSED"),  # one band of gate and up for two
+        (128, 192, "REFUSED"),  # three
+        (128, 384, "REFUSED"),  # three steps of down
+    ],
+)
+def test_two_processes_split_what_can_be_or_refuse(made, tmp_path, hidden, inner, word):
+    """What each rank gets of a band's words has to be whole columns."""
     (tmp_path / "run.py").write_text(TWO)
-    packed, twin = made("mixtral", format="pair6", intermediate_size=inner)
+    packed, twin = made("mixtral", format="pair6", hidden_size=hidden, intermediate_size=inner)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(tmp_path / "run.py"), str(twin), str(packed)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

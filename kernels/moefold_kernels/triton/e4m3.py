@@ -395,7 +395,7 @@ def project_in(
 
     Or to terms [entry in order, group, 2, 64], as `out` has it, and `factors` [entry in order, group] float32.
 
-    `hidden` is a number of STEPs, ROWS one of groups; planes are contiguous [unit, row, word], gate rows first, `w_up`
+    `hidden` is a number of STEPs, ROWS one of groups; planes are contiguous and in bands, gate rows first, `w_up`
     rows before the up rows.
     """
     after_the_one_before()

@@ -221,11 +221,11 @@ def gate_up(
                     | {"shift": LEVELED, "ACTIVATION": fused, "PLACES": tile.stages},
                 )  # fmt: skip
                 continue
-            planes, low = _planes(kind, kind.wide)
+            planes, low, bands = _planes(kind, kind.wide, inner, hidden)
             base, shifts = kind.wide.words, dict.fromkeys(("gate_shift", "up_shift"), LEVELED)
             operands, apart = (x, *planes, *lists), 0
         else:
-            base, low = kind.gate if kind.gate is not None else kind.up, -1
+            base, low, bands = kind.gate if kind.gate is not None else kind.up, -1, False
             shifts = {"gate_shift": _shift(kind.tops[0]), "up_shift": _shift(kind.tops[1])}
             operands, apart = (x, base, None, None, None, *lists), _apart(kind.gate, kind.up)
         shared |= {"w_unit": base.stride(0), "w_row": base.stride(1), "w_up": apart} | shifts
@@ -235,8 +235,8 @@ def gate_up(
             continue
         launch(
             project.project_in, grid, *operands, **shared, first=first, units=len(base), MODE=mode, LOW=low,
-            GATED=gated, ACTIVATION=fused or project.NONE.value, EVEN=hidden % tile.columns == 0, ASM=target.assembly,
-            UPCAST=target.upcast, CHAIN=target.chain, LINES=_lines(tile, hidden),
+            BANDS=bands, GATED=gated, ACTIVATION=fused or project.NONE.value, EVEN=hidden % tile.columns == 0,
+            ASM=target.assembly, UPCAST=target.upcast, CHAIN=target.chain, LINES=_lines(tile, hidden),
             GUESS=target.chain and _guess(len(tables.order), len(weights.places), tile), num_stages=tile.stages,
         )  # fmt: skip
     if fused is None:
@@ -297,15 +297,11 @@ def down(
                     | {"BLOCKS": in_turn},
                 )  # fmt: skip
                 continue
-            planes, low = _planes(kind, kind.narrow)
+            planes, low, bands = _planes(kind, kind.narrow, hidden, inner)
             base, operands, shift = kind.narrow.words, (rows, *planes, *lists), LEVELED
         else:
-            base, operands, low, shift = (
-                kind.down,
-                (rows, kind.down, None, None, None, *lists),
-                -1,
-                _shift(kind.tops[2]),
-            )
+            base, low, bands, shift = kind.down, -1, False, _shift(kind.tops[2])
+            operands = (rows, kind.down, None, None, None, *lists)
         shared |= {"w_unit": base.stride(0), "w_row": base.stride(1)}
         if low < 0 and splits == 1 and mode != project.DENSE.value and _overlaps(tile, target, base, rows, 1):
             file, more = _overlapped(tile, rows)
@@ -316,7 +312,7 @@ def down(
             continue
         launch(
             project.project_out, (programs, splits), *operands, **shared, first=first, part=part,
-            out_split=parts.stride(0), shift=shift, MODE=mode, LOW=low,
+            out_split=parts.stride(0), shift=shift, MODE=mode, LOW=low, BANDS=bands,
             EVEN=inner % (part if splits > 1 else tile.columns) == 0, ASM=target.assembly,
             UPCAST=target.upcast, CHAIN=target.chain, LINES=_lines(tile, part),
             num_stages=tile.stages,
@@ -383,10 +379,11 @@ def _overlaps(tile: Tile, target: Target, words: Tensor, x: Tensor, matrices: in
     return tile.overlapped and target.overlap and aligned and whole and leveled_launch.shared_by_warps(tile, matrices)
 
 
-def _planes(kind: Leveled, matrix: Planes) -> tuple[tuple[Tensor, ...], int]:
-    """Planes and levels as project.py takes them, and the bits of the plane `low`."""
+def _planes(kind: Leveled, matrix: Planes, rows: int, columns: int) -> tuple[tuple[Tensor, ...], int, bool]:
+    """Planes and levels as project.py takes them, the bits of the plane `low`, and whether they lie in bands."""
     low = matrix.words if matrix.low is None else matrix.low  # any pointer, where nothing is read
-    return (matrix.words, low, matrix.scale, kind.levels), layout_pairs.low_bits(kind.format)
+    planes = matrix.words, low, matrix.scale, kind.levels
+    return planes, layout_pairs.low_bits(kind.format), layout_pairs.banded(rows, columns)
 
 
 def _narrow(shared: dict[str, Any], tile: Tile, *but: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from moefold_kernels.triton.leveled_decode import SCALE_EXPONENT
 from moefold_kernels.triton.leveled_operands import decoded, read, right, scale_of, tables_of
 from moefold_kernels.triton.leveled_planes import entries_of, planes_at
 from moefold_kernels.triton.leveled_stage import (
+    BAND,
     EXTRA_OF,
     HALF,
     STEP,
@@ -201,7 +202,7 @@ def project_in(
     ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, GROUP: gl.constexpr, PLACES: gl.constexpr,
     ACTIVATION: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
-    """overlapped.project_in; `hidden` is a number of STEPs, planes are contiguous [unit, row, word], gate rows first.
+    """overlapped.project_in; `hidden` is a number of STEPs, planes are contiguous and in bands, gate rows first.
 
     Columns of `x` and of `out` have the order of leveled_tokens.py.
 
@@ -365,9 +366,10 @@ def _out(
     shift = shift_of(levels + 2 * TABLE, shift, FORMAT)
     columns = steps * STEP
     # from behind a block's last words to the next block's first ones
-    next_words = (ROWS * inner - columns) // 8
-    next_low = (ROWS * inner - columns) * low_words(FORMAT, STEP) // STEP
-    next_scale = (ROWS * inner - columns) // STEP
+    behind_them = ROWS * inner - BAND * columns
+    next_words = behind_them // 8
+    next_low = behind_them * low_words(FORMAT, STEP) // STEP
+    next_scale = behind_them // STEP
     blocks = BLOCKS + (steps >> 30)  # which the compiler does not know
     for block in range(0, blocks):
         more = block + 1 < blocks

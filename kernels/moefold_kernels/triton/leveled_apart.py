@@ -19,8 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from moefold_kernels.triton.apart import COPYING, barriers, entries_and_gates, keep, rows_in, rows_out, write_kept
 from moefold_kernels.triton.leveled import TABLE, activate, shift_of, write
 from moefold_kernels.triton.leveled_operands import decoded, read, right, scale_of, tables_of
-from moefold_kernels.triton.leveled_planes import entries_of, rows_of
+from moefold_kernels.triton.leveled_planes import entries_of, in_unit, rows_of
 from moefold_kernels.triton.leveled_stage import (
+    BAND,
     EXTRA_OF,
     HALF,
     STEP,
@@ -29,6 +30,7 @@ from moefold_kernels.triton.leveled_stage import (
     buffers_of,
     low_words,
     plane_layout,
+    scale_layout,
     start_words,
 )
 from moefold_kernels.triton.overlapped import (
@@ -39,9 +41,10 @@ from moefold_kernels.triton.overlapped import (
 
 
 @gluon.jit
-def _plane(plane, unit, row, rows, words, skipped, WORDS: gl.constexpr, layout: gl.constexpr):
+def _plane(plane, unit, row, rows, words, step, WORDS: gl.constexpr, layout: gl.constexpr):
     """leveled_planes._plane_at as a base and offsets, within a unit."""
-    base, offset = plane + unit.to(gl.int64) * rows * words + skipped, row * words
+    base = plane + unit.to(gl.int64) * rows * words + step * (BAND * WORDS)
+    offset = in_unit(row, words, WORDS)
     if WORDS > 1:  # whole steps: 16 bytes
         base, offset = gl.multiple_of(base, 16), gl.multiple_of(offset, min(WORDS, 4))
     return base, offset[:, None] + gl.arange(0, WORDS, gl.SliceLayout(0, layout))[None, :]
@@ -55,13 +58,13 @@ def _planes(
     """leveled_planes.planes_at: bases of words, other bits and scales, and offsets of each."""
     wide: gl.constexpr = plane_layout(STEP // 8, gl.num_warps())
     lows: gl.constexpr = plane_layout(low_words(FORMAT, STEP), gl.num_warps())
-    few: gl.constexpr = plane_layout(1, gl.num_warps())
+    few: gl.constexpr = scale_layout(1, gl.num_warps())
     each: gl.constexpr = low_words(FORMAT, STEP)
     rows = 2 * size if GATED else size
     row = rows_of(first_row, size, w_up, ROWS, GATED, wide)
-    w, of_words = _plane(words, unit, row, rows, columns // 8, begin // 8, STEP // 8, wide)
+    w, of_words = _plane(words, unit, row, rows, columns // 8, begin // STEP, STEP // 8, wide)
     row = rows_of(first_row, size, w_up, ROWS, GATED, lows)
-    less, of_low = _plane(low, unit, row, rows, columns * each // STEP, begin * each // STEP, each, lows)
+    less, of_low = _plane(low, unit, row, rows, columns * each // STEP, begin // STEP, each, lows)
     row = rows_of(first_row, size, w_up, ROWS, GATED, few)
     s, of_scales = _plane(scale, unit, row, rows, columns // STEP, begin // STEP, 1, few)
     return (w, less, s), (of_words, of_low, of_scales)
@@ -89,9 +92,9 @@ def _copy(
                     if half == 0:
                         of_step = w + offsets[0], low + offsets[1], scale + offsets[2]
                         start_words(buffers, of_step, place, wanted, FORMAT)
-                        w += STEP // 8
-                        low += low_words(FORMAT, STEP)
-                        scale += 1
+                        w += BAND * (STEP // 8)
+                        low += BAND * low_words(FORMAT, STEP)
+                        scale += BAND
                     to = buffers[at(TOKENS_OF + half, place)].index(0).slice(0, TOKENS, 0)
                     async_copy.async_copy_global_to_shared(to, x + tokens, mask=wanted)
                     if EXTRA:
@@ -101,9 +104,9 @@ def _copy(
                     x += HALF
             phase ^= 1
         further = behind + ((block + steps) >> 30)  # so that the compiler does not keep what comes of it
-        w += further * (STEP // 8)
-        low += further * low_words(FORMAT, STEP)
-        scale += further
+        w += further * (BAND * (STEP // 8))
+        low += further * (BAND * low_words(FORMAT, STEP))
+        scale += further * BAND
         x -= steps * STEP
     async_copy.wait_group(0)
 
@@ -133,7 +136,7 @@ def _copy_out(
     (
         buffers, come, free, x, words, low, scale, unit, first_row, begin, end, hidden, inner, skipped, steps,
     ) = given  # fmt: skip
-    behind = ROWS * (inner // STEP) - steps
+    behind = ROWS // BAND * (inner // STEP) - steps
     bases, offsets = _planes(words, low, scale, unit, first_row, hidden, inner, skipped, 0, ROWS, FORMAT, False)
     rest: gl.constexpr = max(EXTRA, 16)
     tokens = rows_out(begin, end, inner, HALF, TOKENS)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefold_kernels.layout_pairs import BAND
 from moefold_kernels.triton.plans import STEP, Plan, Tile
 from moefold_kernels.triton.portability import Target, launch, power_of_two
 from moefold_kernels.triton.weights import Leveled, Planes, Weights
@@ -107,7 +108,7 @@ def _file(x: Tensor, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 def in_turn(tile: Tile, hidden: int, inner: int, part: int, step: int = STEP) -> int:
     """How many blocks of rows a program of down does: as the tile says where rows, columns and steps are whole."""
-    whole = not (hidden % (tile.rows * tile.blocks) or inner % part or part % (step * tile.stages))
+    whole = not (hidden % (tile.rows * tile.blocks) or inner % part or part % (step * tile.stages) or tile.rows % BAND)
     return tile.blocks if whole else 1
 
 

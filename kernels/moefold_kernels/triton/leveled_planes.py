@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton.experimental.gluon as gluon
 from triton.experimental.gluon import language as gl
 
-from moefold_kernels.triton.leveled_stage import STEP, low_words, plane_layout
+from moefold_kernels.triton.leveled_stage import BAND, STEP, low_words, plane_layout, scale_layout
 
 
 @gluon.jit
@@ -21,11 +21,17 @@ def rows_of(first_row, size, w_up, ROWS: gl.constexpr, GATED: gl.constexpr, layo
 
 
 @gluon.jit
-def _plane_at(plane, unit, row, rows, words, skipped, WORDS: gl.constexpr, layout: gl.constexpr):
-    """Pointers to the first WORDS words, from `skipped` on, of some rows of a unit; a plane is contiguous."""
-    start = (unit.to(gl.int64) * rows + row) * words + skipped
+def in_unit(row, words, WORDS: gl.constexpr):
+    """Where within a unit some rows' first WORDS words are, those of a step, of `words` in a whole row."""
+    return row // BAND * (BAND * words) + row % BAND * WORDS
+
+
+@gluon.jit
+def _plane_at(plane, unit, row, rows, words, step, WORDS: gl.constexpr, layout: gl.constexpr):
+    """Pointers to the WORDS words of a step, of some rows of a unit; a plane is contiguous, and in bands."""
+    start = unit.to(gl.int64) * rows * words + in_unit(row.to(gl.int64), words, WORDS) + step * (BAND * WORDS)
     if WORDS > 1:
-        start = gl.multiple_of(start, min(WORDS, 4))  # whole steps: 16 bytes
+        start = gl.multiple_of(start, min(WORDS, 4))  # 16 bytes
     return plane + start[:, None] + gl.arange(0, WORDS, gl.SliceLayout(0, layout))[None, :]
 
 
@@ -40,15 +46,16 @@ def planes_at(
     """
     wide: gl.constexpr = plane_layout(STEP // 8, gl.num_warps())
     lows: gl.constexpr = plane_layout(low_words(FORMAT, STEP), gl.num_warps())
-    few: gl.constexpr = plane_layout(HALVES, gl.num_warps())
+    few: gl.constexpr = scale_layout(HALVES, gl.num_warps())
     each: gl.constexpr = low_words(FORMAT, STEP)
     row = rows_of(first_row, size, w_up, ROWS, GATED, wide)
     rows = 2 * size if GATED else size
-    of_words = _plane_at(words, unit, row, rows, columns // 8, begin // 8, STEP // 8, wide)
+    of_words = _plane_at(words, unit, row, rows, columns // 8, begin // STEP, STEP // 8, wide)
     row = rows_of(first_row, size, w_up, ROWS, GATED, lows)
-    of_low = _plane_at(low, unit, row, rows, columns * each // STEP, begin * each // STEP, each, lows)
+    of_low = _plane_at(low, unit, row, rows, columns * each // STEP, begin // STEP, each, lows)
     row = rows_of(first_row, size, w_up, ROWS, GATED, few)
-    return of_words, of_low, _plane_at(scale, unit, row, rows, columns // STEP, begin // STEP, HALVES, few)
+    of_scales = _plane_at(scale, unit, row, rows, columns // STEP, begin // STEP, 1, few)
+    return of_words, of_low, of_scales + BAND * gl.arange(0, HALVES, gl.SliceLayout(0, few))[None, :]
 
 
 @gluon.jit

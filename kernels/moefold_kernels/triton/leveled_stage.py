@@ -10,10 +10,13 @@ import triton.experimental.gluon as gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from moefold_kernels import layout_pairs
 from moefold_kernels.layout_pairs import MAGNITUDE_BITS, low_bits
 
-STEP = gl.constexpr(128)
-"""Columns of a step."""
+STEP = gl.constexpr(layout_pairs.STEP)
+"""Columns of a step, and of a band's piece."""
+BAND = gl.constexpr(layout_pairs.BAND)
+"""Rows of a band: so many rows' words of a step lie behind one another."""
 HALF = gl.constexpr(64)
 """Columns of a group."""
 PART = gl.constexpr(32)
@@ -31,9 +34,15 @@ def low_words(format, columns):
 
 @gluon.constexpr_function
 def plane_layout(words, warps):
-    """The layout of a copy of a plane to shared memory: 16 bytes a thread, or 4 (scales)."""
+    """The layout of a copy of a plane to shared memory: 16 bytes a thread."""
     across = max(1, words // 4)
     return gl.BlockedLayout([1, min(words, 4)], [32 // across, across], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def scale_layout(halves, warps):
+    """The layout of a copy of scales [rows, halves]: 4 bytes a thread, rows behind one another."""
+    return gl.BlockedLayout([1, 1], [32, 1], [warps // halves, halves], [0, 1])
 
 
 @gluon.constexpr_function
@@ -86,19 +95,19 @@ def _place(ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, FORMAT
 @gluon.jit
 def copy_words(words, low, planes, half: gl.constexpr, wanted, FORMAT: gl.constexpr):
     """Ask for STEP columns of the planes, the `half`-th behind `planes`."""
-    async_copy.async_copy_global_to_shared(words, planes[0] + STEP // 8 * half, mask=wanted)
+    async_copy.async_copy_global_to_shared(words, planes[0] + BAND * (STEP // 8) * half, mask=wanted)
     if FORMAT != "pair4":
-        async_copy.async_copy_global_to_shared(low, planes[1] + low_words(FORMAT, STEP) * half, mask=wanted)
+        async_copy.async_copy_global_to_shared(low, planes[1] + BAND * low_words(FORMAT, STEP) * half, mask=wanted)
 
 
 @gluon.jit
 def behind(planes, FORMAT: gl.constexpr, HALVES: gl.constexpr):
     """The planes of the next step of HALVES * STEP columns."""
     w, low, scale = planes
-    w += STEP // 8 * HALVES
+    w += BAND * (STEP // 8) * HALVES
     if FORMAT != "pair4":
-        low += low_words(FORMAT, STEP) * HALVES
-    scale += HALVES
+        low += BAND * low_words(FORMAT, STEP) * HALVES
+    scale += BAND * HALVES
     return w, low, scale
 
 

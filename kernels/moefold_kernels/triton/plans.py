@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from moefold_kernels import layout, layout_pairs
 from moefold_kernels.errors import FormatError
 
-STEP = 128
-"""Columns of which few-bit formats need a number on Hopper: leveled_stage.STEP, without importing Gluon."""
+STEP = layout_pairs.STEP
+"""Columns of which few-bit formats need a number on Hopper."""
 GROUP = layout_pairs.GROUP
 """Rows of gate and up in terms come in so many: columns of down, where few tokens have a factor for a group."""
 PER_WARP = 16

@@ -238,13 +238,14 @@ def project_in(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr,
     EXTRA: tl.constexpr, MODE: tl.constexpr, LOW: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr, CHAIN: tl.constexpr,
-    LINES: tl.constexpr, GUESS: tl.constexpr,
+    LINES: tl.constexpr, GUESS: tl.constexpr, BANDS: tl.constexpr,
 ):  # fmt: skip
     """Gate and up projections with their activation: out [entry in order, inner].
 
     `words` [unit, row, hidden] holds a gate row's and its up row's columns `w_up` elements apart. Both go through one
     product as 2 * ROWS rows: eight of the one, eight of the other, so that a thread has the sums of both. In few-bit
-    formats (LOW) `words`, `low` and `scale` are planes [unit, 2 * inner, ...] and `levels` is of gate, then up.
+    formats (LOW) `words`, `low` and `scale` are planes of 2 * inner rows, in BANDS or by rows, and `levels` is of gate,
+    then up.
     """
     height: tl.constexpr = 2 * ROWS if GATED else ROWS
     stacked = tl.arange(0, height)
@@ -269,11 +270,11 @@ def project_in(
     k = tl.arange(0, COLUMNS)
     if LOW < 0 or MODE == DENSE:
         w += unit.to(tl.int64) * w_unit + k[None, :]
-        planes = (words, None, None, None, None, 0)
+        planes = (words, None, None, None, None, 0, False)
     else:
         above = tl.where(stacked % 16 >= 8, 1, 0) if GATED else stacked * 0 + 1
         w = unit.to(tl.int64) * (2 if GATED else 1) * inner + row + (above * inner if GATED else 0)
-        planes = (words, low, scale, levels + above * TABLE, hidden, 0)
+        planes = (words, low, scale, levels + above * TABLE, hidden, 0, BANDS)
     a, live = _tokens(x, order, begin, end, k, top_k, x_row, TOKENS)
     b, b_live = a, live
     if EXTRA:
@@ -340,7 +341,7 @@ def project_out(
     inner, hidden, first, capacity, part, out_split, w_unit, w_row, shift, bias_expert, bias_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr,
     EXTRA: tl.constexpr, MODE: tl.constexpr, LOW: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
-    UPCAST: tl.constexpr, CHAIN: tl.constexpr, LINES: tl.constexpr,
+    UPCAST: tl.constexpr, CHAIN: tl.constexpr, LINES: tl.constexpr, BANDS: tl.constexpr,
 ):  # fmt: skip
     """Down projection times the gate weight: out [split, entry, hidden], a split being `part` columns of `inner`.
 
@@ -362,10 +363,10 @@ def project_out(
     k = skipped + tl.arange(0, COLUMNS)
     if LOW < 0 or MODE == DENSE:
         w = words + unit.to(tl.int64) * w_unit + row.to(tl.int64)[:, None] * w_row + k[None, :]
-        planes = (words, None, None, None, None, 0)
+        planes = (words, None, None, None, None, 0, False)
     else:
         w = unit.to(tl.int64) * hidden + row
-        planes = (words, low, scale, levels + 2 * TABLE + row * 0, inner, skipped)
+        planes = (words, low, scale, levels + 2 * TABLE + row * 0, inner, skipped, BANDS)
     out += tl.program_id(1).to(tl.int64) * out_split
     if CHAIN and (
         LOW < 0 or MODE == DENSE

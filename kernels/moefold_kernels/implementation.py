@@ -20,7 +20,6 @@ from moefold_kernels.activation import OTHER, between
 from moefold_kernels.backend import Need
 from moefold_kernels.errors import BackendError
 from moefold_kernels.grouped import runnable
-from moefold_kernels.levels import coded
 from moefold_kernels.module import PackedModule, part_names
 from moefold_kernels.routed import RoutedModule
 from moefold_kernels.triton.backend import Triton
@@ -111,7 +110,7 @@ def _operands(module: PackedModule) -> tuple[Any, ...]:
     words = (module.gate_up_packed, module.down_packed)
     tables = (module.places, module.placed)
     parts = [getattr(module, name, None) for part in ("low", "scale") for name in part_names(part)]
-    few = (layer.format, *parts, getattr(module, "levels", None), coded(layer.format, layer.levels))
+    few = (layer.format, *parts, getattr(module, "levels", None), module.coded)
     return (*words, *dense, *_biases(module), *tables, tops, layer.gated, not module.is_concatenated, *few)
 
 

@@ -18,7 +18,7 @@ from moefold_kernels import layout, layout_pairs
 from moefold_kernels.activation import Known, recognise_module
 from moefold_kernels.checkpoint import PackedLayer
 from moefold_kernels.errors import FormatError
-from moefold_kernels.levels import layer_tables
+from moefold_kernels.levels import coded, layer_tables
 from moefold_kernels.places import tables
 from moefold_kernels.reference import PackedExperts
 from moefold_kernels.reference_pairs import LeveledExperts
@@ -46,6 +46,8 @@ class PackedModule(RoutedModule):
     places: Tensor  # [expert] int32: where its weights are
     placed: Tensor  # [place] int32: the inverse
     levels: Tensor  # [3, INTEGERS] int32: levels.py; only in few-bit formats
+    coded: bool
+    """Whether all levels are e4m3 numbers times a factor (levels.coded): looked at once, and not while it is traced."""
     known_activation: Known
     """What the stock module computes between its projections."""
     fallback: str | None
@@ -190,7 +192,7 @@ def pack_module(module: nn.Module, layer: PackedLayer, where: str) -> None:
     module.register_buffer("dtype_like", torch.empty(0, dtype=down.dtype, device=down.device), persistent=False)
     module.__class__ = _packed_class(cast(Any, type(module)), gate_up_name(layer))
     flags.packed_layer, flags.arrived, flags._decoded = layer, set(), None
-    flags.full_inner, flags.hidden = inner, hidden
+    flags.full_inner, flags.hidden, flags.coded = inner, hidden, coded(layer.format, layer.levels)
     flags.known_activation, flags.fallback = recognise_module(module), None
     flags.add_tables(down.device)
     flags._is_hf_initialized = True  # stock initialisation would write normal numbers over the words
@@ -206,7 +208,16 @@ def unpack_module(module: PackedModule, dtype: torch.dtype | None = None) -> Non
     for name in (name for part in ENDS for name in part_names(part)):
         module._parameters.pop(name, None)
     module.drop_tables("dtype_like")
-    for name in ("packed_layer", "arrived", "known_activation", "fallback", "_decoded", "full_inner", "hidden"):
+    for name in (
+        "packed_layer",
+        "arrived",
+        "known_activation",
+        "fallback",
+        "_decoded",
+        "full_inner",
+        "hidden",
+        "coded",
+    ):
         del module.__dict__[name]
     module.__class__ = module.stock_class  # type: ignore[assignment]  # back to what pack_module found
     for name, value in values.items():

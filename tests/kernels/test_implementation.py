@@ -236,8 +236,10 @@ def test_generate(made, device):
     assert out.shape == (2, 5)
 
 
-def test_compiled_whole(made, device):
-    model = load(made("qwen3_moe", 2, num_hidden_layers=1)[0], device, experts_implementation="moefold")
+@pytest.mark.parametrize("format", ["exponent", "pair6"])
+def test_compiled_whole(made, format, device):
+    sizes = {"num_hidden_layers": 1, "hidden_size": 128, "moe_intermediate_size": 64}
+    model = load(made("qwen3_moe", 2, format=format, **sizes)[0], device, experts_implementation="moefold")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert difference(logits(compiled), logits(model)) < TOLERANCE["logits"]
 

@@ -102,7 +102,9 @@ def run(layer, x, index, weights, device, plan, activation=kernels.SILU, interle
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("plan", PLAIN)
-@pytest.mark.parametrize(("experts", "hidden", "inner", "alone", "top_k"), [(7, 72, 40, 1, 3), (4, 64, 128, 0, 2)])
+@pytest.mark.parametrize(
+    ("experts", "hidden", "inner", "alone", "top_k"), [(7, 72, 40, 1, 3), (4, 64, 128, 0, 2), (4, 128, 128, 2, 2)]
+)
 def test_shapes(experts, hidden, inner, alone, top_k, plan, format, device):
     layer = leveled_layer(format, experts, hidden, inner, alone, device=device)
     arguments = batch(9, hidden, top_k, experts)
@@ -128,10 +130,12 @@ def test_activations_that_are_not_fused(gated, device):
     assert_near(found, expected(layer, *arguments, gate), fused=False)
 
 
+@pytest.mark.parametrize(("hidden", "inner"), [(64, 192), (64, 128), (128, 64), (128, 256)])
 @pytest.mark.parametrize("format", FORMATS)
-def test_operation_and_backend(format, device):
-    layer = leveled_layer(format, 6, 64, 128, device=device)
-    arguments = [t.to(device) for t in batch(5, 64, 2, 6)]
+def test_operation_and_backend(format, hidden, inner, device):
+    """By rows, down in bands, gate and up in bands, and all."""
+    layer = leveled_layer(format, 6, hidden, inner, device=device)
+    arguments = [t.to(device) for t in batch(5, hidden, 2, 6)]
     right = reference.experts(layer.packed, *arguments, silu)
     found = torch.ops.moefold.experts(*arguments, *operands(layer), "silu", 0.0, 0.0, torch.float32)
     assert_near(found, right)
@@ -145,7 +149,22 @@ def test_operands_that_do_not_fit():
         ({"down_low": None}, "pair6 needs down_low"),
         ({"levels": good.levels[:, 1:].contiguous()}, r"levels is \[3, 91\]"),
         ({"gate_up_scale": good.gate_up_scale.float()}, "scales int16"),
-        ({"down_packed": good.down_packed[:, :, 1:]}, "down_packed is"),
+        ({"down_packed": good.down_packed[:, :, 1:]}, r"down_packed is \[2, 64, 7\] .*no nibble planes of one layer"),
+    ):
+        with pytest.raises(FormatError, match=said):
+            torch.ops.moefold.experts(*arguments, *good._replace(**change), "silu", 0.0, 0.0, torch.float32)
+
+
+def test_operands_of_which_some_lie_in_rows():
+    layer = leveled_layer("pair6", 4, 128, 128)
+    good, arguments = operands(layer), batch(3, 128, 2, 4)
+    for change, said in (
+        ({"down_low": good.down_low.view(2, 128, 8)}, r"down_low is \[2, 128, 8\] .* want \[2, 2, 512\]"),
+        (
+            {"gate_up_scale": good.gate_up_scale.view(2, 256, 2)},
+            r"gate_up_scale is \[2, 256, 2\] .* want \[2, 4, 128\]",
+        ),
+        ({"down_packed": good.down_packed.view(2, 128, 16)}, "no nibble planes of one layer"),
     ):
         with pytest.raises(FormatError, match=said):
             torch.ops.moefold.experts(*arguments, *good._replace(**change), "silu", 0.0, 0.0, torch.float32)

@@ -185,9 +185,10 @@ def test_a_missing_or_cut_tensor_is_named(made, tmp_path, part):
         load(path)
 
 
+@pytest.mark.parametrize("sizes", [None, *SIZES])
 @pytest.mark.parametrize("format", FORMATS)
-def test_kernels_run_them_by_name(made, format, device):
-    packed, twin = made("qwen3_moe", 2, format=format)
+def test_kernels_run_them_by_name(made, format, sizes, device):
+    packed, twin = made("qwen3_moe", 2, format=format, **SIZES.get(sizes, {}))
     found = logits(load(packed, experts_implementation="moefold").to(device))
     assert 0 < difference(found, logits(load(twin).to(device))) < TOLERANCE["logits"]
 

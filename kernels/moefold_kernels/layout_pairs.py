@@ -148,13 +148,15 @@ def layer_sizes(up: Sequence[int], down: Sequence[int]) -> tuple[int, int]:
 def to_bands(plane: Tensor, columns: int) -> Tensor:
     """A plane [.., rows, width] of a banded matrix as it is stored: [.., rows / BAND, BAND * width], contiguous."""
     pieces = plane.unflatten(-1, (columns // STEP, -1)).unflatten(-3, (-1, BAND))  # [.., band, row, step, words]
-    return pieces.transpose(-3, -2).flatten(-3).contiguous()
+    banded: Tensor = pieces.transpose(-3, -2).flatten(-3)
+    return banded.contiguous()
 
 
 def from_bands(plane: Tensor, columns: int) -> Tensor:
     """What `to_bands` was given."""
     pieces = plane.unflatten(-1, (columns // STEP, BAND, -1))  # [.., band, step, row, words]
-    return pieces.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+    rows: Tensor = pieces.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+    return rows
 
 
 def _words(rows: int, columns: int) -> tuple[int, int]:

@@ -196,10 +196,23 @@ def merge_of(experts: Experts, pairs=((0, 5), (7, 1), (2, 3))) -> PairMerge:
     return PairMerge(experts, [list(pair) for pair in pairs], alone, merge)
 
 
-@pytest.mark.parametrize(("family", "name"), [("mixtral", "pair5"), ("gpt_oss", "pair4"), ("deepseek_v3", "pair8")])
-def test_what_is_saved_loads_as_packed(family, name, tmp_path):
+BANDS = {"hidden_size": 128, "intermediate_size": 128}
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "sizes"),
+    [
+        ("mixtral", "pair5", {}),
+        ("gpt_oss", "pair4", {}),
+        ("deepseek_v3", "pair8", {}),
+        *(("mixtral", name, BANDS) for name in CODECS),
+        ("gpt_oss", "pair6", BANDS),
+    ],
+)
+def test_what_is_saved_loads_as_packed(family, name, sizes, tmp_path):
     """From a codec through the files to transformers and the streaming reader, and back through `unpack`."""
-    source, codec = Checkpoint.open(str(tiny(family, tmp_path / "source", num_hidden_layers=2))), CODECS[name]
+    settings = {"num_hidden_layers": 2} | sizes
+    source, codec = Checkpoint.open(str(tiny(family, tmp_path / "source", **settings))), CODECS[name]
     layers: dict[int, Packed] = {layer.number: pack(codec(), merge_of(layer.experts())) for layer in source.layers()}
     saved = save(source, Layers(layers), None, PROVENANCE, to=tmp_path / "out", shard_size="60KB")
     assert saved.figures["format"] == name
@@ -208,6 +221,8 @@ def test_what_is_saved_loads_as_packed(family, name, tmp_path):
     again, context = Checkpoint.open(str(tmp_path / "out")), Context(torch.device("cpu"), torch.Generator())
     for layer in again.layers():
         packed = layers[layer.number]
+        lines, _ = again.header(again.packed_layers[layer.number].packed(0, "down_proj"))[0]
+        assert lines == (2 if sizes else source.layer(layer.number).experts().down.shape[1])
         shapes = [weights.shape[1:] for weights in layer.experts().matrices().values()]
         held = 3 * sum(layout_pairs.size(name, *shape) for shape in shapes)
         assert packed.bytes() == held + 2 * sum(2 * rows * columns for rows, columns in shapes)  # scales are counted

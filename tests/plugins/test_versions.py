@@ -16,8 +16,8 @@ import torch
 from moefold import Activity, Experts, Groups, Similarity, Text
 from moefold.artifact import Artifact
 from moefold.hooks import Registry
-from moefold_kernels.layout_pairs import MAGNITUDE_BITS
-from moefold_kernels.reference_pairs import encode
+from moefold_kernels.layout_pairs import MAGNITUDE_BITS, groups
+from moefold_kernels.reference_pairs import encode, stored
 from moefold_plugins.damage import CODECS
 from moefold_plugins.puzzlemoe import puzzlemoe
 
@@ -32,6 +32,7 @@ PINNED = {
     "pack.pair5": (4, "55ed4fba94fe4c07"),
     "pack.pair4": (4, "e3de4b736eaab8f2"),
     "text.mix": (1, "176fcec209b466cd"),
+    "save": (2, "f5f80e993cb0e536"),
 }
 
 
@@ -57,16 +58,28 @@ PAIRS = Groups([[0, 4], [2, 3]], [1, 5])
 TEXTS = tuple(Text(f"t{i}", torch.arange(24, dtype=torch.int32).view(6, 4) + 100 * i, 24) for i in range(3))
 
 
-def planes(format: str) -> SimpleNamespace:
+def encoded(format: str, rows: int, columns: int) -> dict[str, torch.Tensor]:
     """A matrix's bits in a few-bit format: of levels, signs and positions that integers give."""
-    number = torch.arange(3 * 160).view(3, 160)
+    number = torch.arange(rows * columns).view(rows, columns)
     level = (number * 7 % (1 << MAGNITUDE_BITS[format])).to(torch.uint8)
     negative = torch.stack([number % 3 == 0, number % 5 < 2])
     keep = torch.stack([number % 7 != 0, number % 7 != 1])
-    scale = numbers(3, 3, salt=6).abs()
-    made = encode(format, level, scale, negative & keep, keep)
-    halves = {name: part.view(torch.int16) for name, part in made.items()}  # of words: exact in float32
-    return SimpleNamespace(**halves)
+    return encode(format, level, numbers(rows, groups(columns), salt=6).abs(), negative & keep, keep)
+
+
+def halves(planes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of words: exact in float32."""
+    return {name: part.view(torch.int16) for name, part in planes.items()}
+
+
+def files() -> SimpleNamespace:
+    """What is saved of a matrix in each few-bit format, in bands and by rows."""
+    sizes = ((128, 256), (3, 160))
+    return SimpleNamespace(**{
+        f"{format}_{rows}": halves(stored(format, encoded(format, rows, columns), columns))
+        for format in MAGNITUDE_BITS
+        for rows, columns in sizes
+    })  # fmt: skip
 
 
 def outputs() -> dict[str, Artifact | SimpleNamespace]:
@@ -79,7 +92,8 @@ def outputs() -> dict[str, Artifact | SimpleNamespace]:
         "pair.similar": stages["pair.similar"](Layer(), Similarity(alike + alike.T, "x"), fraction=0.7, skip=[]),
         "puzzlemoe": merge,
         "pack.exponent": stages["pack.exponent"](merge),
-        **{f"pack.{format}": planes(format) for format in MAGNITUDE_BITS},
+        **{f"pack.{format}": SimpleNamespace(**halves(encoded(format, 3, 160))) for format in MAGNITUDE_BITS},
+        "save": files(),
         "text.mix": stages["text.mix"](TEXTS, shares=[1, 2, 1], samples=8, seed=2),
     }
 

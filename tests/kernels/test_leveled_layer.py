@@ -39,11 +39,12 @@ def fast(
     group: int = 1,
     extra: int = 0,
     blocks: int = 1,
+    above: int = 1,
 ) -> Plan:
-    """A plan for leveled.py."""
+    """A plan for leveled.py, or with warps apart, with blocks of down, and of gate and up (`above`), in turn."""
     sizes = (8 * warps, 64, warps, stages), (16 * warps, 64, warps, stages)
     first, second = (Tile(mode, tokens, extra, *size, group=group) for size in sizes)
-    second = replace(second, blocks=blocks)
+    first, second = replace(first, blocks=above), replace(second, blocks=blocks)
     return Plan(first, second if splits == 1 else replace(second, splits=splits, group=1))
 
 
@@ -68,7 +69,15 @@ FAST |= {
     "slot 256 and 32, warps apart, blocks in turn": fast("overlapped", 256, warps=8, stages=2, extra=32, blocks=5),
     "slot 256, warps apart, blocks in turn, splits": fast("overlapped", 256, warps=8, stages=2, blocks=2, splits=2),
     "slot 256, warps apart, blocks in turn": fast("overlapped", 256, warps=8, stages=2, blocks=2, group=2),
-    "slot 256, warps apart, no whole blocks": fast("overlapped", 256, warps=8, stages=2, blocks=3),
+    "slot 256, warps apart, no whole blocks": fast("overlapped", 256, warps=8, stages=2, blocks=3, above=5),
+    "slot 256 and 32, warps apart, all blocks in turn": fast(
+        "overlapped", 256, warps=8, stages=2, extra=32, blocks=5, above=3
+    ),
+    "slot 256 and 32, warps apart, all blocks in turn, splits": fast(
+        "overlapped", 256, warps=8, stages=2, extra=32, blocks=2, above=4, splits=2
+    ),
+    "slot 256, warps apart, all blocks in turn": fast("overlapped", 256, warps=8, stages=2, above=2, group=2),
+    "slot 256, warps apart, no whole steps": fast("overlapped", 256, warps=8, stages=2, blocks=2, above=2),
 }
 
 
@@ -185,11 +194,13 @@ def test_hoppers_kernels(plan, format, device, monkeypatch):
     for module in (kernels.project, leveled if "apart" in plan else leveled_apart):
         monkeypatch.delattr(module, "project_in")
         monkeypatch.delattr(module, "project_out")
-    biased, apart, second = "splits" in plan, "apart" in plan, FAST[plan].second
+    biased, apart, first, second = "splits" in plan, "apart" in plan, FAST[plan].first, FAST[plan].second
     inner = 1536 if "in turn" in plan else 384  # steps of all stages, in each split
     hidden = 1280 if apart and "blocks" in plan else 640  # more than one program's
     in_turn = kernels.leveled_launch.in_turn(second, hidden, inner, inner // second.splits)
     assert in_turn == (second.blocks if "in turn" in plan else 1)
+    in_turn = kernels.leveled_launch.in_turn(first, inner, hidden, hidden)
+    assert in_turn == (first.blocks if "all blocks" in plan else 1)
     layer = leveled_layer(format, 6, hidden, inner, biased=biased, device=device, coded=format == "pair8")
     activation = kernels.Activation("clamped", 1.5, 1.702) if biased else kernels.SILU
     batches = [(1, 0.0), (3, 0.0), (150, 0.0), (150, 9.0), *[(300, 0.0), (500, 9.0)] * apart]
@@ -226,19 +237,34 @@ def test_where_a_program_does_blocks_in_turn(sizes, part, change, answer):
     assert kernels.leveled_launch.in_turn(tile, *sizes, part) == answer
 
 
-@pytest.mark.parametrize(("hidden", "inner", "blocks"), [(640, 768, 5), (640, 640, 1), (768, 768, 1)])
+@pytest.mark.parametrize(
+    ("hidden", "inner", "above", "blocks"),
+    [(640, 768, 1, 5), (1280, 768, 3, 5), (640, 640, 1, 1), (768, 768, 3, 1), (768, 640, 1, 1)],
+)
 @pytest.mark.parametrize("extra", [0, 32])
-def test_what_is_launched_for_blocks_in_turn_by_warps_apart(extra, hidden, inner, blocks, launched):
-    plan = fast("overlapped", 256, warps=8, stages=2, extra=extra, blocks=5)
+def test_what_is_launched_for_blocks_in_turn_by_warps_apart(extra, hidden, inner, above, blocks, launched):
+    """Whole blocks, and as many steps as a number of stages, for either projection."""
+    plan = fast("overlapped", 256, warps=8, stages=2, extra=extra, blocks=5, above=3)
     made = weights_of(operands(leveled_layer("pair4", 6, hidden, inner)))
     kernels.forward(made, *batch(20, hidden, 2, 6), plan=plan)
     first, second = (one for one in launched if one[0] in ("project_in", "project_out"))
     assert [file.rpartition(".")[2] for _, file, *_ in (first, second)] == ["leveled_apart"] * 2
-    assert "BLOCKS" not in first[-1]
-    assert second[-1]["BLOCKS"] == blocks
+    assert (first[-1]["BLOCKS"], second[-1]["BLOCKS"]) == (above, blocks)
+    assert first[2][0] % (2 * inner // (64 * above)) == 0
     assert second[2][0] % (2 * hidden // (128 * blocks)) == 0
-    assert second[2][0] * blocks * 128 == first[2][0] * 64 // inner * hidden
-    assert second[-1]["REGISTERS"] == kernels.leveled_launch.COPY_REGISTERS
+    assert second[2][0] * blocks * 128 * inner == first[2][0] * above * 64 * hidden
+    assert first[-1]["REGISTERS"] == second[-1]["REGISTERS"] == kernels.leveled_launch.COPY_REGISTERS
+
+
+def test_what_is_launched_where_no_warps_are_apart(launched):
+    """Gate and up have no blocks in turn."""
+    made = weights_of(operands(leveled_layer("pair4", 6, 640, 768)))
+    kernels.forward(made, *batch(20, 640, 2, 6), plan=fast("overlapped", 64, warps=8, stages=2, blocks=5, above=3))
+    first, second = (one for one in launched if one[0] in ("project_in", "project_out"))
+    assert [file.rpartition(".")[2] for _, file, *_ in (first, second)] == ["leveled"] * 2
+    assert "BLOCKS" not in first[-1]
+    assert second[-1]["BLOCKS"] == 5
+    assert second[2][0] * 5 * 128 * 768 == first[2][0] * 64 * 640
 
 
 @pytest.mark.gpu

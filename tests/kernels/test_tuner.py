@@ -280,12 +280,20 @@ def test_candidates_suit_the_device(sizes, tokens, dense):
 
 
 @pytest.mark.parametrize("format", ["exponent", "pair4", "pair8"])
-@pytest.mark.parametrize(("hidden", "inner", "tried"), [(2048, 768, {1, 2, 4}), (2304, 768, {1, 2}), (2048, 896, {1})])
-def test_blocks_in_turn_by_warps_apart_are_tried(hidden, inner, tried, format):
-    """Where rows and steps are whole."""
+@pytest.mark.parametrize(
+    ("hidden", "inner", "above", "tried"),
+    [
+        (2048, 768, {1, 2, 4}, {1, 2, 4}), (2304, 768, {1, 2, 4}, {1, 2}), (2048, 896, {1, 2}, {1}),
+        (2176, 768, {1}, {1}),
+    ],
+)  # fmt: skip
+def test_blocks_in_turn_by_warps_apart_are_tried(hidden, inner, above, tried, format):
+    """Where rows and steps are whole; of gate and up in few bits."""
     shape = configs.Shape(hidden, inner, 128, 8, False, 4096, format)
     firsts, seconds = candidates(shape, ROOMS["H200"], configs.rule(shape))
-    assert {tile.blocks for tile in firsts} == {1}
+    above = above if format != "exponent" else {1}
+    assert {tile.blocks for tile in firsts if tile.tokens == 256 and tile.warps == 8} == above
+    assert {tile.blocks for tile in firsts if tile.tokens != 256 or tile.warps != 8} == {1}
     assert {tile.blocks for tile in seconds if tile.tokens == 256 and tile.rows == 128} == tried
 
 

@@ -34,7 +34,7 @@ from moefold_kernels.triton.overlapped import (
 COPYING = gl.constexpr(4)
 """Warps that copy."""
 WRITTEN = gl.constexpr(128)
-"""More entries are written by halves between blocks of rows: their gate weights take registers, too."""
+"""More entries are written by halves between blocks of rows: gate weights, or activations, take registers, too."""
 
 
 @gluon.jit
@@ -110,18 +110,27 @@ def write_kept(
 
 
 @gluon.jit
-def _write(sums, kept, begin, end, given, ROWS: gl.constexpr, N: gl.constexpr):
-    out, first_row, hidden, shift, expert, bias, bias_expert, bias_row = given
-    n: gl.constexpr = N // 2 if N > WRITTEN else N
-    mma: gl.constexpr = product_layout(n, gl.num_warps())
+def halves(sums, ROWS: gl.constexpr, N: gl.constexpr):
+    """Sums [ROWS, N] as one part, or (WRITTEN) as the sums of the first and the second half of the entries."""
     parts = (sums,)
     if N > WRITTEN:
-        parts = gl.split(gl.permute(gl.reshape(sums, (ROWS, 2, n)), (0, 2, 1)))
+        mma: gl.constexpr = product_layout(N // 2, gl.num_warps())
+        one, other = gl.split(gl.permute(gl.reshape(sums, (ROWS, 2, N // 2)), (0, 2, 1)))
+        one = gl.convert_layout(one, mma, assert_trivial=True)
+        parts = one, gl.convert_layout(other, mma, assert_trivial=True)
+    return parts
+
+
+@gluon.jit
+def _write(sums, kept, begin, end, given, ROWS: gl.constexpr, N: gl.constexpr):
+    out, first_row, hidden, shift, expert, bias, bias_expert, bias_row = given
+    parts = halves(sums, ROWS, N)
+    n: gl.constexpr = N // len(parts)
+    mma: gl.constexpr = product_layout(n, gl.num_warps())
     for part in gl.static_range(N // n):
         entry = kept[0].slice(n * part, n).load(gl.SliceLayout(0, store_layout(ROWS, gl.num_warps())))
         gates = kept[1].slice(n * part, n).load(gl.SliceLayout(0, mma))
-        ours = gl.convert_layout(parts[part], mma, assert_trivial=True)
         write_outer(
-            ours, out, (entry, gates), begin + n * part, end, first_row, hidden, shift, expert, bias, bias_expert,
-            bias_row, ROWS, n,
+            parts[part], out, (entry, gates), begin + n * part, end, first_row, hidden, shift, expert, bias,
+            bias_expert, bias_row, ROWS, n,
         )  # fmt: skip

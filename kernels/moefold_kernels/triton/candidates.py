@@ -38,7 +38,7 @@ REGISTERS, REGISTERS_OVERLAPPED = 170, 150
 SPARE = 6144
 """Shared memory that Triton takes beside the tiles, at most."""
 IN_TURN = (2, 4)
-"""Blocks of rows that a program of down does in turn, beside one."""
+"""Blocks of rows that a program does in turn, beside one."""
 PROGRAMS = 4
 """Programs for each multiprocessor from which on splitting the columns only adds work."""
 
@@ -91,22 +91,25 @@ def _tiles(shape: Shape, room: Room, side: int) -> Iterator[Tile]:
                     yield limited
                     if idle and columns > STEP and shape.inner >= 1024:  # as many programs as the limit lets run
                         yield replace(limited, splits=2)
-                if side:
-                    yield from _in_turn(tile, shape, leveled)
+                yield from _in_turn(tile, shape, side, leveled)
                 if idle:
                     yield from (replace(tile, splits=splits) for splits in (2, 4) if shape.inner >= 512 * splits)
 
 
-def _in_turn(tile: Tile, shape: Shape, leveled: bool) -> Iterator[Tile]:
-    """The tile with several blocks of rows in turn, where two programs share a multiprocessor, or by warps apart."""
+def _in_turn(tile: Tile, shape: Shape, side: int, leveled: bool) -> Iterator[Tile]:
+    """The tile with several blocks of rows in turn, by warps apart, or of down where two programs share a processor.
+
+    Gate and up have them in few bits only.
+    """
     if tile.paired:
-        tried = leveled and not tile.terms and tile.extra and (tile.warps, tile.group) == (4, 1)
+        tried = side and leveled and not tile.terms and tile.extra and (tile.warps, tile.group) == (4, 1)
     else:
         many = tile.overlapped and tile.tokens >= leveled_launch.MANY and tile.warps == 8
-        tried = many and (leveled or tile.columns == layer.WIDEST)
+        tried = many and (leveled or (side and tile.columns == layer.WIDEST))
     step = STEP if leveled else tile.columns
+    columns, rows = (shape.hidden, shape.inner)[:: -1 if side else 1]
     for several in (replace(tile, blocks=n) for n in IN_TURN if tried):
-        if leveled_launch.in_turn(several, shape.hidden, shape.inner, shape.inner, step) > 1:
+        if leveled_launch.in_turn(several, rows, columns, columns, step) > 1:
             yield several
 
 

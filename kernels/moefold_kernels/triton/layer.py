@@ -214,11 +214,13 @@ def gate_up(
             continue
         if isinstance(kind, Leveled):
             if ordered:
+                made = leveled_launch.prepared(x)
+                in_turn = leveled_launch.inner_in_turn(tile, inner, hidden, made)
                 leveled_launch.gate_up(
-                    grid, leveled_launch.prepared(x), kind, out,
+                    (_programs(table, mode) * blocks(inner, tile.rows * in_turn),), made, kind, out,
                     (tables.order, tables.offsets, table, weights.experts, bias),
                     _narrow(shared | {"x_row": hidden}, tile)
-                    | {"shift": LEVELED, "ACTIVATION": fused, "PLACES": tile.stages},
+                    | {"shift": LEVELED, "ACTIVATION": fused, "PLACES": tile.stages, "BLOCKS": in_turn},
                 )  # fmt: skip
                 continue
             planes, low, bands = _planes(kind, kind.wide, inner, hidden)

@@ -16,7 +16,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from moefold_kernels.triton.apart import COPYING, barriers, entries_and_gates, keep, rows_in, rows_out, write_kept
+from moefold_kernels.triton.apart import (
+    COPYING,
+    barriers,
+    entries_and_gates,
+    halves,
+    keep,
+    rows_in,
+    rows_out,
+    write_kept,
+)
 from moefold_kernels.triton.leveled import TABLE, activate, shift_of, write
 from moefold_kernels.triton.leveled_operands import decoded, read, right, scale_of, tables_of
 from moefold_kernels.triton.leveled_planes import entries_of, in_unit, rows_of
@@ -113,17 +122,21 @@ def _copy(
 
 @gluon.jit
 def _copy_in(
-    buffers, come, free, x, words, low, scale, order, unit, first_row, begin, end, hidden, inner, w_up, top_k, x_row,
-    steps,
-    ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr,
+    given, ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr, FORMAT: gl.constexpr,
+    BLOCKS: gl.constexpr,
 ):  # fmt: skip
     """Copying warps' part of the first projection."""
+    (
+        buffers, come, free, x, words, low, scale, order, unit, first_row, begin, end, hidden, inner, w_up, top_k,
+        x_row, steps,
+    ) = given  # fmt: skip
+    behind = ROWS // BAND * (hidden // STEP) - steps  # as far for gate rows as for up rows
     bases, offsets = _planes(words, low, scale, unit, first_row, inner, hidden, 0, w_up, ROWS, FORMAT, True)
     rest: gl.constexpr = max(EXTRA, 16)
     tokens = rows_in(order, begin, end, top_k, x_row, HALF, TOKENS)
     more = rows_in(order, begin + TOKENS, end, top_k, x_row, HALF, rest)
     _copy(
-        buffers, come, free, bases, 0, offsets, x, tokens, more, steps, TOKENS, EXTRA, PLACES, FORMAT, 1
+        buffers, come, free, bases, behind, offsets, x, tokens, more, steps, TOKENS, EXTRA, PLACES, FORMAT, BLOCKS
     )  # fmt: skip
 
 
@@ -247,17 +260,48 @@ def _multiply_in_turn(
         write_kept(sums, extra, kept, more, first, end, to, ROWS, TOKENS, EXTRA)
 
 
+@gluon.jit
+def _activate_in_turn(
+    buffers, come, free, begin, end, steps, slot, levels, given,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr, ACTIVATION: gl.constexpr,
+    FORMAT: gl.constexpr, BLOCKS: gl.constexpr,
+):  # fmt: skip
+    """The same for blocks of ROWS gate rows and their up rows; the extra sums leave registers first."""
+    out, first_row, inner, shift, experts, place, bias, bias_expert, bias_row, bias_up, limit, alpha = given
+    tables, states = tables_of(levels, TABLE, slot, 2 * ROWS, False, FORMAT)
+    phase = 0
+    for block in range(0, BLOCKS + (end >> 30)):  # as above
+        sums, extra, phase = _products(
+            buffers, come, free, steps, phase, tables, states, 2 * ROWS, TOKENS, EXTRA, PLACES, FORMAT
+        )  # fmt: skip
+        async_copy.mbarrier_arrive(free[2 * PLACES - 1], increment_count=False)
+        shifts = shift_of(levels, shift, FORMAT), shift_of(levels + TABLE, shift, FORMAT)
+        to = out, first_row + block * ROWS, inner, shifts, bias, bias_expert, bias_row, bias_up, limit, alpha
+        first = begin + ((block + end) >> 30)  # as above
+        expert = gl.load(experts + place)
+        if EXTRA:
+            activate(extra, first + TOKENS, end, expert, to, ROWS, EXTRA, ACTIVATION)
+        parts = halves(sums, 2 * ROWS, TOKENS)
+        n: gl.constexpr = TOKENS // len(parts)
+        for part in gl.static_range(TOKENS // n):
+            activate(parts[part], first + n * part, end, expert, to, ROWS, n, ACTIVATION)
+
+
 @gluon.jit(do_not_specialize=["top_k", "capacity", "bias_expert", "bias_row", "bias_up", "limit", "alpha"])
 def project_in(
     x, words, low, scale, levels, out, order, offsets, tiles, experts, bias,
     hidden, inner, top_k, capacity, x_row, w_up, shift, bias_expert, bias_row, bias_up, limit, alpha,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, GROUP: gl.constexpr, PLACES: gl.constexpr,
-    ACTIVATION: gl.constexpr, FORMAT: gl.constexpr, REGISTERS: gl.constexpr,
+    ACTIVATION: gl.constexpr, FORMAT: gl.constexpr, REGISTERS: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
-    """leveled.project_in for one slot; copying warps have so many REGISTERS a thread."""
+    """leveled.project_in for one slot; copying warps have so many REGISTERS a thread.
+
+    A program does BLOCKS times ROWS gate rows and their up rows, one after another; where that is more than one,
+    `inner` is a number of them, and `hidden` of PLACES steps.
+    """
     slot = gl.program_id(0) % 2
     after_the_one_before()
-    tile, first_row = share(gl.program_id(0) // 2, gl.cdiv(inner, ROWS), ROWS, GROUP)
+    tile, first_row = share(gl.program_id(0) // 2, gl.cdiv(inner, BLOCKS * ROWS), BLOCKS * ROWS, GROUP)
     unit = gl.load(tiles + tile)
     if unit < 0:
         return
@@ -274,42 +318,56 @@ def project_in(
     half: gl.constexpr = max(TOKENS // 2, 8)
     quarter: gl.constexpr = max(TOKENS // 4, 8)
     if EXTRA and end - begin > TOKENS:
-        _in(buffers, given, ROWS, TOKENS, EXTRA, PLACES, ACTIVATION, FORMAT, REGISTERS)
+        _in(buffers, given, ROWS, TOKENS, EXTRA, PLACES, ACTIVATION, FORMAT, REGISTERS, BLOCKS)
     elif end - begin > half:
-        _in(buffers, given, ROWS, TOKENS, 0, PLACES, ACTIVATION, FORMAT, REGISTERS)
+        _in(buffers, given, ROWS, TOKENS, 0, PLACES, ACTIVATION, FORMAT, REGISTERS, BLOCKS)
     elif end - begin > quarter:
-        _in(buffers, given, ROWS, half, 0, PLACES, ACTIVATION, FORMAT, REGISTERS)
+        _in(buffers, given, ROWS, half, 0, PLACES, ACTIVATION, FORMAT, REGISTERS, BLOCKS)
     else:
-        _in(buffers, given, ROWS, quarter, 0, PLACES, ACTIVATION, FORMAT, REGISTERS)
+        _in(buffers, given, ROWS, quarter, 0, PLACES, ACTIVATION, FORMAT, REGISTERS, BLOCKS)
 
 
 @gluon.jit
 def _in(
     buffers, given, ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
-    ACTIVATION: gl.constexpr, FORMAT: gl.constexpr, REGISTERS: gl.constexpr,
+    ACTIVATION: gl.constexpr, FORMAT: gl.constexpr, REGISTERS: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
     (
         come, free, x, words, low, scale, order, unit, first_row, begin, end, hidden, inner, w_up, top_k, x_row, slot,
         place, levels, out, shift, experts, bias, bias_expert, bias_row, bias_up, limit, alpha,
     ) = given  # fmt: skip
     steps = hidden // STEP
-    sums, extra = gl.warp_specialize(
-        [
-            (_multiply, (
-                buffers, come, free, steps, slot, levels, TABLE, 2 * ROWS, TOKENS, EXTRA, PLACES, FORMAT,
-            )),
-            (_copy_in, (
-                buffers, come, free, x, words, low, scale, order, unit, first_row, begin, end, hidden, inner, w_up,
-                top_k, x_row, steps, ROWS, TOKENS, EXTRA, PLACES, FORMAT,
-            )),
-        ],
-        [COPYING], [REGISTERS],
+    copied = (
+        buffers, come, free, x, words, low, scale, order, unit, first_row, begin, end, hidden, inner, w_up, top_k,
+        x_row, steps,
     )  # fmt: skip
-    shifts = shift_of(levels, shift, FORMAT), shift_of(levels + TABLE, shift, FORMAT)
-    given = out, first_row, inner, shifts, bias, bias_expert, bias_row, bias_up, limit, alpha
-    activate(sums, begin, end, gl.load(experts + place), given, ROWS, TOKENS, ACTIVATION)
-    if EXTRA:
-        activate(extra, begin + TOKENS, end, gl.load(experts + place), given, ROWS, EXTRA, ACTIVATION)
+    if BLOCKS > 1:
+        to = out, first_row, inner, shift, experts, place, bias, bias_expert, bias_row, bias_up, limit, alpha
+        gl.warp_specialize(
+            [
+                (_activate_in_turn, (
+                    buffers, come, free, begin, end, steps, slot, levels, to, ROWS, TOKENS, EXTRA, PLACES, ACTIVATION,
+                    FORMAT, BLOCKS,
+                )),
+                (_copy_in, (copied, ROWS, TOKENS, EXTRA, PLACES, FORMAT, BLOCKS)),
+            ],
+            [COPYING], [REGISTERS],
+        )  # fmt: skip
+    else:
+        sums, extra = gl.warp_specialize(
+            [
+                (_multiply, (
+                    buffers, come, free, steps, slot, levels, TABLE, 2 * ROWS, TOKENS, EXTRA, PLACES, FORMAT,
+                )),
+                (_copy_in, (copied, ROWS, TOKENS, EXTRA, PLACES, FORMAT, BLOCKS)),
+            ],
+            [COPYING], [REGISTERS],
+        )  # fmt: skip
+        shifts = shift_of(levels, shift, FORMAT), shift_of(levels + TABLE, shift, FORMAT)
+        given = out, first_row, inner, shifts, bias, bias_expert, bias_row, bias_up, limit, alpha
+        activate(sums, begin, end, gl.load(experts + place), given, ROWS, TOKENS, ACTIVATION)
+        if EXTRA:
+            activate(extra, begin + TOKENS, end, gl.load(experts + place), given, ROWS, EXTRA, ACTIVATION)
 
 
 @gluon.jit(do_not_specialize=["capacity", "bias_expert", "bias_row"])

@@ -10,7 +10,7 @@ and in place of the first, in the few-bit pair formats (layout_pairs.py), whose 
     {experts}.{pair}.gate_proj.packed_weight_low     [inner, words] int32: the other bits of the levels; not of pair4
     {experts}.{pair}.gate_proj.packed_weight_group   [inner, groups] int16: the bits of the scales, which are bf16
 
-or, of a matrix that lies in bands, [inner / 64, 64 * words] and so on (layout_pairs.stored).
+or, of a matrix that lies in bands, [inner / 16, 16 * words] and so on (layout_pairs.stored).
 
 `{experts}` is the prefix that the source's own files use, and so are the matrices' names (Mixtral: w1, w3, w2). The
 names are 2-D and per pair because vLLM's loader takes them for experts; the suffix must not begin with `weight`, on

@@ -35,13 +35,13 @@ that are no fp8 numbers lie on eight straight pieces of four (`pieces`), as the 
 Rows are padded to whole groups of 64 columns with clear bits, which decode to what nobody asked for: readers cut. So
 each plane's rows are multiples of 8 bytes (the nibble plane's: of 32), and a split between groups cuts no word.
 
-In files and on devices a plane of a matrix whose rows are a number of 64 and whose columns a number of 128 lies in
-bands (`banded`): a band is 64 rows, and holds their first 128 columns, one row's words (or bits, or two scales) behind
-another's, then the next 128 columns, and so on. What a kernel reads in one step then lies in one piece, of 64 x 128
-positions; in rows it would be 64 pieces of 64 bytes, which memory gives more slowly (docs/kernels.md). Such a plane has
-a line for each band instead of each row, [.., rows / 64, 64 * words], so that a part of the bands is a part of the
-rows, and a part of each band's words, where it has whole 128 columns, one of the columns. Other matrices lie in rows.
-(In versions before, all did.)
+In files and on devices a plane of a matrix whose rows are a number of 16 and whose columns a number of 128 lies in
+bands (`banded`): a band is 16 rows, and holds their first 128 columns, one row's words (or bits, or two scales) behind
+another's, then the next 128 columns, and so on. What a kernel reads in one step then lies in pieces of 16 x 128
+positions, 1 KB of words each; in rows it would be pieces of 64 bytes, which memory gives more slowly (docs/kernels.md).
+Such a plane has a line for each band instead of each row, [.., rows / 16, 16 * words], so that a part of the bands is a
+part of the rows, and a part of each band's words, where it has whole 128 columns, one of the columns. Other matrices
+lie in rows. (In versions before, all did.)
 
 A row that is not in a checkpoint yet is one record of 16-bit integers: the nibble plane's (low halves first), those of
 the other plane, the scales' bits. In files and on devices they are three tensors, and the scales are int16 there, too:
@@ -68,7 +68,7 @@ VERSIONS = {"pair4": 2, "pair5": 2, "pair6": 2, "pair8": 3}
 GROUP = 64
 """Columns of a row that share a scale."""
 
-BAND, STEP = 64, 128
+BAND, STEP = 16, 128
 """Rows of a band, and columns of which it holds one piece after another."""
 
 WORD = 32

@@ -69,9 +69,9 @@ def test_names_and_shapes():
 def test_shapes_in_bands():
     """A matrix is in bands or not by its own rows and columns."""
     shapes = dict(layer("pair6").shapes(inner=192, hidden=256))
-    assert shapes["layers.3.experts.1.gate_proj.packed_weight"] == (3, 64 * 32)
-    assert shapes["layers.3.experts.1.gate_proj.packed_weight_low"] == (3, 64 * 16)
-    assert shapes["layers.3.experts.1.gate_proj.packed_weight_group"] == (3, 64 * 4)
+    assert shapes["layers.3.experts.1.gate_proj.packed_weight"] == (12, 16 * 32)
+    assert shapes["layers.3.experts.1.gate_proj.packed_weight_low"] == (12, 16 * 16)
+    assert shapes["layers.3.experts.1.gate_proj.packed_weight_group"] == (12, 16 * 4)
     assert shapes["layers.3.experts.0.down_proj.packed_weight"] == (256, 24)  # 192 columns
     assert shapes["layers.3.experts.0.down_proj.weight"] == (256, 192)
 

@@ -50,7 +50,7 @@ def test_bands_are_read_saved_and_decoded(made, format, sizes, tmp_path):
     assert torch.equal(logits(model), logits(right))
     hidden, inner = SIZES[sizes].values()
     module = stock_experts(model)[0]
-    lines, bands = (2 * inner, 2 * inner // 64), (hidden, hidden // 64)
+    lines, bands = (2 * inner, 2 * inner // layout_pairs.BAND), (hidden, hidden // layout_pairs.BAND)
     assert module.gate_up_packed.shape[1] == lines[hidden % 128 == 0]
     assert module.down_packed.shape[1] == bands[inner % 128 == 0]
     assert (module.inner, module.hidden, module.split) == (inner, hidden, False)
@@ -230,14 +230,14 @@ except moefold_kernels.FormatError as error:
 @pytest.mark.parametrize(
     ("hidden", "inner", "word"),
     [
-        (96, 128, "EQUAL"),  # by rows: 64 columns of down for each
+        (72, 128, "EQUAL"),  # by rows: 64 columns of down for each
         (64, 96, "REFUSED"),  # 48 of a group
         (128, 256, "EQUAL"),  # in bands: 128 columns
         (64, 256, "EQUAL"),  # down in bands, gate and up by rows
         (128, 128, "REFUSED"),  # 64 columns of what lies in steps of 128
         (64, 128, "REFUSED"),  # the same, of down alone
-        (128, 64, "REFUSED"),  # one band of gate and up for two
-        (128, 192, "REFUSED"),  # three
+        (128, 64, "REFUSED"),  # 32 of a group; gate and up are in bands
+        (128, 192, "REFUSED"),  # 96 columns, a group and a half
         (128, 384, "REFUSED"),  # three steps of down
     ],
 )

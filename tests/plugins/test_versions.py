@@ -32,7 +32,7 @@ PINNED = {
     "pack.pair5": (4, "55ed4fba94fe4c07"),
     "pack.pair4": (4, "e3de4b736eaab8f2"),
     "text.mix": (1, "176fcec209b466cd"),
-    "save": (2, "f5f80e993cb0e536"),
+    "save": (2, "f3f13928835f4221"),
 }
 
 

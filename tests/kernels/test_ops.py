@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layers import assert_near, batch, expected, operands, random_layer
+from layers import assert_near, batch, expected, leveled_layer, operands, random_layer
 from torch import library
 
 from moefold_kernels import BackendError, FormatError
@@ -27,6 +27,18 @@ def test_torch_checks_them(made):
     library.opcheck(ops.experts, (x, index, weights, *given, *SILU, torch.float32))
     library.opcheck(ops.gate_up, (x, index, *given))
     rows = torch.ops.moefold.gate_up(x, index, *given)[:, :24].contiguous()
+    library.opcheck(ops.down, (rows, index, weights, *given, torch.bfloat16))
+
+
+@pytest.mark.parametrize(("hidden", "inner"), [(128, 256), (128, 192), (64, 192)])
+def test_few_bits_are_registered_as_they_should_be(hidden, inner, device):
+    """In bands, gate and up in bands, and by rows: the fake implementation has as many columns as there are."""
+    layer = leveled_layer("pair5", 6, hidden, inner, device=device)
+    x, index, weights = (t.to(device) for t in batch(5, hidden, 2, 6))
+    given = operands(layer)
+    library.opcheck(ops.experts, (x, index, weights, *given, *SILU, torch.float32))
+    library.opcheck(ops.gate_up, (x, index, *given))
+    rows = torch.randn(10, inner, device=device).bfloat16()
     library.opcheck(ops.down, (rows, index, weights, *given, torch.bfloat16))
 
 

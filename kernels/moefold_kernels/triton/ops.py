@@ -19,7 +19,7 @@ from torch import Tensor, library
 from moefold_kernels.errors import BackendError, FormatError
 from moefold_kernels.triton import layer
 from moefold_kernels.triton.layer import Activation
-from moefold_kernels.triton.operands import Operands, check, sample, sizes, weights
+from moefold_kernels.triton.operands import Operands, check, sizes, weights
 
 
 @library.custom_op("moefold::experts", mutates_args=())
@@ -152,7 +152,8 @@ def _(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest: Any) ->
 def _(hidden: Tensor, top_k_index: Tensor, *rest: Any) -> Tensor:
     operands = Operands(*rest)
     check(operands, hidden, top_k_index)
-    return hidden.new_empty(top_k_index.numel(), sample(operands)[0].shape[1], dtype=torch.bfloat16)
+    _, inner = sizes(operands)
+    return hidden.new_empty(top_k_index.numel(), inner * (1 + operands.gated), dtype=torch.bfloat16)
 
 
 @library.register_fake("moefold::down")

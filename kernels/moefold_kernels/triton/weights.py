@@ -38,7 +38,7 @@ class Projections(NamedTuple):
 class Planes(NamedTuple):
     """One fused matrix of every pair in a few-bit format, as layout_pairs.py has it, contiguous."""
 
-    words: Tensor  # [pair, rows, words] int32, or [pair, rows / 64, 64 * words]; the others alike
+    words: Tensor  # [pair, rows, words] int32, or [pair, rows / 16, 16 * words]; the others alike
     low: Tensor | None  # [pair, rows, words] int32; pair4 has none
     scale: Tensor  # [pair, rows, groups] int16
 

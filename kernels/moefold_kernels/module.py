@@ -34,7 +34,7 @@ class PackedModule(RoutedModule):
     """What a packed experts module has beside its stock class; never instantiated by itself."""
 
     packed_layer: PackedLayer
-    gate_up_packed: Tensor  # [pair, 2 * inner, hidden] int16, gate rows before up rows (few-bit: words, or in bands)
+    gate_up_packed: Tensor  # [pair, 2 * inner, hidden] int16, gate before up (few bits: int32, by rows or in bands)
     down_packed: Tensor  # [pair, hidden, inner] int16; few-bit formats have .._low and .._group as well
     full_inner: int
     """The experts' inner width; on one of several ranks it may be less."""

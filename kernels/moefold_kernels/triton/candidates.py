@@ -37,7 +37,7 @@ REGISTERS, REGISTERS_OVERLAPPED = 170, 150
 """Sums a thread may hold: of its 255 registers the rest goes to operands and pointers (two sets when overlapped)."""
 SPARE = 6144
 """Shared memory that Triton takes beside the tiles, at most."""
-IN_TURN = (2, 4)
+IN_TURN = (2, 3, 4)
 """Blocks of rows that a program does in turn, beside one."""
 PROGRAMS = 4
 """Programs for each multiprocessor from which on splitting the columns only adds work."""

@@ -136,7 +136,7 @@ def project(
             b1, b_live1 = _columns(source, order, begin1 + TOKENS, end1, k, top_k, row, second, EXTRA)
         sums, sums1, extra, extra1 = both_slots(
             w, (words,), a, a1, live, live1, b, b1, b_live, b_live1, length,
-            height, COLUMNS, TOKENS, EXTRA, -1, True, ASM, UPCAST,
+            height, COLUMNS, TOKENS, EXTRA, -1, False, True, ASM, UPCAST,
         )  # fmt: skip
         other = tl.load(experts + place + 1)
         _write(
@@ -152,8 +152,9 @@ def project(
             )  # fmt: skip
     else:
         sums, extra = one_slot(
-            w, (words,), a, live, b, b_live, slot, length, height, COLUMNS, TOKENS, EXTRA, MODE, -1, True, ASM, UPCAST
-        )
+            w, (words,), a, live, b, b_live, slot, length,
+            height, COLUMNS, TOKENS, EXTRA, MODE, -1, False, True, ASM, UPCAST,
+        )  # fmt: skip
     expert = tl.load(experts + place)
     _write(
         sums, between, parts, order, weights, begin, end, block, second, hidden, inner, expert, gate_shift,

@@ -36,7 +36,7 @@ class Operands(NamedTuple):
     """Of the pairs. In the few-bit formats (layout_pairs.py) `..._packed` are the nibble planes, int32, with"""
     gate_up_low: Tensor | None = None  # [pair, 2 * inner, words] int32, or in bands; not in pair4
     down_low: Tensor | None = None
-    gate_up_scale: Tensor | None = None  # [pair, 2 * inner, groups] int16
+    gate_up_scale: Tensor | None = None  # [pair, 2 * inner, groups] int16, or in bands
     down_scale: Tensor | None = None
     levels: Tensor | None = None  # [3, INTEGERS] int32: levels.py, of gate, up and down
     coded: bool = False

@@ -109,7 +109,8 @@ def _load(pointers, k, live, EVEN: tl.constexpr, length):
 def one_slot(
     w, planes, x, live, more, more_live, slot, length,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, EXTRA: tl.constexpr,
-    MODE: tl.constexpr, LOW: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
+    MODE: tl.constexpr, LOW: tl.constexpr, BANDS: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One slot's weights [ROWS, length] times x [length, TOKENS] and more [length, EXTRA], by their first pointers.
 
@@ -122,7 +123,7 @@ def one_slot(
     for start in tl.range(0, length, COLUMNS):
         a = _load(x, k, live, EVEN, length - start)
         if MODE != DENSE and LOW >= 0:
-            tile = levels_slot(w, planes, start + k, k < length - start, slot, LOW)
+            tile = levels_slot(w, planes, start + k, k < length - start, slot, LOW, BANDS)
         else:
             tile = _words(w, k, EVEN, length - start)
             if MODE != DENSE:
@@ -147,7 +148,7 @@ def one_slot(
 def both_slots(
     w, planes, x0, x1, live0, live1, more0, more1, more_live0, more_live1, length,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, EXTRA: tl.constexpr,
-    LOW: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
+    LOW: tl.constexpr, BANDS: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The same for both slots of a pair, each with tokens of its own, from one reading of the words."""
     tl.assume(length > 0)
@@ -160,7 +161,7 @@ def both_slots(
         a0 = _load(x0, k, live0, EVEN, length - start)
         a1 = _load(x1, k, live1, EVEN, length - start)
         if LOW >= 0:
-            first, second = levels_both(w, planes, start + k, k < length - start, LOW)
+            first, second = levels_both(w, planes, start + k, k < length - start, LOW, BANDS)
         else:
             first, second = decode_both(_words(w, k, EVEN, length - start), ASM)
         if EXTRA:
@@ -270,11 +271,11 @@ def project_in(
     k = tl.arange(0, COLUMNS)
     if LOW < 0 or MODE == DENSE:
         w += unit.to(tl.int64) * w_unit + k[None, :]
-        planes = (words, None, None, None, None, 0, False)
+        planes = (words, None, None, None, None, 0)
     else:
         above = tl.where(stacked % 16 >= 8, 1, 0) if GATED else stacked * 0 + 1
         w = unit.to(tl.int64) * (2 if GATED else 1) * inner + row + (above * inner if GATED else 0)
-        planes = (words, low, scale, levels + above * TABLE, hidden, 0, BANDS)
+        planes = (words, low, scale, levels + above * TABLE, hidden, 0)
     a, live = _tokens(x, order, begin, end, k, top_k, x_row, TOKENS)
     b, b_live = a, live
     if EXTRA:
@@ -287,7 +288,7 @@ def project_in(
             b1, b_live1 = _tokens(x, order, begin1 + TOKENS, end1, k, top_k, x_row, EXTRA)
         sums, sums1, extra, extra1 = both_slots(
             w, planes, a, a1, live, live1, b, b1, b_live, b_live1, hidden,
-            height, COLUMNS, TOKENS, EXTRA, LOW, EVEN, ASM, UPCAST,
+            height, COLUMNS, TOKENS, EXTRA, LOW, BANDS, EVEN, ASM, UPCAST,
         )  # fmt: skip
         other = tl.load(experts + place + 1)
         write_inner(
@@ -301,8 +302,9 @@ def project_in(
             )  # fmt: skip
     else:
         sums, extra = one_slot(
-            w, planes, a, live, b, b_live, slot, hidden, height, COLUMNS, TOKENS, EXTRA, MODE, LOW, EVEN, ASM, UPCAST
-        )
+            w, planes, a, live, b, b_live, slot, hidden,
+            height, COLUMNS, TOKENS, EXTRA, MODE, LOW, BANDS, EVEN, ASM, UPCAST,
+        )  # fmt: skip
     expert = tl.load(experts + place)
     write_inner(
         sums, out, begin, end, block, inner, expert, gate_shift, up_shift,
@@ -363,10 +365,10 @@ def project_out(
     k = skipped + tl.arange(0, COLUMNS)
     if LOW < 0 or MODE == DENSE:
         w = words + unit.to(tl.int64) * w_unit + row.to(tl.int64)[:, None] * w_row + k[None, :]
-        planes = (words, None, None, None, None, 0, False)
+        planes = (words, None, None, None, None, 0)
     else:
         w = unit.to(tl.int64) * hidden + row
-        planes = (words, low, scale, levels + 2 * TABLE + row * 0, inner, skipped, BANDS)
+        planes = (words, low, scale, levels + 2 * TABLE + row * 0, inner, skipped)
     out += tl.program_id(1).to(tl.int64) * out_split
     if CHAIN and (
         LOW < 0 or MODE == DENSE
@@ -385,7 +387,7 @@ def project_out(
             b1, b_live1 = _positions(x, begin1 + TOKENS, end1, k, inner, EXTRA)
         sums, sums1, extra, extra1 = both_slots(
             w, planes, a, a1, live, live1, b, b1, b_live, b_live1, length,
-            ROWS, COLUMNS, TOKENS, EXTRA, LOW, EVEN, ASM, UPCAST,
+            ROWS, COLUMNS, TOKENS, EXTRA, LOW, BANDS, EVEN, ASM, UPCAST,
         )  # fmt: skip
         other = tl.load(experts + place + 1)
         write_outer(
@@ -399,8 +401,9 @@ def project_out(
             )  # fmt: skip
     else:
         sums, extra = one_slot(
-            w, planes, a, live, b, b_live, slot, length, ROWS, COLUMNS, TOKENS, EXTRA, MODE, LOW, EVEN, ASM, UPCAST
-        )
+            w, planes, a, live, b, b_live, slot, length,
+            ROWS, COLUMNS, TOKENS, EXTRA, MODE, LOW, BANDS, EVEN, ASM, UPCAST,
+        )  # fmt: skip
     expert = tl.load(experts + place)
     write_outer(
         sums, out, order, weights, begin, end, block, hidden, expert, shift,

@@ -1,0 +1,87 @@
+"""Kernels compile for the GPUs that they are for: Triton needs none for it, and its interpreter takes more than it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton")
+
+BUILD = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+POINTERS = {
+    "x": "*bf16", "words": "*i32", "low": "*i32", "scale": "*i16", "levels": "*i32", "out": "*bf16", "order": "*i32",
+    "offsets": "*i32", "tiles": "*i32", "experts": "*i32", "weights": "*fp32", "factors": "*fp32",
+    "token_factors": "*fp32",
+}
+FLOATS = ("shift", "gate_shift", "up_shift", "limit", "alpha")
+WHOLE = ("hidden", "inner", "x_row", "w_up", "part", "out_split", "w_unit", "w_row")
+
+def build(source, function, constants, pointers, arch, **options):
+    names, signature, divisible = function.arg_names, {}, {}
+    constants = {name: value for name, value in constants.items() if name in names}
+    for place, name in enumerate(names):
+        kind = "fp32" if name in FLOATS else "i32"
+        signature[name] = "constexpr" if name in constants else (POINTERS | pointers).get(name, kind)
+        if name not in constants and (name in POINTERS or name in WHOLE):
+            divisible[(place,)] = [["tt.divisibility", 16]]
+    held = {(names.index(name),): value for name, value in constants.items()}
+    triton.compile(source(function, signature, held, divisible), target=GPUTarget("cuda", arch, 32), options=options)
+    print(function.__name__, arch, constants.get("FORMAT", constants.get("LOW")), "compiled", flush=True)
+"""
+
+PLAIN = """
+from moefold_kernels.triton import project
+
+given = dict(
+    bias=None, ROWS=64, COLUMNS=32, TOKENS=16, GROUP=1, EXTRA=0, EVEN=True, UPCAST=False, CHAIN=False, LINES=1,
+    GATED=True, ACTIVATION=1, GUESS=False, ASM=True,
+)
+for arch, mode, low, bands in (
+    (80, project.PAIR, -1, False), (80, project.PAIR, 2, True), (80, project.SLOT, 4, True),
+    (80, project.SLOT, 1, False), (90, project.PAIR, 0, True), (90, project.SLOT, 2, False),
+):
+    words = {} if low >= 0 else {"words": "*i16"}
+    planes = {} if low >= 0 else dict(low=None, scale=None, levels=None)
+    for function in (project.project_in, project.project_out):
+        build(
+            ASTSource, function, given | planes | dict(MODE=mode.value, LOW=low, BANDS=bands), words, arch, num_warps=4,
+            num_stages=2,
+        )
+"""
+
+HOPPER = """
+from triton.experimental.gluon._runtime import GluonASTSource
+from moefold_kernels.triton import e4m3, leveled, leveled_apart, overlapped_apart
+
+terms = dict(x="*fp8e4nv", scale="*i32", weights="*bf16")
+given = dict(bias=None, GROUP=1, EXTRA=0, ACTIVATION=1)
+few = given | dict(ROWS=64, TOKENS=8, PLACES=2, FORMAT="pair5", PAIRED=True, HALVES=2, WHOLE=True)
+build(GluonASTSource, e4m3.project_in, few, terms, 90, num_warps=8)
+build(GluonASTSource, e4m3.project_out, few | dict(ROWS=128), terms, 90, num_warps=8)
+many = given | dict(ROWS=64, TOKENS=64, EXTRA=16, PLACES=2, FORMAT="pair6", PAIRED=True, BLOCKS=2)
+build(GluonASTSource, leveled.project_out, many, dict(scale="*i32", weights="*bf16"), 90, num_warps=4)
+most = given | dict(TOKENS=256, EXTRA=32, PLACES=2, FORMAT="pair8", BLOCKS=2, REGISTERS=104)
+build(GluonASTSource, leveled_apart.project_in, most | dict(ROWS=64), dict(scale="*i32"), 90, num_warps=8)
+words = dict(words="*i16", weights="*bf16")
+one = given | dict(ROWS=128, COLUMNS=64, TOKENS=256, EXTRA=32, PLACES=4, BLOCKS=2, REGISTERS=112)
+build(GluonASTSource, overlapped_apart.project_out, one, words, 90, num_warps=8)
+"""
+
+
+@pytest.mark.parametrize(("code", "count"), [(PLAIN, 12), (HOPPER, 5)], ids=["plain", "Hopper's"])
+def test_kernels_compile_without_a_gpu(code, count, tmp_path):
+    (tmp_path / "build.py").write_text(BUILD + code)
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "build.py")], capture_output=True, text=True, check=False,
+        env=clean | {"TRITON_CACHE_DIR": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert done.stdout.count(" compiled") == count, done.stdout + done.stderr[-3000:]

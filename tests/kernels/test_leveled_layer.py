@@ -168,10 +168,10 @@ def test_operands_of_which_some_lie_in_rows():
     layer = leveled_layer("pair6", 4, 128, 128)
     good, arguments = operands(layer), batch(3, 128, 2, 4)
     for change, said in (
-        ({"down_low": good.down_low.view(2, 128, 8)}, r"down_low is \[2, 128, 8\] .* want \[2, 2, 512\]"),
+        ({"down_low": good.down_low.view(2, 128, 8)}, r"down_low is \[2, 128, 8\] .* want \[2, 8, 128\]"),
         (
             {"gate_up_scale": good.gate_up_scale.view(2, 256, 2)},
-            r"gate_up_scale is \[2, 256, 2\] .* want \[2, 4, 128\]",
+            r"gate_up_scale is \[2, 256, 2\] .* want \[2, 16, 32\]",
         ),
         ({"down_packed": good.down_packed.view(2, 128, 16)}, "no nibble planes of one layer"),
     ):

@@ -127,10 +127,7 @@ def banded(rows: int, columns: int) -> bool:
 
 def stored(format: str, rows: int, columns: int) -> dict[str, tuple[int, int]]:
     """The shapes of a matrix's planes as they lie in files and on devices."""
-    found = planes(format, columns)
-    if not banded(rows, columns):
-        return {name: (rows, width) for name, width in found.items()}
-    return {name: (rows // BAND, BAND * width) for name, width in found.items()}
+    return {name: _lines(rows, columns, width) for name, width in planes(format, columns).items()}
 
 
 def layer_sizes(up: Sequence[int], down: Sequence[int]) -> tuple[int, int]:
@@ -161,7 +158,11 @@ def from_bands(plane: Tensor, columns: int) -> Tensor:
 
 def _words(rows: int, columns: int) -> tuple[int, int]:
     """`stored` of the nibble plane, which is the same in every format."""
-    width = word_columns(columns, NIBBLE)
+    return _lines(rows, columns, word_columns(columns, NIBBLE))
+
+
+def _lines(rows: int, columns: int, width: int) -> tuple[int, int]:
+    """The shape of a plane of a matrix, which has so many words a row."""
     return (rows // BAND, BAND * width) if banded(rows, columns) else (rows, width)
 
 

@@ -26,6 +26,8 @@ from moefold_kernels.routed import RoutedModule, bias_names, check_outputs, put,
 
 GATE_UP_PACKED, DOWN_PACKED = "gate_up_packed", "down_packed"
 GATE_UP_DENSE, DOWN_DENSE = "gate_up_dense", "down_dense"
+KEPT = ("packed_layer", "arrived", "known_activation", "fallback", "_decoded", "full_inner", "hidden", "whole", "coded")
+"""What a packed module has beside parameters and buffers."""
 ENDS = {"words": "packed", "low": "low", "scale": "group", "dense": "dense"}
 """What the parameters hold -> how their names end, after gate_up_ and down_; none begins with another (5.17)."""
 
@@ -46,6 +48,8 @@ class PackedModule(RoutedModule):
     places: Tensor  # [expert] int32: where its weights are
     placed: Tensor  # [place] int32: the inverse
     levels: Tensor  # [3, INTEGERS] int32: levels.py; only in few-bit formats
+    whole: tuple[tuple[int, int], tuple[int, int]]
+    """Lines and widths of gate_up_packed and down_packed, where they are not split over ranks."""
     coded: bool
     """Whether all levels are e4m3 numbers times a factor (levels.coded): looked at once, and not while it is traced."""
     known_activation: Known
@@ -79,7 +83,7 @@ class PackedModule(RoutedModule):
     @property
     def split(self) -> bool:
         """Whether this is one of several ranks, with a part of what is packed."""
-        return self._shapes() != part_shapes(self.packed_layer, self.full_inner, self.hidden)
+        return (tuple(self.gate_up_packed.shape[1:]), tuple(self.down_packed.shape[1:])) != self.whole
 
     def _banded(self, rows: int, columns: int) -> bool:
         return self.packed_layer.format != layout.EXPONENT and layout_pairs.banded(rows, columns)
@@ -182,7 +186,8 @@ def pack_module(module: nn.Module, layer: PackedLayer, where: str) -> None:
         resize(module, bias_names(module), layer.experts)
     inner, hidden = stock_sizes(flags.is_transposed, down)
     rows = (2 if layer.gated else 1) * inner
-    for name, shape in part_shapes(layer, inner, hidden).items():
+    shapes = part_shapes(layer, inner, hidden)
+    for name, shape in shapes.items():
         kind = torch.int16 if layer.format == layout.EXPONENT or name in part_names("scale") else torch.int32
         words = torch.empty(len(layer.pairs), *shape, dtype=kind, device=down.device)
         module.register_parameter(name, nn.Parameter(words, requires_grad=False))
@@ -192,7 +197,8 @@ def pack_module(module: nn.Module, layer: PackedLayer, where: str) -> None:
     module.register_buffer("dtype_like", torch.empty(0, dtype=down.dtype, device=down.device), persistent=False)
     module.__class__ = _packed_class(cast(Any, type(module)), gate_up_name(layer))
     flags.packed_layer, flags.arrived, flags._decoded = layer, set(), None
-    flags.full_inner, flags.hidden, flags.coded = inner, hidden, coded(layer.format, layer.levels)
+    flags.full_inner, flags.hidden, flags.whole = inner, hidden, (shapes[GATE_UP_PACKED], shapes[DOWN_PACKED])
+    flags.coded = coded(layer.format, layer.levels)
     flags.known_activation, flags.fallback = recognise_module(module), None
     flags.add_tables(down.device)
     flags._is_hf_initialized = True  # stock initialisation would write normal numbers over the words
@@ -208,16 +214,7 @@ def unpack_module(module: PackedModule, dtype: torch.dtype | None = None) -> Non
     for name in (name for part in ENDS for name in part_names(part)):
         module._parameters.pop(name, None)
     module.drop_tables("dtype_like")
-    for name in (
-        "packed_layer",
-        "arrived",
-        "known_activation",
-        "fallback",
-        "_decoded",
-        "full_inner",
-        "hidden",
-        "coded",
-    ):
+    for name in KEPT:
         del module.__dict__[name]
     module.__class__ = module.stock_class  # type: ignore[assignment]  # back to what pack_module found
     for name, value in values.items():

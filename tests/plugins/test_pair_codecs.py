@@ -223,6 +223,10 @@ def test_what_is_saved_loads_as_packed(family, name, sizes, tmp_path):
         packed = layers[layer.number]
         lines, _ = again.header(again.packed_layers[layer.number].packed(0, "down_proj"))[0]
         assert lines == (128 // layout_pairs.BAND if sizes else source.layer(layer.number).experts().down.shape[1])
+        if sizes:
+            assert (
+                again.header(again.packed_layers[layer.number].packed(0, "up_proj"))[0][0] == 128 // layout_pairs.BAND
+            )
         shapes = [weights.shape[1:] for weights in layer.experts().matrices().values()]
         held = 3 * sum(layout_pairs.size(name, *shape) for shape in shapes)
         assert packed.bytes() == held + 2 * sum(2 * rows * columns for rows, columns in shapes)  # scales are counted

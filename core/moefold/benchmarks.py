@@ -76,6 +76,7 @@ def run(
         chosen, rivals = _cases(shapes, tokens, routing, hit, free, place), _contenders(contenders, place)
         if to and not to.absolute().parent.is_dir():
             raise InputError(f"--json {to}: there is no such directory; name a file in one that exists")
+        _compile(chosen, rivals, place)
         bench, entries, wrong = Bench(place), [], 0
         try:
             for case, contender in ((case, contender) for case in chosen for contender in rivals):
@@ -164,6 +165,20 @@ def _contenders(names: str, device: torch.device) -> list[Contender]:
         else:
             err.print(f"left out: {contender.name}: {reason}", highlight=False, markup=False, soft_wrap=True)
     return able
+
+
+def _compile(chosen: list[Case], rivals: list[Contender], device: torch.device) -> None:
+    """All kernels at once: one after another they would take most of the run."""
+    from moefold.cli import err
+    from moefold.progress import one_bar
+    from moefold_kernels.bench import ahead
+
+    wanted = [(case.shape, case.tokens, rival) for case in chosen for rival in rivals]
+    with one_bar(err) as show:
+        ready = ahead.compile_chosen(wanted, device, lambda done, of: show("compiling kernels", done, of))
+    for job, why in ready.refused.items() if ready else ():
+        told = f"cannot be compiled: {job.shape.name}, {job.tokens} tokens, {job.format}: {job.plan}: {why}"
+        err.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def _listed(names: str) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -92,3 +94,24 @@ class _Inner(logging.Handler):
             layer, count = record.args
             if isinstance(layer, int) and isinstance(count, int):
                 self.bars.within(layer, count)
+
+
+@contextmanager
+def one_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """One bar for what is going on now (what, how much of it is done, and of how much), for commands without stages.
+
+    Where there is no terminal, a line for each thing that begins.
+    """
+    columns = (TextColumn("{task.description:<44}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
+    last = ""
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", total=None)
+
+        def show(what: str, done: int, of: int) -> None:
+            nonlocal last
+            progress.update(task, description=what, completed=done, total=of)
+            if what != last and not console.is_terminal:
+                console.print(f"{what} ({of})" if of > 1 else what, highlight=False, markup=False, soft_wrap=True)
+            last = what
+
+        yield show

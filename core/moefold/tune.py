@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from moefold.errors import InputError, MoefoldError
+from moefold.progress import one_bar
 
 if TYPE_CHECKING:
     import torch
 
     from moefold_kernels.bench import Shape
     from moefold_kernels.triton.search import Found
-    from moefold_kernels.triton.tune import Tuner
 
 EPILOG = """
     Examples:
@@ -210,12 +209,13 @@ def _run(
     path: Path,
 ) -> tuple[list[Found], float]:
     """What was found, each written as soon as it is, and the read bandwidth."""
+    from moefold.cli import err
     from moefold_kernels.triton import configs
     from moefold_kernels.triton.tune import Tuner, about, entry
 
     found = []
     tuner = Tuner(shape, device, dense, format, workers, left)
-    with _bar(tuner):
+    with one_bar(err) as tuner.progress:
         for one in tuner.run(counts):
             found.append(one)
             try:
@@ -223,27 +223,6 @@ def _run(
             except OSError as error:
                 raise InputError(f"{path} cannot be written ({error.strerror}); name another place by --out") from error
     return found, tuner.read_bandwidth
-
-
-@contextmanager
-def _bar(tuner: Tuner) -> Iterator[None]:
-    """One bar for what is going on now; where there is no terminal, a line for each thing that begins."""
-    from moefold.cli import err
-
-    columns = (TextColumn("{task.description:<44}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
-    last = ""
-    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as progress:
-        task = progress.add_task("", total=None)
-
-        def show(what: str, done: int, of: int) -> None:
-            nonlocal last
-            progress.update(task, description=what, completed=done, total=of)
-            if what != last and not err.is_terminal:
-                err.print(f"{what} ({of})" if of > 1 else what, highlight=False, markup=False, soft_wrap=True)
-            last = what
-
-        tuner.progress = show
-        yield
 
 
 def _table(shape: Shape, weights: str, found: Sequence[Found], bandwidth: float) -> Table:

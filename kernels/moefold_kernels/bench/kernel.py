@@ -15,6 +15,7 @@ from moefold_kernels.reference import PackedExperts
 from moefold_kernels.reference_pairs import LeveledExperts
 
 if TYPE_CHECKING:
+    from moefold_kernels.triton.plans import Plan
     from moefold_kernels.triton.weights import Weights
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -36,6 +37,16 @@ def can_run(device: torch.device) -> tuple[bool, str]:
 
 def packed(experts: PackedExperts) -> Callable[[Batch], Tensor]:
     """The layer over the words themselves."""
+    return layer(packed_weights(experts))
+
+
+def dense(experts: PackedExperts) -> Callable[[Batch], Tensor]:
+    """The same layer over every expert's own bf16 weights: the packed kernel's twin."""
+    return layer(dense_weights(experts))
+
+
+def packed_weights(experts: PackedExperts) -> Weights:
+    """What the kernels take of the words."""
     from moefold_kernels.triton.backend import leveled
     from moefold_kernels.triton.weights import Projections, Weights
 
@@ -43,21 +54,22 @@ def packed(experts: PackedExperts) -> Callable[[Batch], Tensor]:
     order = torch.tensor(experts.pairs, device=gate.device, dtype=torch.int32).flatten()  # [2 * pair + slot] -> expert
     places = order.argsort().to(torch.int32)
     if isinstance(experts, LeveledExperts):
-        return _layer(Weights(leveled(experts), None, places, order))
+        return Weights(leveled(experts), None, places, order)
     tops = experts.window["gate_proj"], experts.window["up_proj"], experts.window["down_proj"]
-    return _layer(Weights(Projections(gate, up, down, tops), None, places, order))
+    return Weights(Projections(gate, up, down, tops), None, places, order)
 
 
-def dense(experts: PackedExperts) -> Callable[[Batch], Tensor]:
-    """The same layer over every expert's own bf16 weights: the packed kernel's twin."""
+def dense_weights(experts: PackedExperts) -> Weights:
+    """The same of the experts' own weights."""
     from moefold_kernels.triton.weights import Projections, Weights
 
     gate, up, down = (experts.unpacked(name) for name in NAMES)
     places = torch.arange(len(down), device=down.device, dtype=torch.int32)
-    return _layer(Weights(None, Projections(gate, up, down), places, places))
+    return Weights(None, Projections(gate, up, down), places, places)
 
 
-def _layer(weights: Weights) -> Callable[[Batch], Tensor]:
+def layer(weights: Weights, plan: Plan | None = None) -> Callable[[Batch], Tensor]:
+    """The layer over weights, cut as `plan` says, or as one is chosen for each number of tokens."""
     from moefold_kernels.triton.layer import forward
 
-    return lambda batch: forward(weights, batch.hidden, batch.top_k_index, batch.top_k_weights)
+    return lambda batch: forward(weights, batch.hidden, batch.top_k_index, batch.top_k_weights, plan=plan)

@@ -12,6 +12,7 @@ import torch
 
 from moefold_kernels.bench import ceilings, correctness, routing, timing
 from moefold_kernels.bench.cases import Case, Shape
+from moefold_kernels.bench.ceilings import Ceilings
 from moefold_kernels.bench.contenders import Contender, Forward
 from moefold_kernels.bench.correctness import Expected
 from moefold_kernels.bench.routing import Batch
@@ -26,8 +27,8 @@ ROUNDS = 30
 """Rounds of which the median counts."""
 
 
-FORMATS = 5
-"""Weights of so many formats are kept, and of so many contenders."""
+FORMATS, FORWARDS = 5, 8
+"""Words of so many formats are kept, and what so many contenders make of them."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,14 @@ class Bench:
             raise BenchmarkError(f"{batches} batches: write at least 1")
         self.device = device
         self.batches = batches
-        self.ceilings = ceilings.measure(device)
         self._experts = functools.lru_cache(maxsize=FORMATS)(self._make_experts)
         self._work = functools.lru_cache(maxsize=FORMATS)(self._make_work)
-        self._forward = functools.lru_cache(maxsize=FORMATS)(self._make_forward)
+        self._forward = functools.lru_cache(maxsize=FORWARDS)(self._make_forward)
+
+    @functools.cached_property
+    def ceilings(self) -> Ceilings:
+        """What the device can reach."""
+        return ceilings.measure(self.device)
 
     @torch.no_grad()
     def prepare(self, case: Case, contender: Contender) -> Prepared:
@@ -82,6 +87,18 @@ class Bench:
         except WrongResultError as wrong:
             raise WrongResultError(f"{name}: the output {wrong}") from None
         return Prepared(name, case.name, rounds, self._info(case, contender, work, error))
+
+    @torch.no_grad()
+    def check(self, case: Case, contender: Contender) -> float:
+        """The contender's error on one batch of this case, which is not timed; WrongResultError as `prepare` does."""
+        batch = routing.draw(case, self._generator(case, "check"))
+        expected = Expected(self._experts(case.shape, contender.format), batch, self._generator(case, "sample"))
+        call = self._forward(case.shape, contender)
+        try:
+            with correctness.poisoned():
+                return expected.error(call(batch))
+        except WrongResultError as wrong:
+            raise WrongResultError(f"{case.name}-{contender.name}: the output {wrong}") from None
 
     def _check(self, call: Forward, work: _Work) -> float:
         """On a batch of its own, with every fresh tensor poisoned."""

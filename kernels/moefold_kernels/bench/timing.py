@@ -53,6 +53,7 @@ class GraphReplays:
                 for one in inputs:
                     call(one)
         torch.cuda.current_stream().wait_stream(stream)
+        self._read = call, inputs  # weights and tokens: a graph knows where they lie, and keeps nothing alive
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self.outputs = [call(one) for one in inputs]

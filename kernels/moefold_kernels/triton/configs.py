@@ -2,8 +2,9 @@
 
 Measured plans are kept per device, in `tables/` beside this file and in the user's cache (`moefold tune` writes there,
 and it goes first). For a shape that was not measured the nearest one that was is taken, by the entries per expert,
-which decide the regime, and by the matrices' sizes. A device without a table in `tables/` gets that of the nearest one
-of its compute capability (an H100 that of the H200): the same instructions and as much shared memory.
+which decide the regime, and by the matrices' sizes, cut into about as many programs as there (fitting.py). A device
+without a table in `tables/` gets that of the nearest one of its compute capability (an H100 that of the H200): the same
+instructions and as much shared memory.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 
 from moefold_kernels import layout, layout_pairs
 from moefold_kernels.errors import FormatError
+from moefold_kernels.triton.fitting import fitted
 from moefold_kernels.triton.plans import STEP, Plan, Tile, fits
 
 SHIPPED = Path(__file__).parent / "tables"
@@ -208,7 +210,8 @@ def _choose(shape: Shape, device: Identity) -> Plan:
     ]
     if not able:
         return rule(shape)
-    return measured[min(able, key=shape.distance)]
+    nearest = min(able, key=shape.distance)
+    return fitted(measured[nearest], nearest, shape, device.processors)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import silu
 
 from moefold_kernels import reference
-from moefold_kernels.bench import CONTENDERS, TINY, Bench, Case, Contender, record, results
+from moefold_kernels.bench import CONTENDERS, TINY, Bench, Case, Contender, ahead, record, results, timing
 from moefold_kernels.bench.correctness import poisoned
 from moefold_kernels.errors import BenchmarkError, WrongResultError
 
@@ -84,6 +84,69 @@ def test_a_right_kernel_is_timed_and_described(bench):
 def test_a_wrong_kernel_is_never_timed(change, message, bench):
     with pytest.raises(WrongResultError, match=f"^tiny-5-balanced-pretended: the output .*{message}"):
         bench.prepare(CASE, pretended(change))
+
+
+@pytest.mark.parametrize("change", ["scaled", "a row unwritten"])
+def test_a_check_alone_times_nothing(change, bench):
+    spoil, message = WRONG[change]
+    assert 0 < bench.check(CASE, pretended(lambda out, _: out)) < 1e-2
+    with pytest.raises(WrongResultError, match=message):
+        bench.check(CASE, pretended(spoil))
+
+
+@pytest.mark.gpu
+def test_a_graph_keeps_what_it_reads():
+    """Nobody else does: memory that is given to others while a graph is replayed gives wrong results, and times."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    device = torch.device("cuda")
+    source = torch.ones(1 << 20, device=device)
+
+    def adding(held):
+        return lambda x: x + held
+
+    once = timing.rounds(device, adding(source.clone()), [source])
+    del source
+    others = [torch.zeros(1 << 20, device=device) for _ in range(8)]
+    once()
+    assert (once.outputs[0] == 2).all()
+    del others
+
+
+def test_nothing_is_compiled_ahead_where_there_is_no_gpu():
+    packed = CONTENDERS["packed"]
+    assert ahead.compile_chosen([(TINY, 1, packed)], torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "dense", "format"), [("packed", False, "exponent"), ("dense", True, "exponent"), ("pair5", False, "pair5")]
+)
+def test_what_plans_are_chosen_for(name, dense, format):
+    shape = ahead.of_shape(TINY, 3, CONTENDERS[name])
+    assert shape == (TINY.hidden, TINY.inner, TINY.experts, TINY.top_k, dense, 3, format)
+
+
+def test_plans_are_compiled_once_and_refusals_are_told(monkeypatch):
+    """By processes in the place of which there are two lines here: one plan cannot be compiled."""
+    pytest.importorskip("triton", reason="needs triton")
+    from moefold_kernels.triton import compilation, configs
+
+    plan = configs.rule(ahead.of_shape(TINY, 1, CONTENDERS["packed"]))
+    other = configs.rule(ahead.of_shape(TINY, 900, CONTENDERS["packed"]))
+    assert plan != other
+    asked = []
+
+    def compile(self, jobs, deadline, report):
+        asked.extend(jobs)
+        return jobs[1:], {jobs[0]: "too large"}
+
+    monkeypatch.setattr(compilation.Compiler, "compile", compile)
+    wanted = [(TINY, 1, CONTENDERS[name], one) for name in ("packed", "dense") for one in (plan, other, plan)]
+    ready = ahead.compile_plans(wanted, torch.device("cpu"), workers=0)
+    assert (ready.plans, ready.workers, list(ready.refused.values())) == (4, 0, ["too large"])
+    assert [(job.dense, job.plan, job.part) for job in asked] == [
+        (dense, one, "whole") for dense in (False, True) for one in (plan, other)
+    ]
 
 
 def test_poison_fills_fresh_memory_and_is_taken_back():

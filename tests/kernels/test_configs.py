@@ -13,6 +13,7 @@ import torch
 from moefold_kernels.errors import FormatError
 from moefold_kernels.triton import configs
 from moefold_kernels.triton.configs import SHIPPED, Shape
+from moefold_kernels.triton.fitting import fitted
 from moefold_kernels.triton.plans import STEP, Plan, Tile, alone, fits, join, leveled_bytes, tile_fits
 
 GPU = torch.device("cuda")
@@ -77,6 +78,60 @@ def test_of_those_of_the_same_load_the_nearest_sizes(folder):
     ship(folder, {SHAPE._replace(hidden=8192): plan(2), SHAPE._replace(hidden=1024): plan(3)})
     assert configs.choose(SHAPE, GPU) == plan(3)
     assert configs.choose(SHAPE._replace(hidden=7168), GPU) == plan(2)
+
+
+QWEN, MIXTRAL = Shape(2048, 768, 128, 8, False, 1), Shape(4096, 14336, 8, 2, False, 1)
+
+
+def cut(mode: str, tokens: int, rows: int, **more) -> Tile:
+    return Tile(mode, tokens, 0, rows, 64, 4, 2, **more)
+
+
+def test_a_plan_of_the_same_shape_stays_as_it_is():
+    known = Plan(cut("overlapped", 64, 64, blocks=4), cut("overlapped", 64, 64, splits=4, blocks=4))
+    assert fitted(known, QWEN, QWEN, 132) is known
+    one = join(Tile("pair", 16, 0, 32, 64, 4, 3, splits=1))
+    assert fitted(one, QWEN, MIXTRAL, 132) is one
+
+
+@pytest.mark.parametrize(
+    ("known", "shape", "splits"),
+    [
+        (MIXTRAL._replace(tokens=16), QWEN._replace(tokens=128), 1),  # 1024 programs, and 2048 without splits
+        (MIXTRAL, QWEN, 1),  # 768 columns are too few for splits
+        (MIXTRAL, Shape(4096, 7168, 8, 2, False, 1), 4),  # as many as there
+        (MIXTRAL, Shape(4096, 7168, 64, 4, False, 1), 2),  # twice the experts hit
+        (MIXTRAL, Shape(2048, 7168, 8, 2, False, 1), 4),  # never more than measured
+    ],
+)
+def test_columns_are_split_where_rows_make_too_few_programs(known, shape, splits):
+    plan = Plan(cut("overlapped", 16, 64), cut("overlapped", 16, 64, splits=4))
+    found = fitted(plan, known, shape, 132)
+    assert found == replace(plan, second=replace(plan.second, splits=splits))
+
+
+@pytest.mark.parametrize(
+    ("shape", "first", "second"),
+    [
+        (MIXTRAL._replace(tokens=128), 4, 1),  # 1792 programs of gate and up, 512 of down
+        (MIXTRAL._replace(tokens=512), 4, 1),  # of two tiles an expert: 1024 of down
+        (MIXTRAL._replace(tokens=1024), 4, 2),  # of four: 2048, in 64 blocks of rows, of which 3 are no divisor
+        (Shape(2048, 1408, 64, 6, False, 683), 2, 4),  # 22 blocks of rows, of which 4 are no divisor
+        (Shape(2048, 1536, 128, 8, False, 1024), 4, 4),
+    ],
+)
+def test_blocks_are_in_turn_where_there_are_programs_enough(shape, first, second):
+    """As many as where it was measured, a fourth of 1536 and 4096 here, or four for each of 132 processors."""
+    plan = Plan(cut("overlapped", 64, 64, blocks=4), cut("overlapped", 64, 64, blocks=4))
+    found = fitted(plan, QWEN._replace(tokens=1024), shape, 132)
+    assert (found.first.blocks, found.second.blocks) == (first, second)
+
+
+def test_the_nearest_plan_is_fitted(folder):
+    split = Plan(cut("overlapped", 16, 64), cut("overlapped", 16, 64, splits=4))
+    ship(folder, {MIXTRAL: split})
+    assert configs.choose(MIXTRAL, GPU) == split
+    assert configs.choose(QWEN, GPU) == replace(split, second=replace(split.second, splits=1))
 
 
 def test_dense_and_packed_are_kept_apart(folder):

@@ -77,6 +77,10 @@ FAST |= {
         "overlapped", 256, warps=8, stages=2, extra=32, blocks=2, above=4, splits=2
     ),
     "slot 256, warps apart, all blocks in turn": fast("overlapped", 256, warps=8, stages=2, above=2, group=2),
+    "pair 64 and 16, all blocks in turn": fast("overlapped_pair", 64, warps=8, stages=2, extra=16, blocks=2, above=3),
+    "pair 64 and 32, all blocks in turn": fast("overlapped_pair", 64, stages=2, extra=32, blocks=5, above=6),
+    "pair 64 and 32": fast("overlapped_pair", 64, warps=8, stages=2, extra=32),
+    "slot 64, all blocks in turn, splits": fast("overlapped", 64, stages=2, blocks=2, above=4, splits=2),
     "slot 256, warps apart, no whole steps": fast("overlapped", 256, warps=8, stages=2, blocks=2, above=2),
 }
 
@@ -196,7 +200,7 @@ def test_hoppers_kernels(plan, format, device, monkeypatch):
         monkeypatch.delattr(module, "project_out")
     biased, apart, first, second = "splits" in plan, "apart" in plan, FAST[plan].first, FAST[plan].second
     inner = 1536 if "in turn" in plan else 384  # steps of all stages, in each split
-    hidden = 1280 if apart and "blocks" in plan else 640  # more than one program's
+    hidden = 1280 if (apart and "blocks" in plan) or "all blocks" in plan else 640  # more than one program's
     in_turn = kernels.leveled_launch.in_turn(second, hidden, inner, inner // second.splits)
     assert in_turn == (second.blocks if "in turn" in plan else 1)
     in_turn = kernels.leveled_launch.in_turn(first, inner, hidden, hidden)
@@ -204,7 +208,9 @@ def test_hoppers_kernels(plan, format, device, monkeypatch):
     layer = leveled_layer(format, 6, hidden, inner, biased=biased, device=device, coded=format == "pair8")
     activation = kernels.Activation("clamped", 1.5, 1.702) if biased else kernels.SILU
     batches = [(1, 0.0), (3, 0.0), (150, 0.0), (150, 9.0), *[(300, 0.0), (500, 9.0)] * apart]
-    for tokens, skew in batches + [(850, 0.0)] * (apart and "blocks" in plan):
+    batches += [(850, 0.0)] * (apart and "blocks" in plan)
+    batches += [(220, 0.0), (270, 0.0)] * ("pair 64 and 32" in plan)  # 73 and 90 entries of an expert
+    for tokens, skew in batches:
         arguments = batch(tokens, hidden, 2, 6, skew=skew)
         found = run(layer, *arguments, device, FAST[plan], activation)
         assert_near(found, expected(layer, *arguments, clamped_gate if biased else silu))
@@ -256,15 +262,17 @@ def test_what_is_launched_for_blocks_in_turn_by_warps_apart(extra, hidden, inner
     assert first[-1]["REGISTERS"] == second[-1]["REGISTERS"] == kernels.leveled_launch.COPY_REGISTERS
 
 
-def test_what_is_launched_where_no_warps_are_apart(launched):
-    """Gate and up have no blocks in turn."""
-    made = weights_of(operands(leveled_layer("pair4", 6, 640, 768)))
-    kernels.forward(made, *batch(20, 640, 2, 6), plan=fast("overlapped", 64, warps=8, stages=2, blocks=5, above=3))
+@pytest.mark.parametrize(("hidden", "above"), [(1280, 3), (640, 1)])
+@pytest.mark.parametrize("mode", ["overlapped", "overlapped_pair"])
+def test_what_is_launched_where_no_warps_are_apart(mode, hidden, above, launched):
+    """Blocks in turn of either projection, where its steps are a number of stages."""
+    made = weights_of(operands(leveled_layer("pair4", 6, hidden, 768)))
+    kernels.forward(made, *batch(20, hidden, 2, 6), plan=fast(mode, 64, warps=8, stages=2, blocks=5, above=3))
     first, second = (one for one in launched if one[0] in ("project_in", "project_out"))
     assert [file.rpartition(".")[2] for _, file, *_ in (first, second)] == ["leveled"] * 2
-    assert "BLOCKS" not in first[-1]
-    assert second[-1]["BLOCKS"] == 5
-    assert second[2][0] * 5 * 128 * 768 == first[2][0] * 64 * 640
+    assert (first[-1]["BLOCKS"], second[-1]["BLOCKS"]) == (above, 5)
+    assert second[2][0] * 5 * 128 * 768 == first[2][0] * above * 64 * hidden
+    assert first[2][0] % (768 // (64 * above)) == 0
 
 
 @pytest.mark.gpu

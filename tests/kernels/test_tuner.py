@@ -297,6 +297,20 @@ def test_blocks_in_turn_by_warps_apart_are_tried(hidden, inner, above, tried, fo
     assert {tile.blocks for tile in seconds if tile.tokens == 256 and tile.rows == 128} == tried
 
 
+@pytest.mark.parametrize("tokens", [512, 1024])
+def test_blocks_in_turn_of_pairs_are_tried(tokens):
+    """In few bits, where tiles have extra tokens, by as many warps as did well."""
+    shape = configs.Shape(2048, 768, 128, 8, False, tokens, "pair8")
+    for tiles, warps in zip(candidates(shape, ROOMS["H200"], configs.rule(shape)), (8, 4), strict=True):
+        pairs = [tile for tile in tiles if tile.paired and tile.extra and not tile.terms]
+        assert {tile.blocks for tile in pairs if (tile.warps, tile.group, tile.rows) == (warps, 1, 64)} >= {
+            1,
+            2,
+            6 if warps == 8 else 8,
+        }
+        assert {tile.blocks for tile in pairs if tile.warps != warps} == {1}
+
+
 @pytest.mark.parametrize("format", layout_pairs.MAGNITUDE_BITS)
 @pytest.mark.parametrize("tokens", tune.TOKENS)
 @pytest.mark.parametrize("sizes", [(4096, 14336, 8, 2), (2048, 768, 128, 8)])

@@ -37,8 +37,8 @@ REGISTERS, REGISTERS_OVERLAPPED = 170, 150
 """Sums a thread may hold: of its 255 registers the rest goes to operands and pointers (two sets when overlapped)."""
 SPARE = 6144
 """Shared memory that Triton takes beside the tiles, at most."""
-IN_TURN = (2, 3, 4)
-"""Blocks of rows that a program does in turn, beside one."""
+IN_TURN, IN_TURN_PAIRED = (2, 3, 4), (2, 3, 6, 8)
+"""Blocks of rows that a program does in turn, beside one: of one slot, of a pair."""
 PROGRAMS = 4
 """Programs for each multiprocessor from which on splitting the columns only adds work."""
 
@@ -92,23 +92,23 @@ def _tiles(shape: Shape, room: Room, side: int) -> Iterator[Tile]:
                     if idle and columns > STEP and shape.inner >= 1024:  # as many programs as the limit lets run
                         yield replace(limited, splits=2)
                 yield from _in_turn(tile, shape, side, leveled)
-                if idle:
+                if idle and group == regime.groups[0]:
                     yield from (replace(tile, splits=splits) for splits in (2, 4) if shape.inner >= 512 * splits)
 
 
 def _in_turn(tile: Tile, shape: Shape, side: int, leveled: bool) -> Iterator[Tile]:
-    """The tile with several blocks of rows in turn, by warps apart, or of down where two programs share a processor.
+    """The tile with several blocks of rows in turn: by warps apart, and of pairs in few bits.
 
     Gate and up have them in few bits only.
     """
     if tile.paired:
-        tried = side and leveled and not tile.terms and tile.extra and (tile.warps, tile.group) == (4, 1)
+        tried = leveled and not tile.terms and tile.extra and (tile.warps, tile.group) == ((8, 4)[side], 1)
     else:
         many = tile.overlapped and tile.tokens >= leveled_launch.MANY and tile.warps == 8
         tried = many and (leveled or (side and tile.columns == layer.WIDEST))
     step = STEP if leveled else tile.columns
     columns, rows = (shape.hidden, shape.inner)[:: -1 if side else 1]
-    for several in (replace(tile, blocks=n) for n in IN_TURN if tried):
+    for several in (replace(tile, blocks=n) for n in (IN_TURN_PAIRED if tile.paired else IN_TURN) if tried):
         if leveled_launch.in_turn(several, rows, columns, columns, step) > 1:
             yield several
 

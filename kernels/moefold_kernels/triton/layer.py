@@ -215,7 +215,7 @@ def gate_up(
         if isinstance(kind, Leveled):
             if ordered:
                 made = leveled_launch.prepared(x)
-                in_turn = leveled_launch.inner_in_turn(tile, inner, hidden, made)
+                in_turn = leveled_launch.in_turn(tile, inner, hidden, hidden)
                 leveled_launch.gate_up(
                     (_programs(table, mode) * blocks(inner, tile.rows * in_turn),), made, kind, out,
                     (tables.order, tables.offsets, table, weights.experts, bias),

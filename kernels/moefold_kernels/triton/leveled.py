@@ -5,8 +5,8 @@ pair from one reading (PAIRED), or one. A step is 128 columns, two groups: words
 of a row in one copy of 4 bytes; tokens come by groups, each where those of the group before were. A step's words are
 read in one go, before copies are asked for, behind which reading would queue; new ones come where they were. Integer
 instructions make operands of words (leveled_decode.py). Products are as wide as the fuller slot needs: TOKENS and
-EXTRA, TOKENS, or a half or a quarter of it. Levels that are e4m3 numbers have e4m3.py, which is faster for fewer
-entries; pair8's have to be such numbers here, too.
+EXTRA (of a pair also half of it, from 32 on), TOKENS, or a half or a quarter of it. Levels that are e4m3 numbers have
+e4m3.py, which is faster for fewer entries; pair8's have to be such numbers here, too.
 """
 
 from __future__ import annotations
@@ -200,18 +200,20 @@ def project_in(
     x, words, low, scale, levels, out, order, offsets, tiles, experts, bias,
     hidden, inner, top_k, capacity, x_row, w_up, shift, bias_expert, bias_row, bias_up, limit, alpha,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, GROUP: gl.constexpr, PLACES: gl.constexpr,
-    ACTIVATION: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr,
+    ACTIVATION: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
     """overlapped.project_in; `hidden` is a number of STEPs, planes are contiguous and in bands, gate rows first.
 
-    Columns of `x` and of `out` have the order of leveled_tokens.py.
+    Columns of `x` and of `out` have the order of leveled_tokens.py. A program does BLOCKS times ROWS gate rows and
+    their up rows, one after another, as `project_out` does; where that is more than one, `inner` is a number of them,
+    and `hidden` of PLACES steps.
 
     `w_up`: rows from a gate row to its up row, within a unit of 2 * inner.
     """
     slot = 0 if PAIRED else gl.program_id(0) % 2
     after_the_one_before()
     program = gl.program_id(0) if PAIRED else gl.program_id(0) // 2
-    tile, first_row = share(program, gl.cdiv(inner, ROWS), ROWS, GROUP)
+    tile, first_row = share(program, gl.cdiv(inner, BLOCKS * ROWS), BLOCKS * ROWS, GROUP)
     unit = gl.load(tiles + tile)
     if unit < 0:
         return
@@ -229,21 +231,24 @@ def project_in(
     )  # fmt: skip
     half: gl.constexpr = max(TOKENS // 2, 8)
     quarter: gl.constexpr = max(TOKENS // 4, 8)
+    fewer: gl.constexpr = EXTRA // 2 if PAIRED and EXTRA > 16 else 0
     most = gl.maximum(end0 - begin0, end1 - begin1) if PAIRED else end0 - begin0
-    if EXTRA and most > TOKENS:
-        _in(buffers, given, ROWS, TOKENS, EXTRA, PLACES, ACTIVATION, FORMAT, PAIRED)
+    if EXTRA and most > TOKENS + fewer:
+        _in(buffers, given, ROWS, TOKENS, EXTRA, PLACES, ACTIVATION, FORMAT, PAIRED, BLOCKS)
+    elif fewer and most > TOKENS:
+        _in(buffers, given, ROWS, TOKENS, fewer, PLACES, ACTIVATION, FORMAT, PAIRED, BLOCKS)
     elif most > half:
-        _in(buffers, given, ROWS, TOKENS, 0, PLACES, ACTIVATION, FORMAT, PAIRED)
+        _in(buffers, given, ROWS, TOKENS, 0, PLACES, ACTIVATION, FORMAT, PAIRED, BLOCKS)
     elif most > quarter:
-        _in(buffers, given, ROWS, half, 0, PLACES, ACTIVATION, FORMAT, PAIRED)
+        _in(buffers, given, ROWS, half, 0, PLACES, ACTIVATION, FORMAT, PAIRED, BLOCKS)
     else:
-        _in(buffers, given, ROWS, quarter, 0, PLACES, ACTIVATION, FORMAT, PAIRED)
+        _in(buffers, given, ROWS, quarter, 0, PLACES, ACTIVATION, FORMAT, PAIRED, BLOCKS)
 
 
 @gluon.jit
 def _in(
     buffers, given, ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
-    ACTIVATION: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr,
+    ACTIVATION: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
     (
         planes, x, out, order, begin0, end0, begin1, end1, steps, slot, place, top_k, x_row, first_row, inner, shift,
@@ -260,20 +265,60 @@ def _in(
     live = live0, live1, more0, more1
     at = _begin_tokens(buffers, (a0, a1, b0, b1), live, steps, TOKENS, EXTRA, PLACES, PAIRED)
     tables, states, words = _first(buffers, levels, TABLE, slot, 2 * ROWS, PLACES, FORMAT, PAIRED)
-    sums0, sums1, extra0, extra1, planes, at, words = _products(
-        buffers, planes, at, words, live, steps, False, 0, 0, 0, tables, states, 2 * ROWS, TOKENS, EXTRA, PLACES,
-        FORMAT, PAIRED, False,
+    given = (
+        out, inner, bias, bias_expert, bias_row, bias_up, limit, alpha, levels, shift, experts, place, begin0, end0,
+        begin1, end1,
     )  # fmt: skip
-    end_copies()
+    if BLOCKS == 1:
+        sums0, sums1, extra0, extra1, planes, at, words = _products(
+            buffers, planes, at, words, live, steps, False, 0, 0, 0, tables, states, 2 * ROWS, TOKENS, EXTRA, PLACES,
+            FORMAT, PAIRED, False,
+        )  # fmt: skip
+        end_copies()
+        _activate(sums0, sums1, extra0, extra1, first_row, given, ROWS, TOKENS, EXTRA, ACTIVATION, FORMAT, PAIRED)
+    else:
+        next_words, next_low, next_scale = _to_next(ROWS, steps * STEP, steps * STEP, FORMAT)
+        blocks = BLOCKS + (steps >> 30)  # which the compiler does not know
+        for block in range(0, blocks):
+            sums0, sums1, extra0, extra1, planes, at, words = _products(
+                buffers, planes, at, words, live, steps, block + 1 < blocks, next_words, next_low, next_scale, tables,
+                states, 2 * ROWS, TOKENS, EXTRA, PLACES, FORMAT, PAIRED, True,
+            )  # fmt: skip
+            row = first_row + block * ROWS
+            _activate(sums0, sums1, extra0, extra1, row, given, ROWS, TOKENS, EXTRA, ACTIVATION, FORMAT, PAIRED)
+        end_copies()
+
+
+@gluon.jit
+def _activate(
+    sums0, sums1, extra0, extra1, first_row, given,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, ACTIVATION: gl.constexpr, FORMAT: gl.constexpr,
+    PAIRED: gl.constexpr,
+):  # fmt: skip
+    """Activations of a block's sums, written."""
+    (
+        out, inner, bias, bias_expert, bias_row, bias_up, limit, alpha, levels, shift, experts, place, begin0, end0,
+        begin1, end1,
+    ) = given  # fmt: skip
     shifts = shift_of(levels, shift, FORMAT), shift_of(levels + TABLE, shift, FORMAT)
-    given = out, first_row, inner, shifts, bias, bias_expert, bias_row, bias_up, limit, alpha
-    activate(sums0, begin0, end0, gl.load(experts + place), given, ROWS, TOKENS, ACTIVATION)
+    to = out, first_row, inner, shifts, bias, bias_expert, bias_row, bias_up, limit, alpha
+    activate(sums0, begin0, end0, gl.load(experts + place), to, ROWS, TOKENS, ACTIVATION)
     if EXTRA:
-        activate(extra0, begin0 + TOKENS, end0, gl.load(experts + place), given, ROWS, EXTRA, ACTIVATION)
+        activate(extra0, begin0 + TOKENS, end0, gl.load(experts + place), to, ROWS, EXTRA, ACTIVATION)
     if PAIRED:
-        activate(sums1, begin1, end1, gl.load(experts + place + 1), given, ROWS, TOKENS, ACTIVATION)
+        activate(sums1, begin1, end1, gl.load(experts + place + 1), to, ROWS, TOKENS, ACTIVATION)
         if EXTRA:
-            activate(extra1, begin1 + TOKENS, end1, gl.load(experts + place + 1), given, ROWS, EXTRA, ACTIVATION)
+            activate(extra1, begin1 + TOKENS, end1, gl.load(experts + place + 1), to, ROWS, EXTRA, ACTIVATION)
+
+
+@gluon.jit
+def _to_next(ROWS: gl.constexpr, inner, columns, FORMAT: gl.constexpr):
+    """Integers from behind a block's last words, other bits and scales to the next ROWS rows' first ones.
+
+    Rows have `inner` columns, and a program reads `columns` of them.
+    """
+    integers = ROWS * inner - BAND * columns
+    return integers // 8, integers * low_words(FORMAT, STEP) // STEP, integers // STEP
 
 
 @gluon.jit
@@ -326,9 +371,12 @@ def project_out(
     )  # fmt: skip
     half: gl.constexpr = max(TOKENS // 2, 8)
     quarter: gl.constexpr = max(TOKENS // 4, 8)
+    fewer: gl.constexpr = EXTRA // 2 if PAIRED and EXTRA > 16 else 0
     most = gl.maximum(end0 - begin0, end1 - begin1) if PAIRED else end0 - begin0
-    if EXTRA and most > TOKENS:
+    if EXTRA and most > TOKENS + fewer:
         _out(buffers, given, ROWS, TOKENS, EXTRA, PLACES, FORMAT, PAIRED, BLOCKS)
+    elif fewer and most > TOKENS:
+        _out(buffers, given, ROWS, TOKENS, fewer, PLACES, FORMAT, PAIRED, BLOCKS)
     elif most > half:
         _out(buffers, given, ROWS, TOKENS, 0, PLACES, FORMAT, PAIRED, BLOCKS)
     elif most > quarter:
@@ -364,12 +412,7 @@ def _out(
     entries1, rest1 = gates_of(entries1, weights), gates_of(rest1, weights)
     tables, states, words = _first(buffers, levels + 2 * TABLE, 0, slot, ROWS, PLACES, FORMAT, PAIRED)
     shift = shift_of(levels + 2 * TABLE, shift, FORMAT)
-    columns = steps * STEP
-    # from behind a block's last words to the next block's first ones
-    behind_them = ROWS * inner - BAND * columns
-    next_words = behind_them // 8
-    next_low = behind_them * low_words(FORMAT, STEP) // STEP
-    next_scale = behind_them // STEP
+    next_words, next_low, next_scale = _to_next(ROWS, inner, steps * STEP, FORMAT)
     blocks = BLOCKS + (steps >> 30)  # which the compiler does not know
     for block in range(0, blocks):
         more = block + 1 < blocks

@@ -82,7 +82,7 @@ def gate_up(
     grid: tuple[int, ...], x: Tensor, kind: Leveled, out: Tensor, tables: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
     """`tables`: order, offsets, tiles, experts and bias; `options`: numbers and constants of the kernel."""
-    file, options = _file(x, options, "BLOCKS")
+    file, options = _file(x, options)
     planes = planes_of(kind, kind.wide)
     launch(file.project_in, grid, x, *planes, out, *tables, w_up=kind.inner, FORMAT=kind.format, **options)
 
@@ -96,12 +96,12 @@ def down(
     launch(file.project_out, grid, x, *planes, out, *tables, FORMAT=kind.format, **options)
 
 
-def _file(x: Tensor, options: dict[str, Any], *apart_only: str) -> tuple[Any, dict[str, Any]]:
+def _file(x: Tensor, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """leveled.py, or leveled_apart.py for programs of which a multiprocessor holds but one, and its options."""
     from moefold_kernels.triton import leveled, leveled_apart
 
     if not apart(options["TOKENS"], options["num_warps"], options["PAIRED"], x):
-        return leveled, {name: value for name, value in options.items() if name not in apart_only}
+        return leveled, options
     kept = {name: value for name, value in options.items() if name != "PAIRED"}
     return leveled_apart, kept | {"REGISTERS": COPY_REGISTERS}
 
@@ -113,12 +113,6 @@ def in_turn(tile: Tile, rows: int, columns: int, part: int, step: int = STEP) ->
     """
     whole = not (rows % (tile.rows * tile.blocks) or columns % part or part % (step * tile.stages) or tile.rows % BAND)
     return tile.blocks if whole else 1
-
-
-def inner_in_turn(tile: Tile, inner: int, hidden: int, x: Tensor) -> int:
-    """The same of gate and up for tokens `x`, which only warps apart do in turn."""
-    able = apart(tile.tokens, tile.warps, tile.paired, x)
-    return in_turn(tile, inner, hidden, hidden) if able else 1
 
 
 def apart(tokens: int, warps: int, paired: bool, x: Tensor) -> bool:

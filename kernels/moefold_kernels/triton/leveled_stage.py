@@ -127,7 +127,7 @@ def start_tokens(
         to = buffers[at(TOKENS_OF + 2 * slot + HALF_OF, PLACE)].index(0).slice(0, TOKENS, 0)
         async_copy.async_copy_global_to_shared(to, x[slot], mask=live[slot] & wanted)
         if EXTRA:
-            to = buffers[at(EXTRA_OF + 2 * slot + HALF_OF, PLACE)].index(0)
+            to = buffers[at(EXTRA_OF + 2 * slot + HALF_OF, PLACE)].index(0).slice(0, EXTRA, 0)
             async_copy.async_copy_global_to_shared(to, x[2 + slot], mask=live[2 + slot] & wanted)
 
 

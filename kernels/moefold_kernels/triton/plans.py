@@ -58,9 +58,8 @@ class Tile:
     """With `terms`: most registers of a thread, a multiple of 8, as 128 let two programs of eight warps run on a
     multiprocessor at once; 0 for as many as the compiler takes."""
     blocks: int = 1
-    """Down on Hopper with bf16 operands (leveled.py, and with warps apart), and gate and up of few-bit formats with
-    warps apart: blocks of rows that a program does in turn, where rows and columns are whole (leveled_launch.in_turn);
-    elsewhere one."""
+    """On Hopper with bf16 operands, of few-bit formats, and of the 16-bit format's down with warps apart: blocks of
+    rows that a program does in turn, where rows and columns are whole (leveled_launch.in_turn); elsewhere one."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

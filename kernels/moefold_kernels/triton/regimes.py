@@ -139,12 +139,18 @@ LEVELED_REGIMES = (
         26,
         (Kind("overlapped_pair", 32, terms=2), Kind("overlapped_pair", 16, terms=2), Kind("overlapped_pair", 32)),
     ),
-    Regime(48, (Kind("overlapped_pair", 32, terms=2), Kind("overlapped", 64, terms=2), Kind("overlapped_pair", 64))),
+    Regime(
+        48,
+        (
+            Kind("overlapped_pair", 32, terms=2), Kind("overlapped", 64, terms=2), Kind("overlapped_pair", 64),
+            Kind("overlapped_pair", 32, 16),
+        ),
+    ),
     Regime(
         110,
         (
-            Kind("overlapped_pair", 64, 16), Kind("overlapped", 64, terms=2), Kind("overlapped", 64, 16, terms=2),
-            Kind("overlapped", 128),
+            Kind("overlapped_pair", 64, 16), Kind("overlapped_pair", 64, 32), Kind("overlapped", 64, terms=2),
+            Kind("overlapped", 64, 16, terms=2), Kind("overlapped", 128),
         ),
         (1, 2),
     ),

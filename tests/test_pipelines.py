@@ -76,6 +76,18 @@ def test_it_saves_what_it_promises_and_reads_it_back(folder, name):
     assert (logits - expected).norm() / expected.norm() < 2e-2
 
 
+def test_a_damping_that_had_to_be_raised_is_told(folder):
+    """Of moments of fewer tokens than columns, with nothing added: experts are named, and the figures kept."""
+    name = "puzzlemoe.compensated"
+    found = report(folder, "compensated", "--set", f"{name}.damping=1e-12", "--set", f"{name}.blend=0")
+    told = [one for one in found["warnings"] if "had no Cholesky factor until their damping was raised" in one]
+    raised = {layer: one["figures"]["raised"] for layer, one in found["merged"][name].items()}
+    assert raised
+    assert any(counts for matrices in raised.values() for counts in matrices.values())
+    assert len(told) == sum(bool(counts) for matrices in raised.values() for counts in matrices.values())
+    assert strictly(found) == []
+
+
 def test_the_second_method_costs_its_own_stages_only(folder):
     report(folder, "mergemoe")
     again = report(folder, "mergemoe", "--set", "mergemoe.target=published", "--to", str(folder / "other"))

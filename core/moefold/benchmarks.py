@@ -156,7 +156,12 @@ def _contenders(names: str, device: torch.device) -> list[Contender]:
     from moefold_kernels.bench import CONTENDERS, find
 
     if names:
-        return [find("contender", name, CONTENDERS) for name in _listed(names)]
+        chosen = [find("contender", name, CONTENDERS) for name in _listed(names)]
+        for one in chosen:
+            can, reason = one.can(device)
+            if not can:
+                raise InputError(f"{one.name} cannot run on {device}: {reason}")
+        return chosen
     able = []
     for contender in CONTENDERS.values():
         can, reason = contender.can(device)
@@ -172,10 +177,15 @@ def _compile(chosen: list[Case], rivals: list[Contender], device: torch.device) 
     from moefold.cli import err
     from moefold.progress import one_bar
     from moefold_kernels.bench import ahead
+    from moefold_kernels.errors import BenchmarkError
 
     wanted = [(case.shape, case.tokens, rival) for case in chosen for rival in rivals]
-    with one_bar(err) as show:
-        ready = ahead.compile_chosen(wanted, device, lambda done, of: show("compiling kernels", done, of))
+    try:
+        with one_bar(err) as show:
+            ready = ahead.compile_chosen(wanted, device, lambda done, of: show("compiling kernels", done, of))
+    except BenchmarkError:  # of the processes, as when memory runs out: nothing is lost but time
+        err.print("a process that compiles kernels died; they are compiled where they are first run", highlight=False)
+        return
     for job, why in ready.refused.items() if ready else ():
         told = f"cannot be compiled: {job.shape.name}, {job.tokens} tokens, {job.format}: {job.plan}: {why}"
         err.print(told, highlight=False, markup=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from moefold.artifact import Artifact, Json
 from moefold.artifacts import Activity, Baseline, Groups, Metrics, Text
 from moefold.maps import maps
 from moefold.merge_plan import MergePlan
+from moefold.merged_pairs import MergedPairs
 from moefold.methods import methods, model
 from moefold.pipeline import Pipeline
 from moefold.plan import Plan
@@ -72,6 +73,7 @@ def build(
         "versions": {name: _version(name) for name in _LIBRARIES} | {"python": platform.python_version()},
         "texts": _made(pipeline, facts, Text),
         "activity": _made(pipeline, facts, Activity),
+        "merged": _made(pipeline, facts, MergedPairs),
         "packed": _made(pipeline, facts, Packed),
         "reduced": _made(pipeline, facts, Reduced),
         "quantized": _made(pipeline, facts, Quantized),
@@ -163,6 +165,10 @@ def _warnings(report: Mapping[str, Json], positions: int | None) -> Iterator[str
         if clipped:
             yield f"{step}: {clipped} values were above the exponent window and clipped; leave `window` to the data"
 
+    for step, layers in (*report["merged"].items(), *report["reduced"].items()):
+        for layer, facts in layers.items():
+            yield from (f"{step}: layer {layer}: {told}" for told in _of_moments(facts["figures"]))
+
     for step, layers in report["saved"].items():
         for facts in layers.values():
             if facts.get("replaced_layers") == 0:
@@ -175,6 +181,20 @@ def _warnings(report: Mapping[str, Json], positions: int | None) -> Iterator[str
                     f"{step}: layer {layer}: merged experts {_short(thin)} were fitted on fewer calibration tokens "
                     "than they have neurons, and lean on the average of their members; more text helps"
                 )
+
+
+def _of_moments(figures: Mapping[str, Json]) -> Iterator[str]:
+    """What a method that works with moments had to put up with: their damping raised, magnitudes clipped."""
+    for matrix, counts in (figures.get("raised") or {}).items():
+        if counts:
+            experts = _short(sorted(map(int, counts)))
+            yield (
+                f"moments of experts {experts} ({matrix}) had no Cholesky factor until their damping was raised, up to "
+                f"{10 ** max(counts.values()):,} times; more text helps, or a larger damping or blend"
+            )
+    for matrix, count in (figures.get("clipped") or {}).items():
+        if count:
+            yield f"{count:,} merged magnitudes ({matrix}) were beyond the format's exponents, and are its largest number"
 
 
 def _short(numbers: Iterable[int], most: int = 12) -> str:

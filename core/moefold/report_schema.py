@@ -117,6 +117,18 @@ class Activity(Part):
     """Experts that saw fewer."""
 
 
+class Merged(Part):
+    """A layer's pairs as a merge that rounds to a format itself has left them."""
+
+    format: str
+    pairs: list[Pair]
+    alone: list[int]
+    """Experts left alone."""
+    figures: dict[str, Json]
+    """Of the merge: each expert's tokens, `damage` of the pairs, how often an expert's damping was `raised` tenfold, how
+    many magnitudes were `clipped`."""
+
+
 class Packed(Part):
     """A layer's pairs in a packed format."""
 
@@ -340,6 +352,7 @@ class Report(Part):
     """Of moefold, libraries, Python; null: not installed."""
     texts: Steps[Text]
     activity: Steps[Activity]
+    merged: Steps[Merged] = {}
     packed: Steps[Packed]
     reduced: Steps[Reduced]
     quantized: Steps[Quantized] = {}

@@ -48,6 +48,8 @@ LOOKS = (
     Look("overlapped_pair 8 64x256 w8 s2 e4m3 / overlapped_pair 8 64x128 w4 s3 e4m3", (BANDS, MIXED), 14, FEW),
     Look("overlapped_pair 32 64x256 w8 s2 e4m3 r128 / overlapped_pair 32 128x256 w8 s2 e4m3 r128", (BANDS,), 50, FEW),
     Look("overlapped_pair 64+16 64x64 w8 s2 / overlapped_pair 64+16 64x64 w4 s2 b2", (BANDS, MIXED), 150, FEW),
+    Look("overlapped_pair 64+32 64x64 w8 s2 b2 / overlapped_pair 64+32 64x64 w4 s2 b2", (BANDS,), 170, FEW),
+    Look("overlapped 64 64x64 w8 s2 b4 / overlapped 64 128x64 w8 s2 b2", (BANDS,), 90, FEW),
     Look("overlapped 128+32 128x64 w8 s2 g2 / overlapped 128+32 128x64 w8 s2 g2 b2", (BANDS,), 300, FEW),
     Look("overlapped 256+32 64x64 w8 s2 g2 b2 / overlapped 256+32 128x64 w8 s2 g2 b4", (BANDS, MIXED), 600, FEW),
 )
@@ -58,7 +60,7 @@ def main() -> int:
     device, wrong = torch.device("cuda"), 0
     every = [(look, shape, name) for look in LOOKS for shape in look.shapes for name in look.names]
     if "--compile" in sys.argv[1:]:
-        ahead.compile_plans(
+        ready = ahead.compile_plans(
             ((shape, one.tokens, CONTENDERS[name], plan(one.plan)) for one, shape, name in every), device
         )
     bench = Bench(device, batches=1)

@@ -80,6 +80,7 @@ FAST |= {
     "pair 64 and 16, all blocks in turn": fast("overlapped_pair", 64, warps=8, stages=2, extra=16, blocks=2, above=3),
     "pair 64 and 32, all blocks in turn": fast("overlapped_pair", 64, stages=2, extra=32, blocks=5, above=6),
     "pair 64 and 32": fast("overlapped_pair", 64, warps=8, stages=2, extra=32),
+    "pair 32, all blocks in turn of five stages": fast("overlapped_pair", 32, stages=5, above=2),
     "slot 64, all blocks in turn, splits": fast("overlapped", 64, stages=2, blocks=2, above=4, splits=2),
     "slot 256, warps apart, no whole steps": fast("overlapped", 256, warps=8, stages=2, blocks=2, above=2),
 }

@@ -45,7 +45,7 @@ def _programs(tile: Tile, shape: Shape, down: int) -> int:
     """Of one projection, without splits, one block of rows each; as many experts hit as there can be."""
     entries = shape.tokens * shape.top_k
     experts = min(shape.experts, entries)
-    units = min(shape.experts // 2, entries) if tile.paired and not shape.dense else experts
+    units = min(max(1, shape.experts // 2), entries) if tile.paired and not shape.dense else experts
     tiles = -(-entries // (experts * tile.entries))
     return units * tiles * _blocks(tile, shape, down)
 

@@ -1,7 +1,8 @@
 """A matrix's levels in the few-bit pair formats, as the kernels take them: 32-bit integers for a module's buffer.
 
 The first 32 are what triton/leveled_decode.py looks up (`operand_table`), the next 32 the bf16 bits of all levels. Then
-comes what triton/e4m3_decode.py takes (`e4m3_table`). Integers that kernels look up stand there four times, so that a
+comes what triton/e4m3_decode.py takes (`e4m3_table`), and what triton/leveled_decode.py multiplies pair8's numbers with
+where it makes both slots' operands (`factor_table`). Integers that kernels look up stand there four times, so that a
 thread loads one of its own and ptxas does not hold it in a uniform register, from which it has to be moved at every
 use.
 """
@@ -21,7 +22,9 @@ BITS = 32
 """Where the levels' bf16 bits begin."""
 E4M3 = BITS + 32
 """Where the 28 integers for e4m3 operands begin (`e4m3_table`)."""
-INTEGERS = E4M3 + 28
+FACTORS = E4M3 + 28
+"""Where the 16 integers of `factor_table` begin."""
+INTEGERS = FACTORS + 16
 """Of a matrix in `row_tables`."""
 SIGN = 0x80
 """The bit of an e4m3 number."""
@@ -31,7 +34,8 @@ def row_tables(format: str, levels: Sequence[float]) -> list[int]:
     """One matrix's levels as the kernels' 32-bit integers."""
     bits = _bits(levels)
     row = [*operand_table(format, levels), *bits, *[0] * (32 - len(bits)), *e4m3_table(format, levels)]
-    return [*row, *[0] * (INTEGERS - len(row))]
+    row += [0] * (FACTORS - len(row))
+    return row + (factor_table() if format == "pair8" else [0] * (INTEGERS - FACTORS))
 
 
 def operand_table(format: str, levels: Sequence[float]) -> list[int]:
@@ -47,6 +51,11 @@ def operand_table(format: str, levels: Sequence[float]) -> list[int]:
     bits = _bits(levels)
     states = (half for slot in range(layout.SLOTS) for half in _states(slot, SIGN - 1))
     return _fourfold([*_bytes(bits + [0] * (8 - len(bits))), *states])
+
+
+def factor_table() -> list[int]:
+    """High bytes of the bf16 factors 2, -2 and 0, by the state: two integers for either slot, each four times."""
+    return _fourfold([half for slot in range(layout.SLOTS) for half in _states(slot, 0x40)])
 
 
 def state_table(format: str, slot: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moefold_kernels import layout_pairs, reference_pairs
 from moefold_kernels.bench.weights import LEVELS
-from moefold_kernels.levels import E4M3, row_tables
+from moefold_kernels.levels import E4M3, FACTORS, row_tables
 
 pytest.importorskip("triton", reason="needs triton")
 from moefold_kernels.triton import leveled_decode
@@ -35,10 +35,11 @@ def operands(format: str, table: list[int], planes: dict[str, Tensor], place: tu
     row, group = place
     first = 2 * slot if format == "pair8" else 0  # a slot's own; the levels are both slots'
     own = [table[4 * (first + number)] for number in range(leveled_decode.tables_of(format, slots))]
-    states = [table[16 + 8 * each + 4 * half] for each in range(2) for half in range(2)]
+    begins = FACTORS if format == "pair8" and slots == 2 else 16
+    states = [table[begins + 8 * each + 4 * half] for each in range(2) for half in range(2)]
     one = int(planes["scale"][row, group]) & 0xFFFF
     both = one << 16 | 0x1234 if group % 2 else 0x12340000 | one
-    scale = run(leveled_decode.scale_assembly(format, group % 2), 1, [both])
+    scale = run(leveled_decode.scale_assembly(format, group % 2, slots), 1, [both])
     made = torch.zeros(slots, GROUP, dtype=torch.bfloat16)
     each = GROUP * layout_pairs.low_bits(format) // 32
     low = planes["low"][row, each * group : each * (group + 1)] if "low" in planes else torch.empty(0)

@@ -12,6 +12,7 @@ from leveled import FORMATS
 from moefold_kernels import FormatError, reference
 from moefold_kernels.activation import silu
 from moefold_kernels.bench.correctness import poisoned
+from moefold_kernels.levels import INTEGERS
 
 pytest.importorskip("triton", reason="needs triton")
 from moefold_kernels.triton import layer as kernels
@@ -161,7 +162,7 @@ def test_operands_that_do_not_fit():
     good, arguments = operands(layer), batch(3, 64, 2, 4)
     for change, said in (
         ({"down_low": None}, "pair6 needs down_low"),
-        ({"levels": good.levels[:, 1:].contiguous()}, r"levels is \[3, 91\]"),
+        ({"levels": good.levels[:, 1:].contiguous()}, rf"levels is \[3, {INTEGERS - 1}\]"),
         ({"gate_up_scale": good.gate_up_scale.float()}, "scales int16"),
         ({"down_packed": good.down_packed[:, :, 1:]}, r"down_packed is \[2, 64, 7\] .*no nibble planes of one layer"),
     ):

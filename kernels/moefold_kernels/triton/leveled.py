@@ -131,7 +131,7 @@ def _products(
             nothing = first >> 30  # which the compiler does not know
             ahead = first + place + PLACES
             for half in gl.static_range(2):
-                scale = scale_of(words, half, FORMAT)
+                scale = scale_of(words, half, FORMAT, PAIRED)
                 for part in gl.static_range(2):
                     ours, theirs = decoded(words, scale, half, part, tables, states, ROWS, FORMAT, PAIRED, left)
                     tokens = right(buffers, at(TOKENS_OF + half, place), nothing, part, TOKENS)

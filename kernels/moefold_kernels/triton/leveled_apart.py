@@ -183,7 +183,7 @@ def _products(
                 fence_async_shared()  # what was copied is what products read
                 if half == 0:
                     words = read(buffers, place, ROWS, FORMAT)
-                scale = scale_of(words, half, FORMAT)
+                scale = scale_of(words, half, FORMAT, False)
                 for part in gl.static_range(2):
                     ours, _ = decoded(words, scale, half, part, tables, states, ROWS, FORMAT, False, left)
                     sums = warpgroup_mma(

@@ -11,11 +11,15 @@ share a register (leveled_tokens.py brings tokens into that order).
     pair8                 a level's number n is the byte of an fp8 number (eighths.py), and n * 16 the bits of a bf16
                           number: 2 ** -120 of it. Its low byte is four bits of (low) in the upper nibble, or nothing
                           where the state drops the position; its high byte the fifth bit and the sign, or nothing
-                          (`prmt` of (words) repeats 0xFE's sign where a nibble's fourth bit is set: 0xFF, else 0xFE)
+                          (`prmt` of (words) repeats 0xFE's sign where a nibble's fourth bit is set: 0xFF, else 0xFE).
+                          For both slots the number is made once, without sign, and each slot multiplies it by 2, -2 or
+                          0: the high byte of that is looked up by the state, and the low one is a selector with its
+                          fourth bit set, which repeats the sign of 2
 
-Eight positions take 17 (pair4) and 18 (the others) integer instructions for one slot, 25 to 30 for both,
-and four multiplications a slot. Four positions at a time, of words that all four threads of a row had to read, took 20
-to 44, and 4 to 16 multiplications (docs/kernels.md).
+Eight positions take 17 (pair4) and 18 (the others) integer instructions for one slot, 25 (pair4, pair8) and 26 for
+both, and four multiplications a slot (pair8 four more for both). Looked up and masked for each slot, both took pair8
+30. Four positions at a time, of words that all four threads of a row had to read, took 20 to 44, and 4 to 16
+multiplications (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from collections.abc import Sequence
 LOWS = {"pair4": 0, "pair5": 1, "pair6": 1, "pair8": 1}
 """Words of the plane `low` for eight columns; pair5's and pair6's are moved so that a column's bits are the lowest."""
 TABLES = 4
-"""Registers of levels (levels.operand_table): high bytes of eight, low bytes; of pair8 two of what each slot keeps."""
+"""Registers of levels (levels.operand_table): high bytes of eight, low bytes; of pair8 two of what one slot keeps."""
 EVEN, ODD = 0, 1
 """Of the two registers of four columns: that of columns 0 and 2, that of 1 and 3."""
 _LOW_MASK = {"pair5": 0x11111111, "pair6": 0x33333333}
@@ -35,18 +39,22 @@ _BY_SIGN = 0xA8
 """`lop3`'s (a | b) & c: a number, its sign bits set, and what a state keeps of it."""
 SCALE_EXPONENT = 64
 """pair8's scales are given times two to this, so that products with numbers near 2 ** -125 are no subnormal ones (for
-scales from 2 ** -61 on); scales have to be below 2 ** 64."""
+scales from 2 ** -60 on); scales have to be below 2 ** 64."""
 
 
 def tables_of(format: str, slots: int) -> int:
     """How many registers of TABLES the assembly takes."""
-    return 2 * slots if format == "pair8" else TABLES
+    if format != "pair8":
+        return TABLES
+    return 2 if slots == 1 else 0
 
 
 def _selectors(format: str, word: str, low: str) -> str:
     """PTX of c and d: selectors of levels of the word's first four positions and of the others."""
     shift, top = _TOP[format]
     lines = f"""
+    and.b32 s, {word}, 0x77777777;
+    shr.u32 z, s, 16;
     shr.u32 c, {word}, {shift};
     and.b32 c, c, 0x{top:08X};"""
     if format in _LOW_MASK:
@@ -80,25 +88,55 @@ def _levels(scale: str, tables: Sequence[str], slots: Sequence[tuple[str, str]])
 
 
 def _numbers(word: str, scale: str, low: str, tables: Sequence[str], slots: Sequence[tuple[str, str]]) -> str:
-    """PTX for pair8."""
+    """PTX for pair8, of one slot."""
+    ((first, second),) = slots
     lines = f"""
+    and.b32 s, {word}, 0x77777777;
+    shr.u32 z, s, 16;
     shr.u32 d, {word}, 16;
     mov.b32 t, 0xFEFEFEFE;
     prmt.b32 c, t, t, {word};
     prmt.b32 d, t, t, d;
     shl.b32 a, {low}, 4;"""
-    for slot, (first, second) in enumerate(slots):
-        kept = tables[2 * slot], tables[2 * slot + 1]
-        for four, (state, fifth, less) in enumerate((("s", "c", "a"), ("z", "d", low))):
-            lines += f"""
+    for four, (state, fifth, less) in enumerate((("s", "c", "a"), ("z", "d", low))):
+        lines += f"""
     prmt.b32 t, {first}, {second}, {state};
-    prmt.b32 x, {kept[0]}, {kept[1]}, {state};
+    prmt.b32 x, {tables[0]}, {tables[1]}, {state};
     and.b32 t, t, {fifth};
     and.b32 x, x, {less};"""
-            for half, bytes_of in ((EVEN, 0x6240), (ODD, 0x7351)):
-                lines += f"""
+        for half, bytes_of in ((EVEN, 0x6240), (ODD, 0x7351)):
+            lines += f"""
     prmt.b32 m, x, t, 0x{bytes_of:04X};
-    mul.rn.bf16x2 ${4 * slot + 2 * four + half}, m, {scale};"""
+    mul.rn.bf16x2 ${2 * four + half}, m, {scale};"""
+    return lines
+
+
+def _numbers_of_both(word: str, scale: str, low: str, slots: Sequence[tuple[str, str]]) -> str:
+    """PTX for pair8, of both slots: s and x select factors of even and odd columns, z and y of the other four's."""
+    lines = f"""
+    shl.b32 s, {word}, 4;
+    lop3.b32 s, s, 0x70707070, 0x08080808, 0xEA;
+    lop3.b32 x, {word}, 0x70707070, 0x08080808, 0xEA;
+    shr.u32 z, s, 16;
+    shr.u32 y, x, 16;
+    shr.u32 d, {word}, 16;
+    mov.b32 t, 0xFEFEFEFE;
+    prmt.b32 c, t, t, {word};
+    prmt.b32 d, t, t, d;
+    shl.b32 a, {low}, 4;
+    and.b32 a, a, 0xF0F0F0F0;
+    and.b32 b, {low}, 0xF0F0F0F0;
+    and.b32 c, c, 0x01010101;
+    and.b32 d, d, 0x01010101;"""
+    for four, (fifth, less, states) in enumerate((("c", "a", ("s", "x")), ("d", "b", ("z", "y")))):
+        for half, (state, bytes_of) in enumerate(zip(states, (0x6240, 0x7351), strict=True)):
+            lines += f"""
+    prmt.b32 m, {less}, {fifth}, 0x{bytes_of:04X};
+    mul.rn.bf16x2 m, m, {scale};"""
+            for slot, (first, second) in enumerate(slots):
+                lines += f"""
+    prmt.b32 t, {first}, {second}, {state};
+    mul.rn.bf16x2 ${4 * slot + 2 * four + half}, m, t;"""
     return lines
 
 
@@ -106,7 +144,8 @@ def assembly(format: str, slots: int) -> str:
     """PTX of eight columns: for each slot, of the first four columns and of the others, the registers EVEN and ODD.
 
     Operands: the results; a word; a word of `low` (LOWS); the row's scale twice in a register (`scale_assembly`); the
-    row's registers of levels (tables_of); the two of each slot's states (levels.operand_table).
+    row's registers of levels (tables_of); the two of each slot's states (levels.operand_table), or for both slots of
+    pair8 those of levels.factor_table.
     """
     names = iter(f"${number}" for number in range(4 * slots, 99))
     word = next(names)
@@ -114,14 +153,14 @@ def assembly(format: str, slots: int) -> str:
     scale = next(names)
     tables = [next(names) for _ in range(tables_of(format, slots))]
     states = [(next(names), next(names)) for _ in range(slots)]
-    if format == "pair8":
+    if format != "pair8":
+        lines = _selectors(format, word, low) + _levels(scale, tables, states)
+    elif slots == 1:
         lines = _numbers(word, scale, low, tables, states)
     else:
-        lines = _selectors(format, word, low) + _levels(scale, tables, states)
+        lines = _numbers_of_both(word, scale, low, states)
     return f"""{{
-    .reg .b32 a, b, c, d, m, s, t, x, z;
-    and.b32 s, {word}, 0x77777777;
-    shr.u32 z, s, 16;{lines}
+    .reg .b32 a, b, c, d, m, s, t, x, y, z;{lines}
     }}"""
 
 
@@ -131,12 +170,15 @@ def constraints(format: str, slots: int) -> str:
     return ",".join(["=r"] * 4 * slots + ["r"] * given)
 
 
-def scale_assembly(format: str, group: int) -> str:
-    """PTX: of the two scales in $1 the first or the second one, twice, times 2 ** SCALE_EXPONENT for pair8."""
+def scale_assembly(format: str, group: int, slots: int) -> str:
+    """PTX: of the two scales in $1 the first or the second one, twice; for pair8 times 2 ** SCALE_EXPONENT.
+
+    Or half of that, where both slots' factors are 2 or -2.
+    """
     twice = f"prmt.b32 $0, $1, $1, 0x{(0x1010, 0x3232)[group]:04X};"
     if format != "pair8":
         return twice
-    bits = (127 + SCALE_EXPONENT) << 7
+    bits = 127 + SCALE_EXPONENT - (slots - 1) << 7
     return f"""{{
     .reg .b32 s, f;
     mov.b32 f, 0x{bits << 16 | bits:08X};

@@ -16,6 +16,7 @@ import triton.experimental.gluon as gluon
 from triton.experimental.gluon import language as gl
 
 from moefold_kernels.layout_pairs import MAGNITUDE_BITS
+from moefold_kernels.levels import FACTORS
 from moefold_kernels.triton import leveled_decode
 from moefold_kernels.triton.leveled_stage import LOW, PART, SCALE, WORDS, at
 from moefold_kernels.triton.leveled_words import rows_layout, word_layout, words_of
@@ -23,7 +24,10 @@ from moefold_kernels.triton.leveled_words import rows_layout, word_layout, words
 _CODE = gl.constexpr(
     {(f, n): (leveled_decode.assembly(f, n), leveled_decode.constraints(f, n)) for f in MAGNITUDE_BITS for n in (1, 2)}
 )
-_SCALE = gl.constexpr({(f, group): leveled_decode.scale_assembly(f, group) for f in MAGNITUDE_BITS for group in (0, 1)})
+_SCALE = gl.constexpr(
+    {(f, g, n): leveled_decode.scale_assembly(f, g, n) for f in MAGNITUDE_BITS for g in (0, 1) for n in (1, 2)}
+)
+_FACTORS = gl.constexpr(FACTORS)
 
 
 @gluon.constexpr_function
@@ -33,8 +37,8 @@ def code(format, slots, part):
 
 
 @gluon.constexpr_function
-def scale_code(format, group):
-    return _SCALE.value[format, group]
+def scale_code(format, group, slots):
+    return _SCALE.value[format, group, slots]
 
 
 @gluon.jit
@@ -65,10 +69,10 @@ def _operand(made, ROWS: gl.constexpr, left: gl.constexpr):
 
 
 @gluon.jit
-def scale_of(words, group: gl.constexpr, FORMAT: gl.constexpr):
+def scale_of(words, group: gl.constexpr, FORMAT: gl.constexpr, PAIRED: gl.constexpr):
     """The scales [ROWS, 1] of a group, of what `read` found, as assembly takes them."""
     scale = gl.inline_asm_elementwise(
-        scale_code(FORMAT, group), "=r,r", [words[4]], dtype=gl.int32, is_pure=True, pack=1
+        scale_code(FORMAT, group, 2 if PAIRED else 1), "=r,r", [words[4]], dtype=gl.int32, is_pure=True, pack=1
     )
     return gl.expand_dims(scale, 1)
 
@@ -107,19 +111,20 @@ def tables_of(levels, up, slot, ROWS: gl.constexpr, PAIRED: gl.constexpr, FORMAT
     """Registers of levels and of states for `decoded`; rows 8 to 15 of every 16 have the levels at `levels + up`."""
     rows: gl.constexpr = word_layout(ROWS, gl.num_warps())
     thread = levels + gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, rows)), 0)  # [1, 4]: each has its own
-    own = thread
+    tables = ()
     if FORMAT != "pair8":
         row = gl.arange(0, ROWS, gl.SliceLayout(1, rows))
         own = thread + gl.where(gl.expand_dims(row, 1) % 16 >= 8, up, 0)
+        tables = gl.load(own), gl.load(own + 4), gl.load(own + 8), gl.load(own + 12)
     elif not PAIRED:
         own = thread + 8 * slot
-    tables = gl.load(own), gl.load(own + 4)
-    if PAIRED or FORMAT != "pair8":
-        tables = tables + (gl.load(own + 8), gl.load(own + 12))
+        tables = gl.load(own), gl.load(own + 4)
     first = 16 if PAIRED else 16 + 8 * slot
+    if PAIRED and FORMAT == "pair8":
+        first = _FACTORS
     states = gl.load(thread + first), gl.load(thread + first + 4)
     if PAIRED:
-        states = states + (gl.load(thread + 24), gl.load(thread + 28))
+        states = states + (gl.load(thread + first + 8), gl.load(thread + first + 12))
     return tables, states
 
 

@@ -44,7 +44,8 @@ def points() -> dict[str, dict[str, tuple[str, ...]]]:
         "round to nearest": {
             "fp8": (QUANTIZED.replace("SCHEME", "fp8"),),
             "int4": (QUANTIZED.replace("SCHEME", "int4, group: 64"),),
-        },
+        }
+        | {f"int{bits}": (GPTQ, f"gptq.bits={bits}", "gptq.compensate=false") for bits in (3, 2)},
         "budget, any format": {f"{share:g}": ("budget", f"budget.budget={share}", EVERY) for share in BUDGETS},
     }
 
@@ -60,7 +61,8 @@ def run(folder: Path) -> None:
             if (series, name) in done:
                 continue
             row = table.rows({f"{series} {name}": variant})[f"{series} {name}"]
-            bits = row.bits_per_weight if series != "GPTQ" else int(name[3:]) + 32 / 64  # dense on disk: a reference
+            dense = variant[0] == GPTQ  # on disk: a reference
+            bits = int(name[3:]) + 32 / 64 if dense else row.bits_per_weight
             losses = {text: round(loss.increase, 6) for text, loss in row.losses.items()}
             found["points"].append({"series": series, "name": name, "bits": round(bits, 4), "increase": losses})
             found["measured"] = datetime.date.today().isoformat()

@@ -194,7 +194,7 @@ def _of_moments(figures: Mapping[str, Json]) -> Iterator[str]:
             )
     for matrix, count in (figures.get("clipped") or {}).items():
         if count:
-            yield f"{count:,} merged magnitudes ({matrix}) were beyond the format's exponents, and are its largest number"
+            yield f"{count:,} merged magnitudes ({matrix}) were beyond the format's exponents: its largest number now"
 
 
 def _short(numbers: Iterable[int], most: int = 12) -> str:

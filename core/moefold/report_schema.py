@@ -125,8 +125,8 @@ class Merged(Part):
     alone: list[int]
     """Experts left alone."""
     figures: dict[str, Json]
-    """Of the merge: each expert's tokens, `damage` of the pairs, how often an expert's damping was `raised` tenfold, how
-    many magnitudes were `clipped`."""
+    """Of the merge: each expert's tokens, `damage` of the pairs, how often an expert's damping was `raised` tenfold,
+    how many magnitudes were `clipped`."""
 
 
 class Packed(Part):

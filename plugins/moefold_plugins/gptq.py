@@ -69,7 +69,7 @@ def gptq(
     asymmetric: Annotated[
         bool, Field(description="code down for what coded gate and up give, as puzzlemoe.compensated does; not GPTQ's")
     ] = False,
-    blend: Blend = 256.0,
+    blend: Blend = 1024.0,
     damping: Damping = 0.01,
     block: Block = 128,
 ) -> Reduced:

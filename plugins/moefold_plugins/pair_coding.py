@@ -11,6 +11,7 @@ each with m as the format rounds it; there is no threshold.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, Self
 
 import torch
@@ -63,9 +64,13 @@ class Window:
         self.smallest, self.largest = smallest, largest
 
     @classmethod
-    def over(cls, weights: Tensor) -> Self:
-        """The window of `exponent` that holds these weights, with HEADROOM; raises InputError for what bf16 cannot."""
-        least, most = torch.aminmax(weights)
+    def over(cls, weights: Tensor, members: Sequence[int]) -> Self:
+        """The window of `exponent` for the members of `weights` [expert, ...], with HEADROOM.
+
+        One is looked at after another, so that none is copied; raises InputError for what bf16 cannot hold.
+        """
+        ends = torch.stack([torch.stack(torch.aminmax(weights[expert])) for expert in members])
+        least, most = ends[:, 0].amin(), ends[:, 1].amax()
         largest = torch.maximum(-least, most).bfloat16()
         if not bool(largest.isfinite()):
             raise InputError(f"weights lie in {least.item()} .. {most.item()}, and bf16 has to hold them")

@@ -48,16 +48,18 @@ class Merge:
         self.matched: list[bool] = []
         biases = {"gate_up_bias": experts.gate_up_bias, "down_bias": experts.down_bias}
         self.biases = {name: bias.clone() for name, bias in biases.items() if bias is not None}
-        paired = as_index([expert for pair in pairs.members for expert in pair])
-        some = {name: stack.weights[paired] for name, stack in self.stacks.items()} if len(paired) else {}
+        paired = [expert for pair in pairs.members for expert in pair]
         self.windows: dict[str, Window] = {}
         self.levels: dict[str, Levels] = {}
-        if rules.format == layout.EXPONENT:
-            self.windows = {name: Window.over(weights) for name, weights in some.items()}
-            return
-        bits = layout_pairs.magnitude_bits(rules.format)
-        for name, weights in some.items():
-            self.levels[name] = table.levels(bits) if table else Levels.learn(sample(weights), bits)
+        for name, stack in self.stacks.items() if paired else ():
+            if rules.format == layout.EXPONENT:
+                self.windows[name] = Window.over(stack.weights, paired)
+                continue
+            bits = layout_pairs.magnitude_bits(rules.format)
+            learnt = (
+                table.levels(bits) if table else Levels.learn(sample(stack.weights, members=as_index(paired)), bits)
+            )
+            self.levels[name] = learnt
 
     def add(self, chunk: list[list[int]], calibration: Calibration, lost: Lost | None = None) -> None:
         """Merge some pairs: gate and up, then down for what they have become (and for what is `lost`, if given)."""

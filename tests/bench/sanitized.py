@@ -60,9 +60,9 @@ def main() -> int:
     device, wrong = torch.device("cuda"), 0
     every = [(look, shape, name) for look in LOOKS for shape in look.shapes for name in look.names]
     if "--compile" in sys.argv[1:]:
-        ready = ahead.compile_plans(
-            ((shape, one.tokens, CONTENDERS[name], plan(one.plan)) for one, shape, name in every), device
-        )
+        given = ((shape, one.tokens, CONTENDERS[name], plan(one.plan)) for one, shape, name in every)
+        for job, why in ahead.compile_plans(given, device).refused.items():
+            print(f"cannot be compiled: {job.shape.name}, {job.format}: {job.plan}: {why}", flush=True)
     bench = Bench(device, batches=1)
     for look, shape, name in every:
         what = f"{shape.name}, {look.tokens} tokens, {name}: {look.plan}"

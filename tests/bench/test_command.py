@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 from typer.testing import CliRunner
 
 from moefold.cli import app
-from moefold_kernels.bench import CONTENDERS, Contender, kernel, results
+from moefold_kernels.bench import CONTENDERS, TINY, Contender, Shape, ahead, kernel, results
+from moefold_kernels.errors import BenchmarkError
 
 
 def bench_run(*arguments):
@@ -56,6 +58,30 @@ def test_a_wrong_kernel_is_told_and_the_rest_is_kept(some, monkeypatch, tmp_path
     assert "not timed: tiny-3-balanced-reference: the output is off float64 by 5" in done.output
     assert "error: 1 of 2 gave wrong results and were not timed" in done.output
     assert [row.contender for row in results.read(tmp_path / "run.json").rows] == ["grouped_mm"]
+
+
+def test_a_process_that_dies_while_compiling_costs_time_alone(some, monkeypatch):
+    def dying(*_):
+        raise BenchmarkError("a process that compiles kernels died")
+
+    monkeypatch.setattr(ahead, "compile_chosen", dying)
+    done = bench_run("--tokens", "3", "--contenders", "reference")
+    assert done.exit_code == 0, done.output
+    assert "died; they are compiled where they are first run" in done.output
+    assert "tiny-3-balanced-reference: " in done.output
+
+
+def test_what_cannot_be_compiled_is_told(some, monkeypatch):
+    class Job(NamedTuple):
+        shape: Shape = TINY
+        tokens: int = 3
+        format: str = "pair4"
+        plan: str = "a plan"
+
+    ready = ahead.Ready(1, 1, 0.0, {Job(): "too large"})
+    monkeypatch.setattr(ahead, "compile_chosen", lambda *_: ready)
+    done = bench_run("--tokens", "3", "--contenders", "reference")
+    assert "cannot be compiled: tiny, 3 tokens, pair4: a plan: too large" in done.output
 
 
 @pytest.mark.parametrize(

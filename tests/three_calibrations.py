@@ -1,0 +1,96 @@
+"""What methods lose on the shipped model with each of three calibrations: the table of docs/methods.md.
+
+`python tests/three_calibrations.py run DIR` measures over one store and keeps figures in
+docs/images/three-calibrations.json (what is there already is not run again); `python tests/three_calibrations.py print`
+prints the table. A calibration is 64 x 512 tokens in an order of its own (`calibration.seed`), and random pairs are
+drawn with the same seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import quality
+from test_compensated_quality import COMPENSATED, FEW_BITS, GPTQ, TEXTS, random
+
+FIGURES = Path(__file__).parents[1] / "docs" / "images" / "three-calibrations.json"
+SEEDS = range(3)
+
+
+class Row(NamedTuple):
+    """A method, as quality.Bench runs it."""
+
+    pipeline: str
+    pair: str
+    bits: float
+    """Of an expert's weight, scales counted."""
+
+
+def few(format: str) -> str:
+    return FEW_BITS.replace("FORMAT", format).replace("pack.exponent", f"pack.{format}")
+
+
+ROWS = {
+    "PuzzleMoE as published, random pairs": Row(quality.PIPELINE, "pair.random", 8),
+    "GPTQ int3": Row(GPTQ.replace("BITS", "3"), "", 3.5),
+    "GPTQ int2": Row(GPTQ.replace("BITS", "2"), "", 2.5),
+    "compensated, busy with rare": Row(COMPENSATED, "pair.by_usage", 8),
+    "compensated, least predicted error": Row(COMPENSATED, "pair.by_error", 8),
+    "pair6, busy with rare": Row(few("pair6"), "pair.by_usage", 3.125),
+    "pair6, least predicted error": Row(few("pair6"), "pair.by_error", 3.125),
+    "pair4, busy with rare": Row(few("pair4"), "pair.by_usage", 2.125),
+    "pair4, least predicted error": Row(few("pair4"), "pair.by_error", 2.125),
+    "compensated, the published rule's random pairs": Row(COMPENSATED, "pair.random", 8),
+}
+
+
+def run(folder: Path) -> None:
+    """Measure what is not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = quality.Bench(folder)
+    found = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {"increase": {}}
+    for name, row in ROWS.items():
+        known = found["increase"].setdefault(name, {})
+        for seed in SEEDS:
+            if str(seed) in known:
+                continue
+            quality.PIPELINE = row.pipeline
+            settings = random(seed) if row.pair == "pair.random" else (f"calibration.seed={seed}",)
+            known[str(seed)] = {text: round(loss, 6) for text, loss in bench.increase(row.pair, *settings).items()}
+            found["measured"] = datetime.date.today().isoformat()
+            FIGURES.write_text(json.dumps(found, indent=1) + "\n")
+            print(name, seed, known[str(seed)], flush=True)
+
+
+def table() -> str:
+    """Of each text the mean and, in brackets, each calibration's; and the share of the published rule's mean."""
+    found = json.loads(FIGURES.read_text())["increase"]
+    lines = ["| | bits per weight | unseen modules | share | prose | share |", "|---|---|---|---|---|---|"]
+    base = {text: mean(one[text] for one in next(iter(found.values())).values()) for text in TEXTS}
+    for name, row in ROWS.items():
+        if len(found.get(name, {})) < len(SEEDS):
+            continue
+        cells = []
+        for text in TEXTS:
+            each = [found[name][str(seed)][text] for seed in SEEDS]
+            told = " / ".join(f"{one:.4f}".replace("0.", ".", 1) for one in each)
+            middle = f"{mean(each):+.4f}".replace("0.", ".", 1)
+            cells += [f"{middle} ({told})", f"{mean(each) / base[text]:.2f}"]
+        lines.append(f"| {name} | {row.bits:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "print"))
+    parser.add_argument("folder", type=Path, nargs="?")
+    args = parser.parse_args()
+    if args.what == "run":
+        run(args.folder)
+    else:
+        print(table())

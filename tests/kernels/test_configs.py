@@ -97,7 +97,7 @@ def test_a_plan_of_the_same_shape_stays_as_it_is():
 @pytest.mark.parametrize(
     ("known", "shape", "splits"),
     [
-        (MIXTRAL._replace(tokens=16), QWEN._replace(tokens=128), 1),  # 1024 programs, and 2048 without splits
+        (MIXTRAL._replace(tokens=16), Shape(2048, 4096, 128, 8, False, 128), 1),  # 2048, and 4096 without splits
         (MIXTRAL, QWEN, 1),  # 768 columns are too few for splits
         (MIXTRAL, Shape(4096, 7168, 8, 2, False, 1), 4),  # as many as there
         (MIXTRAL, Shape(4096, 7168, 64, 4, False, 1), 2),  # twice the experts hit

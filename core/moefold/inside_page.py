@@ -17,6 +17,11 @@ _PUBLISHED = 0.4
 """PuzzleMoE's threshold."""
 _MASKS = {"shared": "shared by both", "own": "first expert's", "other": "second expert's"}
 
+_ERRORS = {
+    "predicted": "as the plan predicted it, before errors are made up for",
+    "expected": "as the merge left it by its own account, on calibration tokens",
+    "measured": "as evaluate.layers measured it",
+}
 _SHARES = "Both, it alone, partner alone: whose weights the positions of an expert's pair hold."
 
 
@@ -48,15 +53,19 @@ def _errors(made: Page, inside: Inside) -> list[str]:
 
 
 def _planned(made: Page, inside: Inside) -> list[str]:
-    """Predicted and measured errors side by side, where a plan decided what merges."""
-    known = {int(n): one for n, one in inside.planned.items() if None not in (one["predicted"], one["measured"])}
-    if not known:
+    """Foretold and measured errors side by side, where a plan decided what merges, or a merge says what it left."""
+    known = {
+        name: [(int(n), one[name]) for n, one in inside.planned.items() if one.get(name) is not None]
+        for name in _ERRORS
+    }
+    series = {name: points for name, points in known.items() if points}
+    if "measured" not in series or len(series) == 1:
         return []
-    series = {name: [(n, one[name]) for n, one in known.items()] for name in ("predicted", "measured")}
     agreement = inside.report["sensitivity"][inside.step]["rank_correlation"]
     told = (
-        "Error of each layer's output as the plan predicted it, before errors are made up for, and as evaluate.layers "
-        "measured it." + ("" if agreement is None else f" Rank correlation over layers: {agreement:+.2f}.")
+        "Error of each layer's output: "
+        + "; ".join(text for name, text in _ERRORS.items() if name in series)
+        + ("." if agreement is None else f". Rank correlation over layers: {agreement:+.2f}.")
     )
     figure = pictures.lines(series, "relative error", rangemode="tozero", **_PERCENT)
     return [made.figure("sensitivity-plot", figure, told)]
@@ -123,6 +132,7 @@ def _layer(inside: Inside, layer: str) -> dict[str, Json]:
         "format": inside.format(layer) or planned.get("format"),
         "pairs": planned.get("pairs"),
         "predicted error": _percent(planned.get("predicted"), 2),
+        "expected error": _percent(planned.get("expected"), 2),
         "output error": _percent(row.get("output_error"), 2),
         "of what the layer adds": _percent(row.get("update_error"), 2),
         "cumulative": _percent(row.get("cumulative_error"), 2),

@@ -247,21 +247,28 @@ class Planned(Part):
 
 
 class PredictedLayer(Part):
-    """What a plan predicted of a layer, and what was measured."""
+    """What a layer was foretold to lose, and what was measured: errors of its output relative to its length."""
 
     format: str | None
     pairs: int
     alone: int
     predicted: float | None
+    """By a plan, before anything was merged."""
+    expected: float | None = None
+    """By the merge, on calibration tokens, when it had made up for what it could."""
     measured: float | None
+    """On the evaluated text."""
 
 
 class Sensitivity(Part):
-    """Whether the plan put the layers into the right order."""
+    """What layers were foretold to lose, and whether that put them into the right order."""
 
+    planned: bool = True
+    """Whether a plan decided what merges."""
     layers: dict[str, PredictedLayer]
     rank_correlation: float | None
-    """Spearman's; null: fewer than three layers are known, or all are alike."""
+    """Spearman's of `predicted`, or without a plan of `expected`, with `measured`; null: fewer than three layers are
+    known, or all are alike."""
 
 
 class Map(Part):

@@ -15,7 +15,8 @@ from moefold.report import size
 from moefold.verdict import differences, interval
 
 _STOCK = "import transformers"
-
+_ERRORS = ("predicted", "expected", "measured")
+"""Of a layer that was merged (report_schema.PredictedLayer)."""
 
 GATE_MISSED = 3
 """The exit code of a run that came to its end, and whose loss rose further than its gate allows."""
@@ -46,7 +47,8 @@ def show(report: Mapping[str, Json], console: Console, page: Path | None = None)
             if spans := _spans(facts["rows"]):
                 console.print(spans, highlight=False, markup=False, soft_wrap=True)
     for step, told in report.get("sensitivity", {}).items():
-        console.print(_plan_table(step, told), highlight=False)
+        if told.get("planned", True):  # the errors of others were just shown
+            console.print(_plan_table(step, told), highlight=False)
     console.print(_stage_table(report["stages"]))
     for facts in saved:
         console.print(_how_to_load(facts), highlight=False)
@@ -142,17 +144,18 @@ def _layer_table(title: str, rows: list[Mapping[str, Json]], most: int = 5) -> T
 
 
 def _plan_table(step: str, told: Mapping[str, Json], most: int = 8) -> Table:
-    """What was planned for the layers of the largest errors, measured or else predicted; the report has them all."""
+    """What was planned for the layers of the largest errors, measured or else foretold; the report has them all."""
     layers, agreement = told["layers"], told["rank_correlation"]
-    worst = sorted(layers, key=lambda n: -(layers[n]["measured"] or layers[n]["predicted"] or 0))[:most]
+    known = any(one.get("expected") is not None for one in layers.values())
+    names = [name for name in _ERRORS if name != "expected" or known]
+    worst = sorted(layers, key=lambda n: -next((layers[n][name] for name in reversed(names) if layers[n][name]), 0))
+    worst = worst[:most]
     shown = "" if len(layers) <= most else f", the {most} of most error of {len(layers)} (all: report.html)"
     found = "" if agreement is None else f"; rank correlation of errors {agreement:+.2f}"
-    table = _table(
-        f"Merged by plan, {step}{shown}{found}", "layer", "format", "pairs", "alone", "predicted", "measured"
-    )
+    table = _table(f"Merged by plan, {step}{shown}{found}", "layer", "format", "pairs", "alone", *names)
     for number in worst:
         one = layers[number]
-        errors = ["-" if one[name] is None else f"{one[name]:.2%}" for name in ("predicted", "measured")]
+        errors = ["-" if one[name] is None else f"{one[name]:.2%}" for name in names]
         table.add_row(number, one["format"] or "-", str(one["pairs"]), str(one["alone"]), *errors)
     return table
 

@@ -27,7 +27,7 @@ class Part:
     theirs: Tensor  # the same of the compressed model
 
 
-@stage("evaluate.layers")
+@stage("evaluate.layers", version=2)
 def evaluate_layers(
     checkpoint: Checkpoint,
     saved: Saved,
@@ -43,8 +43,9 @@ def evaluate_layers(
     Errors are relative, of a token's vector in length, and means over tokens (a few tokens of very large activations
     would decide a quotient of sums): `output_error` of a layer on what enters the original's, `update_error` the same
     in units of what the original's layer adds to its input, `cumulative_error` after all layers up to this one.
-    `routing_overlap`: the share of the original's top-k choices that the compressed model, on its own inputs, makes
-    too. `kept`: of packed layers, the share of each expert's weights that are not zero.
+    `inverse_length`: the mean of 1 / the length of what the original's layer gives, by which an absolute error becomes
+    such a relative one. `routing_overlap`: the share of the original's top-k choices that the compressed model, on its
+    own inputs, makes too. `kept`: of packed layers, the share of each expert's weights that are not zero.
     """
     name = next(iter(baseline.losses)) if text is None else text
     if name not in baseline.texts:
@@ -77,6 +78,7 @@ def _rows(before: StreamedModel, after: StreamedModel, parts: list[Part]) -> Ite
             "output_error": _error(alone, wanted, wanted),
             "update_error": _error(alone, wanted, added),
             "cumulative_error": _error(walked, wanted, wanted),
+            "inverse_length": _inverse_length(wanted),
             "routing_overlap": _overlap(before.checkpoint, after.checkpoint, number, chosen, theirs),
             "kept": kept,
         }
@@ -117,6 +119,11 @@ def _error(found: list[Tensor], wanted: list[Tensor], unit: list[Tensor]) -> flo
         for f, w, u in zip(found, wanted, unit, strict=True)
     ]
     return float(torch.cat(errors).double().mean())
+
+
+def _inverse_length(wanted: list[Tensor]) -> float:
+    lengths = torch.cat([part.float().norm(dim=-1).flatten() for part in wanted])
+    return float(lengths.clamp(min=1e-20).reciprocal().double().mean())
 
 
 def _overlap(

@@ -54,6 +54,10 @@ class Lost:
             own = self._own(change, row, visit)[0]
             self.tokens[visit.rows.to(self.tokens.device)] += own.to(self.tokens.device)
 
+    def mean(self) -> float:
+        """The mean length of what a token's output has lost."""
+        return float(self.tokens.norm(dim=1).double().mean())
+
     def pull(self, change: Change) -> Tensor:
         """R of each member, whose own change is counted in: [member, hidden, inner] float32."""
         hidden, inner = change.before.down.shape[1:]

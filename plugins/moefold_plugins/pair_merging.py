@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -46,6 +47,7 @@ class Merge:
         self.tokens: dict[str, int] = {}
         self.output: list[list[float]] = []
         self.matched: list[bool] = []
+        self.lost: float | None = None
         biases = {"gate_up_bias": experts.gate_up_bias, "down_bias": experts.down_bias}
         self.biases = {name: bias.clone() for name, bias in biases.items() if bias is not None}
         paired = [expert for pair in pairs.members for expert in pair]
@@ -83,6 +85,7 @@ class Merge:
             coded = self._together(change, coded, weight, changed, lost)
         self.stacks["down"].keep(members, coded)
         self.output += left(experts.down, coded.experts(), changed).view(-1, 2).tolist()
+        self.lost = self._lost(len(calibration.routed.tokens)) if lost is None else lost.mean()
 
     def _together(self, change: Change, coded: Coded, weight: Tensor, changed: Changed, lost: Lost) -> Coded:
         """Down once more, part after part, given what all that has been coded of the layer has lost."""
@@ -99,6 +102,11 @@ class Merge:
             lost.add(Change(own.members, own.after, replace(own.after, down=now.experts().to(dtype))))
             found.append(now)
         return Coded.joined(found)
+
+    def _lost(self, tokens: int) -> float:
+        """The root of the mean squared length, as if what experts lose had nothing to do with each other."""
+        each = zip(self.tokens.values(), (loss for pair in self.output for loss in pair), strict=True)
+        return math.sqrt(math.fsum(count * loss for count, loss in each) / tokens)
 
     def _members(self, members: list[int], seen: Inputs, usage: Tensor) -> tuple[Experts, Inputs]:
         """The members alone, their neurons in the order in which they are merged; and what was seen, in that order."""
@@ -197,12 +205,15 @@ class Merge:
         """By stack, expert or pair.
 
         `damage`: see `Stack`; `output` is mean g^2 |f - f'|^2 of each expert's output, gate, up and down in one.
-        `raised`: how often damping had to be raised tenfold. `matched`: pairs whose neurons were put in another order.
+        `lost`: the length of what a calibration token's output loses, the mean over tokens; where down was not coded
+        once more, the root of the mean square, of experts that are independent of each other. `raised`: how often
+        damping had to be raised tenfold. `matched`: pairs whose neurons were put in another order.
         """
         return {
             "tokens": self.tokens,
             "unseen": [int(expert) for expert, count in self.tokens.items() if not count],
             "damage": {name: stack.damage for name, stack in self.stacks.items()} | {"output": self.output},
+            "lost": self.lost,
             "matched": self.matched,
             "raised": {name: stack.raised for name, stack in self.stacks.items()},
             "clipped": {name: stack.clipped for name, stack in self.stacks.items()},

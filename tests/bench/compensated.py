@@ -4,7 +4,8 @@
 Qwen3-30B-A3B's (128, 2048 to 768, top-8), each with 128 x 2048 calibration tokens: random experts, random tokens under
 a random router with uneven use, tokens from the host as in a run. The layer's pairs are chosen by `pair.by_error` and
 merged by `puzzlemoe.compensated`, once for each format, without and with `together`; of all, seconds by part of the
-work ("other" is the rest) and the memory. Reading the model and the calibration forward are not counted. Before
+work ("other" is the rest) and the memory. `--shapes deepseek-v3` is a layer of DeepSeek-V3's shapes (256 experts, 7168
+to 2048, top-8), which needs a GPU of 141 GB; with `--cold` it takes two minutes instead of four. Reading the model and the calibration forward are not counted. Before
 anything is timed, one small layer is merged on the GPU and on the CPU, and has to agree.
 """
 
@@ -55,7 +56,11 @@ class Shape(NamedTuple):
     top_k: int
 
 
-SHAPES = {"mixtral": Shape(8, 4096, 14336, 2), "qwen3-30b": Shape(128, 2048, 768, 8)}
+SHAPES = {
+    "mixtral": Shape(8, 4096, 14336, 2),
+    "qwen3-30b": Shape(128, 2048, 768, 8),
+    "deepseek-v3": Shape(256, 7168, 2048, 8),
+}
 
 
 class Clock:
@@ -204,7 +209,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=128 * 2048)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--shapes", nargs="*", default=["mixtral", "qwen3-30b"], choices=list(SHAPES))
+    parser.add_argument("--cold", action="store_true", help="without a first run, so times are with compilation")
     parser.add_argument("--formats", nargs="*", default=["exponent", "pair6"])
     parser.add_argument(
         "--together", nargs="*", type=int, default=[0, 1], choices=[0, 1], help="without, with, or both"
@@ -213,7 +219,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     found: dict[str, Any] = {"date": datetime.date.today().isoformat(), "tokens": args.tokens}
-    found |= {"torch": torch.__version__, "device": "cpu"}
+    found |= {"cold": args.cold, "torch": torch.__version__, "device": "cpu"}
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name()
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
@@ -227,8 +233,9 @@ def main() -> None:
         clock.parts()
         together = [bool(value) for value in args.together]
         for name in args.shapes:
-            for _ in timed(layer, SHAPES[name], min(WARM, args.tokens), args.formats, together, clock):
-                pass  # compiles the kernels for these shapes
+            if not args.cold:
+                for _ in timed(layer, SHAPES[name], min(WARM, args.tokens), args.formats, together, clock):
+                    pass  # compiles the kernels for these shapes
             for part, took in timed(layer, SHAPES[name], args.tokens, args.formats, together, clock):
                 found[f"{name} {part}"] = took
                 print(name, part, json.dumps(took), flush=True)

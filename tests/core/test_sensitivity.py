@@ -27,6 +27,8 @@ def report(damage: list[list[float | None]], errors: list[float | None]) -> dict
             "other": {"own": ["other"], "metrics": []},
         },
         "plans": {"plan": {"all": {"layers": layers}}},
+        "merged": {},
+        "reduced": {},
         "metrics": {"layers": {"all": {"rows": rows}}},
     }
 
@@ -35,8 +37,53 @@ def test_each_layer_has_both_and_checkpoints_without_a_plan_none():
     found = sensitivity(report([[0.09, 0.07], [0.01], []], [0.3, 0.2, 0.0]))
     assert set(found) == {"save"}
     layer = found["save"]["layers"]["0"]
-    assert layer == {"format": "pair6", "pairs": 2, "alone": 1, "predicted": pytest.approx(0.4), "measured": 0.3}
+    assert layer == {
+        "format": "pair6", "pairs": 2, "alone": 1, "predicted": pytest.approx(0.4), "expected": None, "measured": 0.3
+    }  # fmt: skip
     assert found["save"]["rank_correlation"] == pytest.approx(1)
+
+
+def merged(lost: list[float | None], errors: list[float]) -> dict[str, Any]:
+    """Of a merge without a plan."""
+    told = report([[]] * len(lost), list(errors)) | {"plans": {}}
+    told["methods"]["save"]["own"] = ["merge", "save"]
+    for row in told["metrics"]["layers"]["all"]["rows"]:
+        row["inverse_length"] = 0.5
+    layers = {
+        str(n): {"format": "exponent", "pairs": [[0, 1]], "alone": [], "figures": {"lost": one}}
+        for n, one in enumerate(lost)
+    }
+    return told | {"merged": {"merge": layers}}
+
+
+def test_without_a_plan_a_merges_own_account_stands_beside_what_was_measured():
+    found = sensitivity(merged([0.4, 0.2, 0.8], [0.3, 0.2, 0.1]))
+    layer = found["save"]["layers"]["0"]
+    assert (layer["predicted"], layer["expected"], layer["measured"]) == (None, pytest.approx(0.2), 0.3)
+    assert found["save"]["rank_correlation"] == pytest.approx(spearmanr([0.4, 0.2, 0.8], [0.3, 0.2, 0.1])[0])
+
+
+def test_of_layers_without_pairs_nothing_is_expected_and_of_older_results_it_is_not_known():
+    told = merged([None, None], [0.0, 0.1])
+    told["merged"]["merge"]["0"]["pairs"] = []
+    layers = sensitivity(told)["save"]["layers"]
+    assert (layers["0"]["expected"], layers["1"]["expected"]) == (0.0, None)
+
+
+def test_what_was_merged_before_is_not_in_a_merges_account():
+    told = merged([0.4, 0.2, 0.8], [0.3, 0.2, 0.1])
+    told["methods"]["save"]["own"] = ["reduce", "merge", "save"]
+    assert sensitivity(told | {"reduced": {"reduce": {}}}) == {}
+
+
+def test_a_plans_layers_have_both_accounts():
+    told = report([[0.04], [0.01], [0.09]], [0.3, 0.2, 0.1])
+    told["merged"] = {"save": merged([0.4, 0.2, 0.8], [0.3, 0.2, 0.1])["merged"]["merge"]}
+    for row in told["metrics"]["layers"]["all"]["rows"]:
+        row["inverse_length"] = 0.5
+    found = sensitivity(told)["save"]
+    assert [round(one["expected"], 6) for one in found["layers"].values()] == [0.2, 0.1, 0.4]
+    assert found["rank_correlation"] == pytest.approx(spearmanr([0.2, 0.1, 0.3], [0.3, 0.2, 0.1])[0])
 
 
 @pytest.mark.parametrize("errors", [[0.3, 0.2, 0.1, 0.4], [0.1, 0.1, 0.2, 0.1], [0.4, 0.3, 0.2, 0.1]])

@@ -5,7 +5,7 @@ Qwen3-30B-A3B's (128, 2048 to 768, top-8), each with 128 x 2048 calibration toke
 a random router with uneven use, tokens from the host as in a run. The layer's pairs are chosen by `pair.by_error` and
 merged by `puzzlemoe.compensated`, once for each format, without and with `together`; of all, seconds by part of the
 work ("other" is the rest) and the memory. `--shapes deepseek-v3` is a layer of DeepSeek-V3's shapes (256 experts, 7168
-to 2048, top-8), which needs a GPU of 141 GB; with `--cold` it takes two minutes instead of four. Reading the model and the calibration forward are not counted. Before
+to 2048, top-8), which needs a GPU of 141 GB. Reading the model and the calibration forward are not counted. Before
 anything is timed, one small layer is merged on the GPU and on the CPU, and has to agree.
 """
 

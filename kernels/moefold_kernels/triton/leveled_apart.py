@@ -179,16 +179,13 @@ def _products(
         for place in gl.static_range(PLACES):
             nothing = first >> 30  # which the compiler does not know
             for half in gl.static_range(2):
+                mbarrier.wait(come[2 * place + half], phase)
+                fence_async_shared()  # what was copied is what products read
                 if half == 0:
-                    mbarrier.wait(come[2 * place], phase)
-                    fence_async_shared()  # what was copied is what products read
                     words = read(buffers, place, ROWS, FORMAT)
                 scale = scale_of(words, half, FORMAT, False)
                 for part in gl.static_range(2):
                     ours, _ = decoded(words, scale, half, part, tables, states, ROWS, FORMAT, False, left)
-                    if half == 1 and part == 0:  # its words came with the first half
-                        mbarrier.wait(come[2 * place + 1], phase)
-                        fence_async_shared()
                     sums = warpgroup_mma(
                         ours, right(buffers, at(TOKENS_OF + half, place), nothing, part, TOKENS), sums, is_async=True
                     )

@@ -241,7 +241,8 @@ class Planned(Part):
 
     layers: dict[str, PlannedLayer]
     budget: dict[str, Json]
-    """What was asked, the bytes that this is, expert bytes before and after, the formats to choose from."""
+    """What was asked, the bytes that this is, expert bytes before and after, the formats to choose from, all layers'
+    damage, and what it would have been with all formats."""
     protected: dict[str, list[int]]
     """Experts of each layer that were not to be merged."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import typer
@@ -49,6 +49,8 @@ def show(report: Mapping[str, Json], console: Console, page: Path | None = None)
     for step, told in report.get("sensitivity", {}).items():
         if told.get("planned", True):  # the errors of others were just shown
             console.print(_plan_table(step, told), highlight=False)
+            for line in _formats(report, step):
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(_stage_table(report["stages"]))
     for facts in saved:
         console.print(_how_to_load(facts), highlight=False)
@@ -158,6 +160,20 @@ def _plan_table(step: str, told: Mapping[str, Json], most: int = 8) -> Table:
         errors = ["-" if one[name] is None else f"{one[name]:.2%}" for name in names]
         table.add_row(number, one["format"] or "-", str(one["pairs"]), str(one["alone"]), *errors)
     return table
+
+
+def _formats(report: Mapping[str, Json], step: str) -> Iterator[str]:
+    """What a plan that had not all formats to choose from gave away by that."""
+    for own in report.get("methods", {}).get(step, {"own": []})["own"]:
+        for facts in report["plans"].get(own, {}).values():
+            budget = facts["budget"]
+            least = budget.get("damage_with_all_formats")
+            if least is not None and least < budget["damage"]:
+                yield (
+                    f"{own}: chosen from {', '.join(budget['formats'])} alone, whose kernels are fast on every GPU; "
+                    f"with all formats the predicted squared error is {least / budget['damage']:.2f}x at the same "
+                    f"bytes: --set {own}.formats=[exponent,pair8,pair6,pair5,pair4]"
+                )
 
 
 def _stage_table(stages: Mapping[str, Json]) -> Table:

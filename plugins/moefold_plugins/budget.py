@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple
@@ -56,7 +57,7 @@ class Protect(BaseModel):
     experts: Annotated[dict[int, list[int]], Field(description="decoder layer -> experts")] = {}
 
 
-@stage("plan.budget")
+@stage("plan.budget", version=2)
 def plan_budget(
     damage: Layers[PairDamage],
     *,
@@ -93,10 +94,15 @@ def plan_budget(
             f"({least / before:.4f}) to all {before:,} can be; write a budget in between, or allow other formats"
         )
     after = sum(option.bytes for option in chosen)
+    about = {"asked": budget, "bytes": limit, "before": before, "after": after, "formats": names}
+    about["damage"] = _damage(chosen)
+    if formats is None and len(names) < len(FORMATS):  # what that costs, for the user to decide
+        freely = choose([each.options(list(FORMATS)) for each in candidates.values()], limit)
+        about["damage_with_all_formats"] = _damage(freely or chosen)
     return MergePlan(
         {str(n): each.layer(option.what) for (n, each), option in zip(candidates.items(), chosen, strict=True)},
         {str(n): [one.count, one.weights] for n, one in found.items()},
-        {"asked": budget, "bytes": limit, "before": before, "after": after, "formats": names},
+        about,
         {str(n): experts for n, experts in protected.items()},
     )
 
@@ -138,6 +144,10 @@ class Candidates(NamedTuple):
             "alone": [expert for expert in range(self.damage.count) if expert not in paired],
             "damage": [float(f"{self.damage.relative(name, pair):.5g}") for pair in pairs] if name else [],
         }
+
+
+def _damage(chosen: list[Option]) -> float:
+    return float(f"{math.fsum(option.damage for option in chosen):.5g}")
 
 
 def _enough(candidates: Mapping[int, Candidates], limit: int) -> list[str]:

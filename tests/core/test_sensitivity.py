@@ -116,6 +116,18 @@ def test_the_page_and_the_terminal_tell_it():
     assert "Rank correlation" not in run_page.page(made).render()
 
 
+@pytest.mark.parametrize(("least", "said"), [(0.03, True), (0.04, False), (None, False)])
+def test_the_terminal_says_what_more_formats_would_have_given(least, said):
+    console = Console(width=150, record=True, file=io.StringIO())
+    told = report([[0.04]], [0.3])
+    told["plans"]["plan"]["all"]["budget"] = {"formats": ["exponent"], "damage": 0.04}
+    if least is not None:
+        told["plans"]["plan"]["all"]["budget"]["damage_with_all_formats"] = least
+    show(told | {"warnings": [], "saved": {}, "metrics": {}, "stages": {}, "sensitivity": sensitivity(told)}, console)
+    text = console.export_text()
+    assert ("0.75x at the same bytes: --set plan.formats=[exponent,pair8" in text) == said
+
+
 def test_the_terminal_shows_the_layers_of_most_error():
     console = Console(width=150, record=True, file=io.StringIO())
     told = {

@@ -124,6 +124,20 @@ def test_fewer_bytes_never_cost_less():
     assert cost == sorted(cost)
 
 
+def test_a_plan_says_what_all_formats_would_have_left():
+    made = {n: layer(16, n) for n in range(5)}
+    for one in made.values():  # fewer bits cost little more, as measured
+        one.damage.update({name: one.damage["exponent"] * (1 + place / 10) for place, name in enumerate(SIZES)})
+    damage = Layers(made)
+    plan = plan_budget(damage, budget=0.75)
+    every = plan_budget(damage, budget=0.75, formats=list(SIZES))
+    known = [sum(each.predicted(n) for n in range(5)) for each in (plan, every)]
+    assert [plan.budget["damage"], every.budget["damage"]] == pytest.approx(known, rel=1e-3)
+    assert plan.budget["damage_with_all_formats"] == every.budget["damage"] < plan.budget["damage"]
+    below = plan_budget(damage, budget=0.35)
+    assert "damage_with_all_formats" not in every.budget | below.budget
+
+
 def test_damage_counts_for_less_where_the_stream_is_large():
     damage = model(layer(8, 1), layer(8, 1, stream=100.0))
     plan = plan_budget(damage, budget=0.75)

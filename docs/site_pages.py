@@ -25,7 +25,7 @@ TITLES = {
     "Pairs in shared words": ("puzzlemoe", "levels", "pack.", "unpack."),
     "Plans over all layers": ("damage.", "plan."),
     "Fewer experts": ("average", "msmoe", "mergemoe", "prune."),
-    "Fewer bits": ("quantize", "dequantize", "gptq"),
+    "Fewer bits": ("quantize", "quantize.gptq", "dequantize", "gptq"),
     "Saving and measuring": ("save", "evaluate."),
     "Others": ("",),
 }

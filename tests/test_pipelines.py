@@ -21,6 +21,7 @@ RATIO = {
     "average": 0.5,
     "budget": 0.75,
     "compensated": 0.5,
+    "gptq-int4": 0.266,  # 4 bits of 16, and a scale of 16 bits for 64
     "hcsmoe": 0.5,
     "mergemoe": 0.5,
     "mergemoe-int4": 0.133,  # 4 bits of 16, their scales, of half

@@ -3,7 +3,8 @@
 `python tests/three_calibrations.py run DIR` measures over one store and keeps figures in
 docs/images/three-calibrations.json (what is there already is not run again); `python tests/three_calibrations.py print`
 prints the table. A calibration is 64 x 512 tokens in an order of its own (`calibration.seed`), and random pairs are
-drawn with the same seed.
+drawn with the same seed. `--samples 128` takes twice the text, of the methods named with `--rows`, and keeps figures in
+three-calibrations-128.json.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -18,7 +20,8 @@ from typing import NamedTuple
 import quality
 from test_compensated_quality import COMPENSATED, FEW_BITS, GPTQ, TEXTS, random
 
-FIGURES = Path(__file__).parents[1] / "docs" / "images" / "three-calibrations.json"
+FIGURES = Path(__file__).parents[1] / "docs" / "images"
+SAMPLES = 64
 SEEDS = range(3)
 
 
@@ -49,27 +52,32 @@ ROWS = {
 }
 
 
-def run(folder: Path) -> None:
+def file_of(samples: int) -> Path:
+    return FIGURES / f"three-calibrations{f'-{samples}' * (samples != SAMPLES)}.json"
+
+
+def run(folder: Path, samples: int, rows: Sequence[str]) -> None:
     """Measure what is not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
-    bench = quality.Bench(folder)
-    found = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {"increase": {}}
-    for name, row in ROWS.items():
+    bench, file = quality.Bench(folder), file_of(samples)
+    found = json.loads(file.read_text()) if file.is_file() else {"increase": {}}
+    for name, row in ((name, ROWS[name]) for name in rows):
         known = found["increase"].setdefault(name, {})
         for seed in SEEDS:
             if str(seed) in known:
                 continue
             quality.PIPELINE = row.pipeline
             settings = random(seed) if row.pair == "pair.random" else (f"calibration.seed={seed}",)
+            settings = *settings, f"calibration.samples={samples}"
             known[str(seed)] = {text: round(loss, 6) for text, loss in bench.increase(row.pair, *settings).items()}
             found["measured"] = datetime.date.today().isoformat()
-            FIGURES.write_text(json.dumps(found, indent=1) + "\n")
+            file.write_text(json.dumps(found, indent=1) + "\n")
             print(name, seed, known[str(seed)], flush=True)
 
 
-def table() -> str:
+def table(samples: int) -> str:
     """Of each text the mean and, in brackets, each calibration's; and the share of the published rule's mean."""
-    found = json.loads(FIGURES.read_text())["increase"]
+    found = json.loads(file_of(samples).read_text())["increase"]
     lines = ["| | bits per weight | unseen modules | share | prose | share |", "|---|---|---|---|---|---|"]
     base = {text: mean(one[text] for one in next(iter(found.values())).values()) for text in TEXTS}
     for name, row in ROWS.items():
@@ -89,8 +97,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "print"))
     parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     args = parser.parse_args()
     if args.what == "run":
-        run(args.folder)
+        run(args.folder, args.samples, args.rows)
     else:
-        print(table())
+        print(table(args.samples))

@@ -37,6 +37,11 @@ class Scheme:
     """Columns that share a scale; None: the whole row."""
 
     @property
+    def bits(self) -> int:
+        """Of a weight, without its share of a scale."""
+        return BITS[self.name]
+
+    @property
     def title(self) -> str:
         """What people call it."""
         return self.name if self.group is None else f"{self.name} in groups of {self.group}"
@@ -83,17 +88,23 @@ class Scheme:
         Scales have the weight's dtype; what is divided by them is float32, so that nothing is rounded twice. Raises
         FormatError where rows cannot be divided so, or a weight is not finite.
         """
-        from compressed_tensors.quantization.utils import calculate_qparams
-
         self.check(weight.shape[1])
-        scheme = self._library()
         exact = weight.float()
         low, high = exact.unflatten(1, (-1, self.group or weight.shape[1])).aminmax(dim=2)
-        scale = calculate_qparams(low, high, scheme.weights)[0].to(weight.dtype)
+        return self.stored(exact, self.scales(low, high, weight.dtype))
+
+    def scales(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
+        """What spans groups of these extremes, in a dtype; raises FormatError where one is not finite."""
+        from compressed_tensors.quantization.utils import calculate_qparams
+
+        scale = calculate_qparams(low, high, self._library().weights)[0].to(dtype)
         if not bool(scale.isfinite().all()):
             raise FormatError("weights that are not finite cannot be quantised; check the source checkpoint")
-        scale = torch.where(scale == 0, torch.finfo(scale.dtype).tiny, scale)  # below what float16 holds
-        stored = self._compressor().compress({"weight": exact, "weight_scale": scale.float()}, scheme)
+        return torch.where(scale == 0, torch.finfo(scale.dtype).tiny, scale)  # below what float16 holds
+
+    def stored(self, exact: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        """A matrix `[rows, columns]` float32 as `quantize` stores it, by given scales `[rows, groups]`."""
+        stored = self._compressor().compress({"weight": exact, "weight_scale": scale.float()}, self._library())
         return {**stored, "weight_scale": scale}
 
     def dequantize(self, stored: Mapping[str, Tensor]) -> Tensor:

@@ -73,6 +73,8 @@ class Quantized(Replacement):
     """`gate_proj.weight_packed`, `gate_proj.weight_scale` and so on -> [expert, ...]."""
     route: list[int] | None = None
     """The expert that router output i means, where experts were merged before (None: expert i), or pruned (-1)."""
+    figures: dict[str, Json] = field(default_factory=dict)
+    """What its maker measured, for the report."""
 
     @property
     def count(self) -> int:
@@ -99,6 +101,7 @@ class Quantized(Replacement):
             "experts": self.count,
             "route": self.route,
             "bytes": self.bytes(),
+            "figures": self.figures,
         }
 
 

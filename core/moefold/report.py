@@ -165,9 +165,9 @@ def _warnings(report: Mapping[str, Json], positions: int | None) -> Iterator[str
         if clipped:
             yield f"{step}: {clipped} values were above the exponent window and clipped; leave `window` to the data"
 
-    for step, layers in (*report["merged"].items(), *report["reduced"].items()):
+    for step, layers in (*report["merged"].items(), *report["reduced"].items(), *report["quantized"].items()):
         for layer, facts in layers.items():
-            yield from (f"{step}: layer {layer}: {told}" for told in _of_moments(facts["figures"]))
+            yield from (f"{step}: layer {layer}: {told}" for told in _of_moments(facts.get("figures", {})))
 
     for step, layers in report["saved"].items():
         for facts in layers.values():

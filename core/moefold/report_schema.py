@@ -170,6 +170,8 @@ class Quantized(Part):
     experts: int
     route: list[int] | None
     bytes: int
+    figures: dict[str, Json] = {}
+    """Of the quantisation, where it works with moments: how often an expert's damping was `raised` tenfold."""
 
 
 class Saved(Part):

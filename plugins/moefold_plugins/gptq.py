@@ -1,22 +1,25 @@
 """GPTQ (arXiv 2210.17323) and rounding to nearest in few bits: what a merge in as many bits has to be better than.
 
-Groups of columns of a row share a scale and a zero, both 16 bits: with groups of 64, half a bit a weight. The result is
-dense experts with the values that such a format holds, for measuring; `quantize` writes formats that engines read.
+`gptq`: groups of columns of a row share a scale and a zero, both 16 bits: with groups of 64, half a bit a weight. The
+result is dense experts with the values that such a format holds, for measuring. `quantize.gptq`: scales without a zero,
+as compressed-tensors has them, and stored in its formats, which engines read.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from moefold import Context, Experts, Json, Layer, Reduced, Routed, Stage, hookimpl, stage
+from moefold import Context, Experts, Json, Layer, Quantized, Reduced, Routed, Scheme, Stage, hookimpl, stage
 from moefold.errors import InputError
 from moefold_plugins.compensated import Blend, Block, Damping, chunks
 from moefold_plugins.compensation import Walk, factor
 from moefold_plugins.moments import Calibration, Changed
+from moefold_plugins.quantize import chosen_scheme, quantized
 from moefold_plugins.targets import pulled
 
 SIDE = 32
@@ -80,19 +83,11 @@ def gptq(
     done = {"gate_up": torch.empty_like(experts.gate_up), "down": torch.empty_like(experts.down)}
     raised: dict[str, dict[str, int]] = {name: {} for name in done}
     calibration = Calibration(layer, routed, experts, blend) if compensate else None
-    for chunk in chunks([[e] for e in range(experts.count)], experts):
-        members = [expert for part in chunk for expert in part]
-        moments = calibration.moments(members) if calibration else None
-        for name, weights in (("gate_up", experts.gate_up), ("down", experts.down)):
-            columns = weights[members][:, None].mT  # [expert, 1, columns, rows]
-            moment = None if moments is None else (moments.x if name == "gate_up" else moments.h)[:, None]
-            changed = None
-            if asymmetric and calibration and name == "down":
-                changed = calibration.changed(members, _some(experts, members), done["gate_up"][members])
-                moment = changed.h[:, None]
-            read, counts = coded(columns, moment, GroupCoder(bits, group, columns.dtype), damping, block, changed)
-            done[name][members] = read[:, 0].mT
-            raised[name] |= {str(e): count for e, count in zip(members, counts, strict=True) if count}
+    for part in rounded(
+        experts, calibration, lambda columns: GroupCoder(bits, group, columns.dtype), damping, block, asymmetric
+    ):
+        done[part.name][part.members] = part.read
+        raised[part.name] |= part.raised
     figures: Json = {"bits_per_weight": bits + SIDE / group, "bits": bits, "group": group, "raised": raised}
     return Reduced(
         done["gate_up"],
@@ -104,6 +99,108 @@ def gptq(
         [[expert] for expert in range(experts.count)],
         figures,
     )
+
+
+@stage("quantize.gptq", keep="until read")
+def quantize_gptq(
+    layer: Layer,
+    routed: Routed,
+    experts: Experts,
+    context: Context,
+    *,
+    scheme: Annotated[Literal["int8", "int4"], Field(description="int8: a scale for each row; int4: for each group")],
+    group: Annotated[
+        int | None, Field(ge=8, description="columns that share a scale, int4 only (128 by default)")
+    ] = None,
+    blend: Blend = 1024.0,
+    damping: Damping = 0.01,
+    block: Block = 128,
+) -> Quantized:
+    """Quantise as `quantize` does, but making up for each column's error in later ones, by what experts see (GPTQ)."""
+    chosen = chosen_scheme("quantize.gptq", layer, experts, scheme, group)
+    experts = experts.to(context.device)
+    made: dict[str, list[Mapping[str, Tensor]]] = {}
+    raised: dict[str, Json] = {}
+    rows = {"gate_proj": slice(experts.inner), "up_proj": slice(-experts.inner, None), "down_proj": slice(None)}
+    calibration = Calibration(layer, routed, experts, blend)
+    for part in rounded(experts, calibration, lambda columns: SchemeCoder(chosen, columns), damping, block):
+        scales = part.coder.scales()
+        raised[part.name] = raised.get(part.name, {}) | part.raised
+        for name in experts.matrices():
+            if (name == "down_proj") == (part.name == "down"):
+                each = zip(part.read[:, rows[name]].float(), scales[:, rows[name]], strict=True)
+                made.setdefault(name, []).extend(chosen.stored(read, scale) for read, scale in each)
+    return quantized(chosen, {name: made[name] for name in experts.matrices()}, experts, {"raised": raised})
+
+
+class SchemeCoder(GroupCoder):
+    """Codes columns to the values of a scheme of compressed-tensors, whole numbers times a scale."""
+
+    def __init__(self, scheme: Scheme, columns: Tensor) -> None:
+        """`columns` [batch, slot, columns, rows] are to be coded."""
+        super().__init__(scheme.bits, scheme.group or columns.shape[2], columns.dtype)
+        self.scheme, self.opened = scheme, list[Tensor]()
+
+    def open(self, start: int, columns: Tensor | None) -> None:  # noqa: ARG002  (a group at a time)
+        """Span the group's weights, as many steps above zero as below."""
+        if columns is None:
+            raise NotImplementedError("GPTQ goes over columns once")
+        self.opened.append(self.scheme.scales(*columns.aminmax(dim=2), self.dtype))
+        self.scale = self.opened[-1].float()
+
+    def code(self, number: int, column: Tensor) -> Tensor:  # noqa: ARG002  (of the group that was opened)
+        """The nearest values, as they read."""
+        most = 1 << self.bits - 1
+        return ((column / self.scale).round().clamp(-most, most - 1) * self.scale).to(self.dtype).float()
+
+    def scales(self) -> Tensor:
+        """Of all groups: [batch, rows, groups]."""
+        return torch.stack(self.opened, dim=-1)[:, 0]
+
+
+C = TypeVar("C", bound=GroupCoder)
+
+
+class Rounded(NamedTuple, Generic[C]):
+    """One stack of some experts."""
+
+    name: str
+    """gate_up or down."""
+    members: list[int]
+    read: Tensor
+    """What it reads: [member, rows, columns]."""
+    coder: C
+    raised: dict[str, int]
+    """How often an expert's damping had to be raised tenfold, where it had to."""
+
+
+def rounded(
+    experts: Experts,
+    calibration: Calibration | None,
+    coder: Callable[[Tensor], C],
+    damping: float,
+    block: int,
+    asymmetric: bool = False,
+) -> Iterator[Rounded[C]]:
+    """Code experts, as many at a time as fit: each time gate and up, then down; without calibration to nearest."""
+    for chunk in chunks([[e] for e in range(experts.count)], experts):
+        members = [expert for part in chunk for expert in part]
+        moments = calibration.moments(members) if calibration else None
+        gate_up = torch.empty(0)
+        for name, weights in (("gate_up", experts.gate_up), ("down", experts.down)):
+            columns = weights[members][:, None].mT  # [expert, 1, columns, rows]
+            moment = None if moments is None else (moments.x if name == "gate_up" else moments.h)[:, None]
+            changed = None
+            if asymmetric and calibration and name == "down":
+                changed = calibration.changed(members, _some(experts, members), gate_up)
+                moment = changed.h[:, None]
+            used = coder(columns)
+            read, counts = coded(columns, moment, used, damping, block, changed)
+            read = read[:, 0].mT
+            if name == "gate_up":
+                gate_up = read
+            raised = {str(e): count for e, count in zip(members, counts, strict=True) if count}
+            yield Rounded(name, members, read, used, raised)
 
 
 def _some(experts: Experts, members: list[int]) -> Experts:
@@ -135,4 +232,4 @@ def coded(
 
 @hookimpl
 def moefold_stages() -> list[Stage[Any, Any]]:
-    return [gptq]
+    return [gptq, quantize_gptq]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from moefold import Context, Experts, Layer, Quantized, Scheme, Stage, Unpacked, hookimpl, stage
+from moefold import Context, Experts, Json, Layer, Quantized, Scheme, Stage, Unpacked, hookimpl, stage
 from moefold.errors import InputError
 
 _GROUP = 128
@@ -28,25 +28,43 @@ def quantize(
     ] = None,
 ) -> Quantized:
     """Round each weight to the nearest value of the scheme; scales span the largest weight, nothing is calibrated."""
+    chosen, matrices = chosen_scheme("quantize", layer, experts, scheme, group), experts.matrices()
+    made = {matrix: map(chosen.quantize, weights) for matrix, weights in matrices.items()}
+    return quantized(chosen, made, experts)
+
+
+def chosen_scheme(stage: str, layer: Layer, experts: Experts, scheme: str, group: int | None) -> Scheme:
+    """What the options of a stage mean; raises InputError for experts that cannot be stored so."""
     if scheme != "int4" and group is not None:
-        raise InputError(f"quantize: {scheme} has one scale for each row; drop group, or write scheme: int4")
+        raise InputError(f"{stage}: {scheme} has one scale for each row; drop group, or write scheme: int4")
     if experts.gate_up_bias is not None:
         raise InputError(
-            "quantize: these experts have biases and are fused in the checkpoint's files, for which "
+            f"{stage}: these experts have biases and are fused in the checkpoint's files, for which "
             "compressed-tensors has no form that transformers loads; the model's own 4-bit release may serve"
         )
     if layer.names().fused:  # said here, and not by save, which comes when everything else is done
         raise InputError(
-            "quantize: the source holds all experts of a layer in one tensor, for which compressed-tensors has no "
-            "form; leave out quantize, or use pairs"
+            f"{stage}: the source holds all experts of a layer in one tensor, for which compressed-tensors has no "
+            f"form; leave out {stage}, or use pairs"
         )
     chosen = Scheme(scheme, (group or _GROUP) if scheme == "int4" else None)
-    matrices = experts.matrices()
-    chosen.check(*(weights.shape[2] for weights in matrices.values()))
-    tensors = {
-        f"{matrix}.{end}": tensor for matrix, weights in matrices.items() for end, tensor in _stored(chosen, weights)
-    }
-    return Quantized(chosen.name, chosen.group, tensors, None if experts.route is None else experts.route.tolist())
+    chosen.check(*(weights.shape[2] for weights in experts.matrices().values()))
+    return chosen
+
+
+def quantized(
+    scheme: Scheme,
+    made: Mapping[str, Iterable[Mapping[str, Tensor]]],
+    experts: Experts,
+    figures: Mapping[str, Json] | None = None,
+) -> Quantized:
+    """One layer, of what is stored of each expert's matrices."""
+    tensors: dict[str, Tensor] = {}
+    for matrix, each in made.items():
+        stored = list(each)
+        tensors |= {f"{matrix}.{end}": torch.stack([one[end] for one in stored]).cpu() for end in scheme.ends}
+    route = None if experts.route is None else experts.route.tolist()
+    return Quantized(scheme.name, scheme.group, tensors, route, dict(figures or {}))
 
 
 @stage("dequantize")
@@ -56,13 +74,6 @@ def dequantize(quantized: Quantized, context: Context) -> Unpacked:
     up = [matrices[name] for name in ("gate_proj", "up_proj") if name in matrices]
     route = None if quantized.route is None else torch.tensor(quantized.route, device=context.device)
     return Unpacked(torch.cat(up, dim=1), matrices["down_proj"], gated=len(up) > 1, route=route)
-
-
-def _stored(scheme: Scheme, weights: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """One matrix of every expert, by the ends of its tensors' names: [expert, ...]."""
-    stored = [scheme.quantize(weight) for weight in weights]
-    for end in scheme.ends:
-        yield end, torch.stack([one[end] for one in stored])
 
 
 def _read(quantized: Quantized, matrix: str, device: torch.device) -> Tensor:

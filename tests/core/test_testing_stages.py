@@ -47,6 +47,7 @@ def given(name: str, folder: Path) -> dict[str, Any]:
     text = {"samples": 2, "length": 8}
     options: dict[str, Any] = {
         "quantize": {"scheme": "int8"},
+        "quantize.gptq": {"scheme": "int8"},
         "save": {"to": folder / "out"},
         "text.files": {"files": [str(folder / "text.txt")], **text},
         "text.prose": text,

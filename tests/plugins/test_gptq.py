@@ -5,12 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from models import tiny
-from moefold import Checkpoint, Context, Layers, Provenance, Routed
+from models import samples, tiny
+from moefold import Checkpoint, Context, Layers, Provenance, Routed, Scheme, StreamedModel
 from moefold.errors import InputError
-from moefold_plugins.gptq import GroupCoder, coded, gptq
+from moefold_plugins.gptq import GroupCoder, SchemeCoder, coded, gptq, quantize_gptq
+from moefold_plugins.quantize import dequantize, quantize
 from moefold_plugins.save import save
+
+CPU = Context(torch.device("cpu"), torch.Generator())
 
 
 def nearest(weights: Tensor, bits: int, group: int) -> Tensor:
@@ -115,3 +119,77 @@ def test_asymmetric_down_loses_less_of_the_output(tmp_path):
     assert torch.tensor(errors[1]).sum() < 0.97 * torch.tensor(errors[0]).sum()
     with pytest.raises(InputError, match="drop asymmetric"):
         gptq(layer, routed, own, context, compensate=False, asymmetric=True)
+
+
+@pytest.mark.parametrize("scheme", [Scheme("int4", 8), Scheme("int8")], ids=lambda scheme: scheme.title)
+def test_what_a_scheme_stores_reads_as_it_was_coded(case, scheme):
+    weights, moment = (part.bfloat16() for part in case)
+    columns = weights.T[None, None]
+    coder = SchemeCoder(scheme, columns)
+    read = coded(columns, moment.float()[None, None], coder, 1e-2, 32)[0][0, 0].T
+    again = scheme.dequantize(scheme.stored(read.float(), coder.scales()[0]))
+    assert torch.equal(again, read)
+    plain = scheme.dequantize(scheme.quantize(weights))
+    error, nearest = (
+        float((((weights - one).float() @ case[1]) * (weights - one).float()).sum()) for one in (again, plain)
+    )
+    assert error < 0.6 * nearest
+
+
+def routed_tokens(experts: int) -> Routed:
+    generator = torch.Generator().manual_seed(4)
+    tokens = (torch.randn(400, 6, generator=generator) @ torch.randn(6, 64, generator=generator)).bfloat16()
+    index = torch.rand(400, experts, generator=generator).argsort(dim=1)[:, :2]
+    return Routed(tokens[None], tokens, index, torch.rand(400, 2, generator=generator))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("options", [{"scheme": "int4", "group": 32}, {"scheme": "int8"}], ids=["int4", "int8"])
+def test_quantised_experts_load_in_stock_transformers_and_lose_less(tmp_path, family, options):
+    sizes = {"intermediate_size": 64} if family == "mixtral" else {}
+    source = Checkpoint.open(str(tiny(family, tmp_path / "source", num_hidden_layers=2, **sizes)))
+    made = {}
+    for layer in source.layers():
+        own, routed = layer.experts(), routed_tokens(layer.expert_count)
+        made[layer.number] = quantize_gptq(layer, routed, own, CPU, **options)
+        reads = (dequantize(made[layer.number], CPU), dequantize(quantize(own, layer, **options), CPU))
+        seen = [(routed.top_k_index == e).any(dim=1) for e in range(own.count)]
+        losses = [
+            sum(
+                float((layer.output(read, e, x) - layer.output(own, e, x)).float().square().sum())
+                for e, x in ((e, routed.tokens[rows]) for e, rows in enumerate(seen))
+            )
+            for read in reads
+        ]
+        assert losses[0] < 0.7 * losses[1]
+    saved = save(source, Layers(made), None, Provenance("org/model", "f" * 64, ()), to=tmp_path / "out")
+    assert saved.figures["expert_bytes"]["after"] == sum(value.bytes() for value in made.values())
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    ids = samples(3, 12)
+    streamed = StreamedModel(Checkpoint.open(str(tmp_path / "out")), "cpu")
+    hidden = streamed.embed(ids)
+    for number in range(streamed.layer_count):
+        with streamed.loaded(number):
+            hidden = streamed.through(number, ids, hidden)
+    with torch.no_grad():
+        expected, logits = streamed.head(hidden).float(), model(ids).logits.float()
+    assert (logits - expected).norm() / expected.norm() < 1e-2
+
+
+def test_a_damping_that_had_to_be_raised_is_counted(tmp_path):
+    layer = Checkpoint.open(str(tiny("qwen3_moe", tmp_path / "source", num_hidden_layers=2))).layers()[0]
+    options = {"scheme": "int8", "damping": 1e-12, "blend": 0}
+    raised = quantize_gptq(layer, routed_tokens(8), layer.experts(), CPU, **options).figures["raised"]
+    assert set(raised["gate_up"]) == {str(e) for e in range(8)}, "tokens of six dimensions"
+    ordinary = quantize_gptq(layer, routed_tokens(8), layer.experts(), CPU, scheme="int8").figures["raised"]
+    assert ordinary == {"gate_up": {}, "down": {}}
+
+
+def test_what_has_no_such_form_is_refused_before_anything_is_done(tmp_path):
+    layer = Checkpoint.open(str(tiny("gpt_oss", tmp_path / "source", num_hidden_layers=2))).layers()[0]
+    with pytest.raises(InputError, match=r"quantize\.gptq: these experts have biases"):
+        quantize_gptq(layer, routed_tokens(8), layer.experts(), CPU, scheme="int4")
+    layer = Checkpoint.open(str(tiny("qwen3_moe", tmp_path / "other", num_hidden_layers=2))).layers()[0]
+    with pytest.raises(InputError, match="int8 has one scale for each row; drop group"):
+        quantize_gptq(layer, routed_tokens(8), layer.experts(), CPU, scheme="int8", group=32)

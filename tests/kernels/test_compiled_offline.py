@@ -57,6 +57,22 @@ for arch, mode, low, bands in (
         )
 """
 
+SORTING = """
+from moefold_kernels.triton import sorting
+
+for arch, form in ((80, 0), (80, 1), (90, 1), (90, 2)):
+    given = dict(
+        TOKENS1=16, TOKENS2=48, PLACES=128, COLUMNS=2048 if form else 1, FORM=form, BLOCK=16, STEP=512, COUNT_STEP=1024,
+        CHAIN=arch == 90,
+    )
+    given |= dict(factors=None) if form < 2 else {}
+    given |= {} if form else dict(x=None, rows=None)
+    rows = dict(rows="*fp8e4nv" if form == 2 else "*bf16", index="*i64", places="*i32", chunks="*i32")
+    for function, warps in ((sorting.route_few, 8), (sorting.count_chunks, 4)):
+        more = dict(launch_pdl=True) if arch == 90 else {}
+        build(ASTSource, function, given | dict(CHUNK=256), rows, arch, num_warps=warps, **more)
+"""
+
 HOPPER = """
 from triton.experimental.gluon._runtime import GluonASTSource
 from moefold_kernels.triton import e4m3, leveled, leveled_apart, overlapped_apart
@@ -78,7 +94,9 @@ build(GluonASTSource, overlapped_apart.project_out, one, words, 90, num_warps=8)
 """
 
 
-@pytest.mark.parametrize(("code", "count"), [(PLAIN, 12), (HOPPER, 7)], ids=["plain", "Hopper's"])
+@pytest.mark.parametrize(
+    ("code", "count"), [(PLAIN, 12), (SORTING, 8), (HOPPER, 7)], ids=["plain", "sorting", "Hopper's"]
+)
 def test_kernels_compile_without_a_gpu(code, count, tmp_path):
     if code is HOPPER:
         pytest.importorskip("triton.experimental.gluon", reason="needs a Triton with Gluon")

@@ -314,6 +314,24 @@ def test_what_goes_between_projections_with_e4m3_operands(plan, whole, launched)
     assert [options["EARLY"] for name, *_, options in projections if name == "prepare"] == [True, False][: 1 + whole]
 
 
+@pytest.mark.parametrize("plan", [E4M3["pair-8"], Plan(*[Tile("overlapped_pair", 16, 0, 64, 64, 4, 2)] * 2)], ids=str)
+@pytest.mark.parametrize("hidden", [512, 1024])
+def test_tokens_of_long_rows_are_rewritten_by_routing(hidden, plan, launched):
+    """And given to the first projection; those of short rows by a kernel of their own."""
+    made = weights_of(operands(leveled_layer("pair8", 6, hidden, 768, coded=True)))
+    kernels.forward(made, *batch(20, hidden, 2, 6), plan=plan)
+    names = [name for name, *_ in launched]
+    (routed,) = (one for one in launched if one[0] == "route_few")
+    (first,) = (one for one in launched if one[0] == "project_in")
+    long = hidden >= 1024
+    assert names[: names.index("project_in")] == (["route_few"] if long else ["route_few", "prepare"])
+    _, _, grid, given, options = routed
+    assert grid == (1 + 3 + 20 * long,)
+    assert options["FORM"] == (0 if not long else 2 if plan.first.terms else 1)
+    assert (first[3][0] is given[6]) == long
+    assert not (long and plan.first.terms) or first[3][1] is given[7]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("plan", ["pair-8", "pair-4", "pair-32-thinly"])
 def test_e4m3_operands_beside_experts_left_alone(plan, device):

@@ -8,6 +8,7 @@ import torch
 from moefold_kernels.places import tables as places_of
 
 routing = pytest.importorskip("moefold_kernels.triton.routing", reason="needs triton")
+from moefold_kernels.triton import e4m3_launch, leveled_launch, token_rows  # noqa: E402
 from moefold_kernels.triton.plans import Plan, Tile, join  # noqa: E402
 
 
@@ -87,6 +88,36 @@ def test_no_entry(device):
     assert found.order.numel() == 0
     assert found.offsets.tolist() == [0] * 8
     assert all(table.numel() == 0 for tiles in (found.first, found.second) for table in tiles)
+
+
+@pytest.mark.parametrize("few", [routing.FEW, 0], ids=["few", "many"])
+@pytest.mark.parametrize("form", ["ordered", "terms"])
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 1024), (150, 1152), (40, 2880)])
+def test_tokens_are_rewritten_on_the_way(tokens, columns, form, few, device, monkeypatch):
+    """As by kernels of their own, of rows that do not lie behind one another; tables stay as they were."""
+    monkeypatch.setattr(routing, "FEW", few)
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, columns + 24, generator=generator).bfloat16().to(device)[:, 8 : 8 + columns]
+    x *= torch.logspace(-3, 3, tokens, device=device)[:, None].bfloat16()
+    if form == "terms":
+        values, factors = e4m3_launch.empty(tokens, columns, x, 1)
+        rows = routing.Rows(x, token_rows.TERMS.value, values, factors.fill_(7))
+        wanted: tuple[torch.Tensor, ...] = e4m3_launch.prepared(x)
+    else:
+        rows, wanted = (
+            routing.Rows(x, token_rows.ORDERED.value, torch.empty_like(x, memory_format=torch.contiguous_format)),
+            (leveled_launch.prepared(x),),
+        )
+    rows.to.view(torch.uint8).fill_(0xAA)
+    index = torch.randint(-1, 9, (tokens, 3), generator=generator).to(device)
+    places = torch.arange(8, dtype=torch.int32, device=device)
+    plan = Plan(tile(16), tile(48, group=2))
+    found, plain = (routing.route(index, places, 4, 0, plan, rows=given) for given in (rows, None))
+    assert found.rows is rows
+    assert torch.equal(rows.to.view(torch.uint8), wanted[0].view(torch.uint8))
+    assert form == "ordered" or torch.equal(rows.factors, wanted[1])
+    tables = [(one.order, one.offsets, one.first.packed[0], one.second.packed[0]) for one in (found, plain)]
+    assert all(torch.equal(own, other) for own, other in zip(*tables, strict=True))
 
 
 @pytest.mark.gpu

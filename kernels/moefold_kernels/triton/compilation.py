@@ -136,25 +136,24 @@ def _run(job: Job) -> None:
     shape, plan = job.shape, job.plan
     weights = _stand_in(shape, job.dense, job.format, job.device)
     index = torch.zeros(job.tokens, shape.top_k, dtype=torch.int64, device=job.device)
-    tables = layer.route_for(weights, index, plan)
+    x = torch.zeros(job.tokens, shape.hidden, dtype=torch.bfloat16, device=job.device)
+    tables = layer.route_for(weights, index, plan, x)
     for table in (*tables.first, *tables.second):
         table.fill_(-1)
     for table in (tables.order, tables.offsets, tables.ready):
         table.zero_()
     scales = torch.zeros(index.shape, dtype=torch.bfloat16, device=job.device)
     if plan.joined:
-        x = torch.zeros(job.tokens, shape.hidden, dtype=torch.bfloat16, device=job.device)
         parts = layer.both(weights, x, scales, tables, plan.first)
         layer.combine(parts, index, len(weights.places), x.dtype)
         return
     if job.part != "second":
-        x = torch.zeros(job.tokens, shape.hidden, dtype=torch.bfloat16, device=job.device)
         layer.gate_up(weights, x, shape.top_k, tables, plan)
     if job.part != "first":
-        x = torch.zeros(index.numel(), shape.inner, dtype=torch.bfloat16, device=job.device)
+        between = torch.zeros(index.numel(), shape.inner, dtype=torch.bfloat16, device=job.device)
         layer.down(
             weights,
-            layer.Inner(x, e4m3_launch.between(x, plan), leveled_launch.takes(weights, plan)),
+            layer.Inner(between, e4m3_launch.between(between, plan), leveled_launch.takes(weights, plan)),
             index,
             scales,
             tables,

@@ -18,24 +18,7 @@ import triton.language as tl
 from triton.experimental.gluon import language as gl
 
 from moefold_kernels.triton.portability import after_the_one_before, launch_the_next, wait_for_the_one_before
-
-
-@triton.jit
-def split_terms(values, largest):
-    """First and second terms of float32 `values` whose absolute values are `largest` at most, and the factor.
-
-    The largest gets the exponent 7; it counts as 2 ** -111 at least, so that no scale overflows. Rounding is
-    written out (to four significant bits, below 2 ** -6 to steps of 2 ** -9) and not read back from the e4m3 numbers:
-    on an H200 (triton 3.6.0, CUDA 13.0) the first two of every four then came back as others.
-    """
-    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 16)
-    scale = ((261 - exponent) << 23).to(tl.float32, bitcast=True)
-    scaled = values * scale
-    bits = scaled.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + (bits >> 20 & 1)) & -0x100000).to(tl.float32, bitcast=True)
-    rounded = tl.where(tl.abs(scaled) < 2.0**-6, scaled + 24576.0 - 24576.0, normal)
-    first, second = rounded.to(tl.float8e4nv), (scaled - rounded).to(tl.float8e4nv)
-    return first, second, ((exponent - 7) << 23).to(tl.float32, bitcast=True)
+from moefold_kernels.triton.token_rows import store_terms, terms
 
 
 @triton.jit
@@ -54,14 +37,10 @@ def prepare(
     at = tl.program_id(1) * part + tl.arange(0, COLUMNS)
     inside = (tl.arange(0, COLUMNS) < part) & (at < columns)
     values = tl.load(x + row * x_row + at, mask=inside, other=0.0)
-    parts = tl.reshape(values, (COLUMNS // 64, 4, 2, 2, 4))  # group, t, s, u, j
-    values = tl.reshape(tl.permute(parts, (0, 2, 3, 1, 4)), (COLUMNS,)).to(tl.float32)
-    first, second, factor = split_terms(values, tl.max(tl.abs(values), axis=0))
+    first, second, factor = terms(values, COLUMNS)
     if EARLY:
         after_the_one_before(CHAIN)
-    to = out + row * (2 * columns) + at // 64 * 128 + at % 64
-    tl.store(to, first, mask=inside)
-    tl.store(to + 64, second, mask=inside)
+    store_terms(out, row, columns, at, inside, first, second)
     tl.store(factors + row * tl.num_programs(1) + tl.program_id(1), factor)
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from moefold_kernels import layout, layout_pairs
-from moefold_kernels.triton import e4m3_launch, joined, leveled_launch, plans, project
+from moefold_kernels.triton import e4m3_launch, joined, leveled_launch, plans, project, token_rows
 from moefold_kernels.triton.configs import Shape, choose
 from moefold_kernels.triton.e4m3_launch import Terms
 from moefold_kernels.triton.plans import Plan, Tile
 from moefold_kernels.triton.portability import Target, blocks, launch, power_of_two
-from moefold_kernels.triton.routing import Tables, Tiles, route
+from moefold_kernels.triton.routing import Rows, Tables, Tiles, route
 from moefold_kernels.triton.weights import Leveled, Planes, Projections, Weights
 
 ACTIVATIONS = {"silu": project.SILU.value, "clamped": project.CLAMPED.value}
@@ -42,6 +42,8 @@ NARROW, SHALLOW = 32, 3
 a block's memory then (compiled for Hopper; a tile of 64 x 256 took up to 459)."""
 COPY_REGISTERS = 112
 """Of a thread that copies for overlapped_apart.py."""
+SHORTEST = 1024
+"""Columns of a row that routing's kernels rewrite, at least: four or more for each of their threads."""
 LEVELED = 2.0**-63
 """The shift of few-bit formats: `rescale` multiplies by its inverse."""
 
@@ -74,7 +76,8 @@ def forward(
     top_k_index = top_k_index.contiguous()  # here, as `combine` reads it before the kernel in front of it has ended
     x = hidden.to(torch.bfloat16)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    tables = route_for(weights, top_k_index, plan)
+    fused = weights.any.gated and activation.name in ACTIVATIONS
+    tables = route_for(weights, top_k_index, plan, x if fused else None)
     if plan.joined:
         parts = both(weights, x, top_k_weights, tables, plan.first, activation)
         return combine(parts, top_k_index, len(weights.places), dtype or hidden.dtype)
@@ -130,10 +133,27 @@ def in_bf16(plan: Plan) -> Plan:
     return replace(plan, first=plain(plan.first), second=plain(plan.second))
 
 
-def route_for(weights: Weights, top_k_index: Tensor, plan: Plan) -> Tables:
-    """The routing tables of a batch [token, top_k] for a plan; those of a joined plan are for `both` alone."""
+def route_for(weights: Weights, top_k_index: Tensor, plan: Plan, x: Tensor | None = None) -> Tables:
+    """The routing tables of a batch [token, top_k] for a plan; those of a joined plan are for `both` alone.
+
+    With tokens `x` [token, hidden], which a fused activation follows, they are rewritten on the way if the plan's first
+    projection wants that.
+    """
     chain = Target.of(weights.places).chain
-    return route(top_k_index, weights.places, weights.pairs, weights.singles, plan, chain)
+    rows = None if x is None else _rows(weights, plan, x)
+    return route(top_k_index, weights.places, weights.pairs, weights.singles, plan, chain, rows)
+
+
+def _rows(weights: Weights, plan: Plan, x: Tensor) -> Rows | None:
+    """What few-bit kernels take of tokens, to be filled; nothing where kernels of their own do that."""
+    if x.shape[1] < SHORTEST:
+        return None
+    if e4m3_launch.takes(weights, plan):
+        values, factors = e4m3_launch.empty(x.shape[0], x.shape[1], x, 1)
+        return Rows(x, token_rows.TERMS.value, values, factors)
+    if leveled_launch.takes(weights, plan):
+        return Rows(x, token_rows.ORDERED.value, x.new_empty(x.shape))
+    return None
 
 
 def both(
@@ -164,6 +184,10 @@ def both(
             num_stages=tile.stages, **_cut(tile, target),
         )  # fmt: skip
     return parts
+
+
+def _terms(rows: Rows | None) -> Terms | None:
+    return None if rows is None or rows.factors is None else Terms(rows.to, rows.factors)
 
 
 class Inner(NamedTuple):
@@ -207,14 +231,14 @@ def gate_up(
         if tile.terms and isinstance(kind, Leveled):
             assert fused
             e4m3_launch.gate_up(
-                grid, e4m3_launch.prepared(x), kind, out if terms is None else terms,
+                grid, _terms(tables.rows) or e4m3_launch.prepared(x), kind, out if terms is None else terms,
                 (tables.order, tables.offsets, table, weights.experts, bias),
                 _narrow(shared, tile, "x_row") | e4m3_launch.cut(tile, kind, hidden) | {"ACTIVATION": fused},
             )  # fmt: skip
             continue
         if isinstance(kind, Leveled):
             if ordered:
-                made = leveled_launch.prepared(x)
+                made = leveled_launch.prepared(x) if tables.rows is None else tables.rows.to
                 in_turn = leveled_launch.in_turn(tile, inner, hidden, hidden)
                 leveled_launch.gate_up(
                     (_programs(table, mode) * blocks(inner, tile.rows * in_turn),), made, kind, out,

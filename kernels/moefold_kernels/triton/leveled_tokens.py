@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.experimental.gluon import language as gl
 
 from moefold_kernels.triton.portability import after_the_one_before
+from moefold_kernels.triton.token_rows import ordered
 
 
 @triton.jit
@@ -21,8 +22,7 @@ def prepare(x, out, hidden, x_row, COLUMNS: tl.constexpr, CHAIN: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, COLUMNS)
     values = tl.load(x + token * x_row + at, mask=at < hidden, other=0.0)
-    parts = tl.reshape(values, (COLUMNS // 64, 4, 2, 2, 2, 2))  # group, t, s, u, e, h
-    values = tl.reshape(tl.permute(parts, (0, 2, 3, 5, 1, 4)), (COLUMNS,))
+    values = ordered(values, COLUMNS)
     after_the_one_before(CHAIN)  # `x` is of before the routing's kernels, which have waited for it
     tl.store(out + token * hidden + at, values, mask=at < hidden)
 

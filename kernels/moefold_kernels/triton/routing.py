@@ -34,6 +34,16 @@ class Tiles(NamedTuple):
     alone: Tensor
 
 
+class Rows(NamedTuple):
+    """Tokens to be rewritten while entries are sorted."""
+
+    x: Tensor  # [token, columns] bf16
+    form: int
+    """Of token_rows.py."""
+    to: Tensor  # [token, columns] bf16 where they are ordered, or [token, 2 * columns] float8_e4m3fn
+    factors: Tensor | None = None  # [token] float32
+
+
 class Tables(NamedTuple):
     """A batch's entries sorted by place, and the work in tiles."""
 
@@ -42,6 +52,8 @@ class Tables(NamedTuple):
     first: Tiles
     second: Tiles  # the same tensors where both projections cut alike
     ready: Tensor  # for joined.py, else empty: int32 [4 + 2 * tiles], how many tiles there are, then from 4 on zeros
+    rows: Rows | None = None
+    """Tokens that were rewritten on the way, for the first projection."""
 
 
 def capacity(entries: int, units: int, tokens: int, multiple: int) -> int:
@@ -64,12 +76,14 @@ def route(
     alone: int,
     plan: Plan,
     chain: bool = False,
+    rows: Rows | None = None,
 ) -> Tables:
     """Sort a batch's entries by place and cut them into the tiles of both projections.
 
     `top_k_index` [token, top_k] is any integer; `places` [expert] int32. Units are pairs (a tile has up to
     `Tile.entries` entries of each slot) and single experts. Tables have room for whole groups of tiles. `chain` lets
-    the kernels start before the one before them has ended (they wait for its data, Portability.chain).
+    the kernels start before the one before them has ended (they wait for its data, Portability.chain). `rows` are
+    rewritten by further programs of the same kernels.
     """
     index, (first, second) = top_k_index.contiguous(), (plan.first, plan.second)
     entries, n_packed, n_places = index.numel(), 2 * pairs, 2 * pairs + alone
@@ -85,7 +99,7 @@ def route(
     order, offsets = order[:entries], offsets[: n_places + 2]
     packed1, alone1, packed2, alone2 = (table.view(2, -1) for table in tiles.split([2 * size for size in room]))
     both = Tiles(packed1, alone1)
-    tables = Tables(order, offsets, both, both if alike else Tiles(packed2, alone2), ready)
+    tables = Tables(order, offsets, both, both if alike else Tiles(packed2, alone2), ready, rows)
     if not entries:
         offsets.zero_()
         return tables
@@ -93,35 +107,30 @@ def route(
     shape = (places.numel(), n_places)
     kind: dict[str, Any] = {"TOKENS1": first.entries, "TOKENS2": second.entries, "PLACES": size}
     options: dict[str, Any] = {"CHAIN": chain} | ({"launch_pdl": True} if chain else {})
+    tokens = len(rows.x) if rows else 0
+    given = (rows.x, rows.to, rows.factors) if rows else (None, None, None)
+    ends = (rows.x.shape[1], rows.x.stride(0)) if rows else (0, 0)
+    form = {"FORM": rows.form if rows else 0, "COLUMNS": power_of_two(ends[0]) if rows else 1}
     if entries <= FEW:
-        grid = (1 + blocks(entries, RANK_BLOCK),)
+        grid = (1 + blocks(entries, RANK_BLOCK) + tokens,)
         step, count, warps = CUT if entries <= FEWEST else LONG_CUT
         launch(
-            sorting.route_few, grid, index, places, order, offsets, tiles, entries, *shape, n_packed, *room, zeros,
-            **kind, BLOCK=RANK_BLOCK, STEP=min(step, power_of_two(entries)),
+            sorting.route_few, grid, index, places, order, offsets, tiles, *given, entries, *shape, n_packed, *room,
+            zeros, *ends, **kind, **form, BLOCK=RANK_BLOCK, STEP=min(step, power_of_two(entries)),
             COUNT_STEP=min(count, max(32, power_of_two(entries))), num_warps=warps, **options,
         )  # fmt: skip
         return tables
     n_chunks = blocks(entries, CHUNK)
     chunks = index.new_empty(n_chunks, size, dtype=torch.int32)
     cut: dict[str, Any] = {"PLACES": size, "CHUNK": CHUNK}
-    launch(sorting.count_chunks, (n_chunks,), index, places, chunks, entries, *shape, **cut, **options)
     launch(
-        sorting.scan_chunks,
-        (1,),
-        chunks,
-        offsets,
-        tiles,
-        n_chunks,
-        n_places,
-        n_packed,
-        *room,
-        zeros,
-        **kind,
-        STEP=32,
-        num_warps=8,
-        **options,
-    )
+        sorting.count_chunks, (n_chunks + tokens,), index, places, chunks, *given, entries, *shape, *ends, **cut,
+        **form, **options,
+    )  # fmt: skip
+    launch(
+        sorting.scan_chunks, (1,), chunks, offsets, tiles, n_chunks, n_places, n_packed, *room, zeros, **kind, STEP=32,
+        num_warps=8, **options,
+    )  # fmt: skip
     launch(
         sorting.place_chunks,
         (n_chunks, CHUNK // CHUNK_STEP),

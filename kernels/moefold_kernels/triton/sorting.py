@@ -1,6 +1,7 @@
 """The kernels of routing.py: entries are counted by place, the counts cut into tiles, and each entry put in its place.
 
-Few entries take one kernel, `route_few`; many are counted, scanned and placed in chunks.
+Few entries take one kernel, `route_few`; many are counted, scanned and placed in chunks. Programs behind those of
+`route_few`, or of `count_chunks`, rewrite a token each (token_rows.py) where a layer wants that, which saves a launch.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import triton
 import triton.language as tl
 
 from moefold_kernels.triton.portability import after_the_one_before
+from moefold_kernels.triton.token_rows import prepare_row
 
 
 @triton.jit
@@ -77,12 +79,12 @@ def _plan(
     ]
 )
 def route_few(
-    index, places, order, offsets, tiles,
-    entries, n_experts, n_places, n_packed, packed1, alone1, packed2, alone2, zeros,
-    TOKENS1: tl.constexpr, TOKENS2: tl.constexpr, PLACES: tl.constexpr,
+    index, places, order, offsets, tiles, x, rows, factors,
+    entries, n_experts, n_places, n_packed, packed1, alone1, packed2, alone2, zeros, columns, x_row,
+    TOKENS1: tl.constexpr, TOKENS2: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr, FORM: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, COUNT_STEP: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """Program 0 counts and plans; the others find the rank of `BLOCK` entries each, among all."""
+    """Program 0 counts and plans; others find the rank of `BLOCK` entries each, among all; the rest rewrite tokens."""
     after_the_one_before(CHAIN)
     program = tl.program_id(0)
     if program == 0:
@@ -94,7 +96,7 @@ def route_few(
             held, offsets, tiles, n_places, n_packed, packed1, alone1, packed2, alone2, zeros,
             TOKENS1, TOKENS2, PLACES,
         )  # fmt: skip
-    else:
+    elif program <= tl.cdiv(entries, BLOCK):
         entry = (program - 1) * BLOCK + tl.arange(0, BLOCK)
         own = _place_of(index, places, entry, entries, n_places, n_experts)
         rank = tl.zeros((BLOCK,), tl.int32)
@@ -104,18 +106,24 @@ def route_few(
             tie = (other[None, :] == own[:, None]) & (number[None, :] < entry[:, None])
             rank += tl.sum(((other[None, :] < own[:, None]) | tie).to(tl.int32), 1)
         tl.store(order + rank, entry, mask=entry < entries)
+    elif FORM:
+        prepare_row(program - 1 - tl.cdiv(entries, BLOCK), x, rows, factors, columns, x_row, COLUMNS, FORM)
 
 
 @triton.jit(do_not_specialize=["entries", "n_experts", "n_places"])
 def count_chunks(
-    index, places, chunks, entries, n_experts, n_places,
-    PLACES: tl.constexpr, CHUNK: tl.constexpr, CHAIN: tl.constexpr,
+    index, places, chunks, x, rows, factors, entries, n_experts, n_places, columns, x_row,
+    PLACES: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, FORM: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """How many entries of each place are in each chunk: chunks [chunk, PLACES]."""
+    """How many entries of each place are in each chunk: chunks [chunk, PLACES]; the rest of programs rewrite tokens."""
     after_the_one_before(CHAIN)
-    number = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    held = tl.histogram(_place_of(index, places, number, entries, n_places, n_experts), PLACES)
-    tl.store(chunks + tl.program_id(0) * PLACES + tl.arange(0, PLACES), held)
+    program, count = tl.program_id(0), tl.cdiv(entries, CHUNK)
+    if program < count:
+        number = program * CHUNK + tl.arange(0, CHUNK)
+        held = tl.histogram(_place_of(index, places, number, entries, n_places, n_experts), PLACES)
+        tl.store(chunks + program * PLACES + tl.arange(0, PLACES), held)
+    elif FORM:
+        prepare_row(program - count, x, rows, factors, columns, x_row, COLUMNS, FORM)
 
 
 @triton.jit(do_not_specialize=["n_chunks", "n_places", "n_packed", "packed1", "alone1", "packed2", "alone2", "zeros"])
@@ -135,20 +143,8 @@ def scan_chunks(
         tl.store(at, held[None, :] + tl.cumsum(here, 0) - here, mask=(row < n_chunks)[:, None])
         held += tl.sum(here, 0)
     _plan(
-        held,
-        offsets,
-        tiles,
-        n_places,
-        n_packed,
-        packed1,
-        alone1,
-        packed2,
-        alone2,
-        zeros,
-        TOKENS1,
-        TOKENS2,
-        PLACES,
-    )
+        held, offsets, tiles, n_places, n_packed, packed1, alone1, packed2, alone2, zeros, TOKENS1, TOKENS2, PLACES
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["entries", "n_experts", "n_places"])

@@ -67,6 +67,6 @@ def prepare_row(row, x, out, factors, columns, x_row, COLUMNS: tl.constexpr, FOR
     if FORM == ORDERED:
         tl.store(out + row * columns + at, ordered(values, COLUMNS), mask=inside)
     else:
-        first, second, factor = terms(values, COLUMNS)
+        first, second, factor = terms(values, COLUMNS)  # pyright: ignore[reportGeneralTypeIssues]  (a jit function)
         store_terms(out, row, columns, at, inside, first, second)
         tl.store(factors + row, factor)

@@ -6,7 +6,7 @@
     compute-sanitizer --tool memcheck --error-exitcode 9 python tests/bench/sanitized.py
 
 and again with `--tool synccheck` or `racecheck`. Of few bits, planes lie in bands in one shape, in another those of
-down in rows (then as in the ragged one plain kernels take them).
+down in rows (then as in the ragged one plain kernels take them); tokens of the long one are rewritten by routing's.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from moefold_kernels.errors import KernelsError
 
 BANDS = Shape("bands", experts=4, hidden=512, inner=512, top_k=2)
 MIXED = Shape("mixed", experts=4, hidden=512, inner=320, top_k=2)
+LONG = Shape("long", experts=4, hidden=1024, inner=512, top_k=2)
 RAGGED = Shape("ragged", experts=4, hidden=200, inner=136, top_k=2)
 FEW = tuple(layout_pairs.MAGNITUDE_BITS)
 
@@ -45,13 +46,14 @@ LOOKS = (
     Look("overlapped 256+32 64x64 w8 s4 g2 / overlapped 256+32 128x64 w8 s4 g2 b2", (BANDS,), 600, ("packed",)),
     Look("slot 16 32x64 w4 s2 / slot 16 64x64 w4 s2", (RAGGED,), 3, FEW),
     Look("overlapped 4 64x256 w8 s2 e4m3 r64 / overlapped_pair 4 64x256 w4 s2 k2 e4m3", (BANDS, MIXED), 3, FEW),
-    Look("overlapped_pair 8 64x256 w8 s2 e4m3 / overlapped_pair 8 64x128 w4 s3 e4m3", (BANDS, MIXED), 14, FEW),
+    Look("overlapped_pair 8 64x256 w8 s2 e4m3 / overlapped_pair 8 64x128 w4 s3 e4m3", (BANDS, MIXED, LONG), 14, FEW),
     Look("overlapped_pair 32 64x256 w8 s2 e4m3 r128 / overlapped_pair 32 128x256 w8 s2 e4m3 r128", (BANDS,), 50, FEW),
     Look("overlapped_pair 64+16 64x64 w8 s2 / overlapped_pair 64+16 64x64 w4 s2 b2", (BANDS, MIXED), 150, FEW),
     Look("overlapped_pair 64+32 64x64 w8 s2 b2 / overlapped_pair 64+32 64x64 w4 s2 b2", (BANDS,), 170, FEW),
     Look("overlapped 64 64x64 w8 s2 b4 / overlapped 64 128x64 w8 s2 b2", (BANDS,), 90, FEW),
     Look("overlapped 128+32 128x64 w8 s2 g2 / overlapped 128+32 128x64 w8 s2 g2 b2", (BANDS,), 300, FEW),
     Look("overlapped 256+32 64x64 w8 s2 g2 b2 / overlapped 256+32 128x64 w8 s2 g2 b4", (BANDS, MIXED), 600, FEW),
+    Look("overlapped 256+32 64x64 w8 s2 g2 b2 / overlapped 256+32 128x64 w8 s2 g2 b4", (LONG,), 1100, FEW),
 )
 
 

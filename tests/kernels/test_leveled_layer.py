@@ -344,12 +344,16 @@ def test_e4m3_operands_beside_experts_left_alone(plan, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("hidden", "tokens"), [(512, 60), (1024, 60), (1024, 1100)], ids=["short", "long", "many"])
 @pytest.mark.parametrize("plan", ["pair-8", "pair-4", "pair-32-thinly"])
-def test_a_graph_of_two_layers_with_e4m3_operands(plan, device):
-    """Kernels of which each begins before the one in front has ended, with other routing at each replay."""
-    layer = leveled_layer("pair8", 6, 512, 768, device=device, coded=True)
+def test_a_graph_of_two_layers_with_e4m3_operands(plan, hidden, tokens, device):
+    """Kernels of which each begins before the one in front has ended, with other routing at each replay.
+
+    Of long rows routing's kernels rewrite the tokens, of more than 2048 entries one of those that count in chunks.
+    """
+    layer = leveled_layer("pair8", 6, hidden, 768, device=device, coded=True)
     made = weights_of(operands(layer))
-    x, index, weights = (t.to(device) for t in batch(60, 512, 2, 6))
+    x, index, weights = (t.to(device) for t in batch(tokens, hidden, 2, 6))
 
     def step():
         first = kernels.forward(made, x, index, weights, kernels.SILU, torch.bfloat16, E4M3[plan])
@@ -360,7 +364,7 @@ def test_a_graph_of_two_layers_with_e4m3_operands(plan, device):
     with torch.cuda.graph(graph):
         first, second = step()
     for seed in (5, 6, 7):
-        fresh = batch(60, 512, 2, 6, skew=3.0 * (seed - 5), seed=seed)
+        fresh = batch(tokens, hidden, 2, 6, skew=3.0 * (seed - 5), seed=seed)
         for held, new in zip((x, index, weights), fresh, strict=True):
             held.copy_(new)
         for _ in range(3):

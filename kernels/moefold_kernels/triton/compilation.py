@@ -137,7 +137,7 @@ def _run(job: Job) -> None:
     weights = _stand_in(shape, job.dense, job.format, job.device)
     index = torch.zeros(job.tokens, shape.top_k, dtype=torch.int64, device=job.device)
     x = torch.zeros(job.tokens, shape.hidden, dtype=torch.bfloat16, device=job.device)
-    tables = layer.route_for(weights, index, plan, x)
+    tables = layer.route_for(weights, index, plan, x if job.part == "whole" else None)  # as search.py calls it
     for table in (*tables.first, *tables.second):
         table.fill_(-1)
     for table in (tables.order, tables.offsets, tables.ready):

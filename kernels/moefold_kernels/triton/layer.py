@@ -82,6 +82,7 @@ def forward(
         parts = both(weights, x, top_k_weights, tables, plan.first, activation)
         return combine(parts, top_k_index, len(weights.places), dtype or hidden.dtype)
     inner = gate_up(weights, x, top_k_index.shape[1], tables, plan, activation)
+    tables = tables._replace(rows=None)  # memory that nobody needs any more
     return down(weights, inner, top_k_index, top_k_weights, tables, plan, dtype or hidden.dtype)
 
 

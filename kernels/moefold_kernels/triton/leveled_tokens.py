@@ -1,8 +1,8 @@
 """Tokens in the order of columns in which leveled.py multiplies them.
 
 Of a group of 64 columns, column 16 t + 8 s + 4 u + 2 e + h is number 32 s + 16 u + 8 h + 2 t + e: a thread's own words
-are then what a product wants of it (leveled_operands.py). Before the first projection a kernel copies tokens in that
-order; the first projection writes its activations so.
+are then what a product wants of it (leveled_operands.py). Routing's kernels, or one of its own before the first
+projection, copy tokens in that order (token_rows.py); the first projection writes its activations so.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""One run as a picture: times over tokens above, speed against the baselines below, a column for each shape."""
+"""One run as a picture: times over tokens above, speeds below, a column for each shape.
+
+Speeds are of the 16-bit format against the baselines, and of few-bit formats against it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from moefold_kernels.bench import published
 from moefold_kernels.bench.contenders import BASELINES
 from moefold_kernels.bench.results import Row, Run
 from moefold_kernels.errors import BenchmarkError
+from moefold_kernels.layout_pairs import MAGNITUDE_BITS
 
 COLOURS: Mapping[str, str] = {
     "packed": "#0072b2",
@@ -19,6 +23,10 @@ COLOURS: Mapping[str, str] = {
     "grouped_mm": "#009e73",
     "reference": "#cc79a7",
     "vLLM": "#7f7f7f",
+    "pair8": "#e69f00",
+    "pair6": "#56b4e9",
+    "pair5": "#cc79a7",
+    "pair4": "#009e73",
 }
 """Okabe and Ito's colours, which the colour-blind can tell apart."""
 
@@ -45,7 +53,7 @@ def draw(run: Run, to: Path) -> None:
             _times(panels[0, column], shape, rows, run.device)
             _speed(panels[1, column], rows)
         panels[0, 0].set_ylabel("time of the layer, µs")
-        panels[1, 0].set_ylabel("speed of packed, times")
+        panels[1, 0].set_ylabel("speed, times")
         to.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(to, format="svg", metadata={"Date": None, "Description": digest(run)})
 
@@ -72,7 +80,11 @@ def _speed(panel: Any, rows: list[Row]) -> None:
     for name in BASELINES:
         times = {row.tokens: row.seconds for row in rows if row.contender == name}
         series = {tokens: times[tokens] / packed[tokens] for tokens in times if tokens in packed}
-        _line(panel, series, name, label=f"against {name}", marker="o")
+        _line(panel, series, name, label=f"packed against {name}", marker="o")
+    for name in dict.fromkeys(row.contender for row in rows if row.contender in MAGNITUDE_BITS):
+        times = {row.tokens: row.seconds for row in rows if row.contender == name}
+        series = {tokens: packed[tokens] / times[tokens] for tokens in times if tokens in packed}
+        _line(panel, series, name, label=f"{name} against packed", marker="o")
     panel.axhline(1, color="black", linewidth=0.8)
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter(_plain)

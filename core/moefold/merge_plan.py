@@ -59,8 +59,8 @@ class MergePlan(Artifact):
     model: dict[str, list[int]]
     """Decoder layer -> number of experts, and of the weights of one: tells a plan for another model."""
     budget: dict[str, Json] = field(default_factory=dict)
-    """What was `asked`, the bytes that this is, expert bytes `before` and `after`, `formats` to choose from, the
-    `damage`, and `damage_with_all_formats` where some were left out; empty for a plan written by hand."""
+    """What was `asked`, the bytes that this is, expert bytes `before` and `after`, `formats` to choose from, the sum
+    of `damage`, and `damage_with_all_formats` where some were left out; empty for a plan written by hand."""
     protected: dict[str, list[int]] = field(default_factory=dict)
     """Decoder layer -> experts that were not to be merged."""
 

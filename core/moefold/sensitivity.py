@@ -46,7 +46,7 @@ def _layer(
 ) -> dict[str, Json]:
     one = planned or merged or {}
     return {
-        "format": one["format"],
+        "format": one["format"] if one["pairs"] else None,
         "pairs": len(one["pairs"]),
         "alone": len(one["alone"]),
         "predicted": planned and _predicted(planned["damage"]),

@@ -170,8 +170,8 @@ def _formats(report: Mapping[str, Json], step: str) -> Iterator[str]:
             least = budget.get("damage_with_all_formats")
             if least is not None and least < budget["damage"]:
                 yield (
-                    f"{own}: chosen from {', '.join(budget['formats'])} alone, whose kernels are fast on every GPU; "
-                    f"with all formats the predicted squared error is {least / budget['damage']:.2f}x at the same "
+                    f"{own}: chosen from {', '.join(budget['formats'])} alone; with all formats, which have fast "
+                    f"kernels on Hopper, the predicted squared error is {least / budget['damage']:.2f}x at the same "
                     f"bytes: --set {own}.formats=[exponent,pair8,pair6,pair5,pair4]"
                 )
 

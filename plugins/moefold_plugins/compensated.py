@@ -84,7 +84,11 @@ def compensated(
     neurons: Neurons = "matched",
     together: Together = True,
 ) -> MergedPairs:
-    """Merge each pair element by element, making up for each column's error in the others, by what experts see."""
+    """Merge each pair element by element, making up for each column's error in the others, by what experts see.
+
+    `figures.lost` is the length of what a calibration token's output loses, the mean over tokens; without `together`
+    the root of the mean square, of experts that have nothing to do with each other.
+    """
     if any(len(pair) != 2 for pair in pairs.members):
         raise InputError("puzzlemoe.compensated merges pairs; use a pair.* stage before it")
     target = _format(layer, pairs, format)
@@ -98,6 +102,7 @@ def compensated(
         lost = Lost(calibration) if together else None  # before chunks: what it takes is not free for them
         for chunk in chunks(pairs.members, experts):
             merge.add(chunk, calibration, lost)
+        return merge.done(merge.lost(len(routed.tokens)) if lost is None else lost.mean())
     return merge.done()
 
 

@@ -47,7 +47,6 @@ class Merge:
         self.tokens: dict[str, int] = {}
         self.output: list[list[float]] = []
         self.matched: list[bool] = []
-        self.lost: float | None = None
         biases = {"gate_up_bias": experts.gate_up_bias, "down_bias": experts.down_bias}
         self.biases = {name: bias.clone() for name, bias in biases.items() if bias is not None}
         paired = [expert for pair in pairs.members for expert in pair]
@@ -85,7 +84,6 @@ class Merge:
             coded = self._together(change, coded, weight, changed, lost)
         self.stacks["down"].keep(members, coded)
         self.output += left(experts.down, coded.experts(), changed).view(-1, 2).tolist()
-        self.lost = self._lost(len(calibration.routed.tokens)) if lost is None else lost.mean()
 
     def _together(self, change: Change, coded: Coded, weight: Tensor, changed: Changed, lost: Lost) -> Coded:
         """Down once more, part after part, given what all that has been coded of the layer has lost."""
@@ -103,8 +101,9 @@ class Merge:
             found.append(now)
         return Coded.joined(found)
 
-    def _lost(self, tokens: int) -> float:
-        """The root of the mean squared length, as if what experts lose had nothing to do with each other."""
+    def lost(self, tokens: int) -> float:
+        """What the outputs of so many tokens lose: the root of the mean squared length, as if experts' losses had
+        nothing to do with each other."""
         each = zip(self.tokens.values(), (loss for pair in self.output for loss in pair), strict=True)
         return math.sqrt(math.fsum(count * loss for count, loss in each) / tokens)
 
@@ -165,8 +164,8 @@ class Merge:
     def _grid(self, name: str, device: torch.device) -> Grid:
         return self.windows[name] if name in self.windows else Leveled(self.levels[name], device)
 
-    def done(self) -> MergedPairs:
-        """All pairs, and the experts left alone."""
+    def done(self, lost: float | None = None) -> MergedPairs:
+        """All pairs, and the experts left alone; `lost` is what the layer's output lost, for the report."""
         experts, alone = self.experts, self.pairs.alone
         left = {name: weights[as_index(alone)].cpu() for name, weights in experts.matrices().items()} if alone else {}
         route = None if experts.route is None else experts.route.tolist()
@@ -182,7 +181,7 @@ class Merge:
             settings=settings,
             route=route,
             biases={name: bias.cpu() for name, bias in self.biases.items()},
-            figures=self._figures(),
+            figures=self._figures() | {"lost": lost},
         )
 
     def _by_matrix(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -205,15 +204,12 @@ class Merge:
         """By stack, expert or pair.
 
         `damage`: see `Stack`; `output` is mean g^2 |f - f'|^2 of each expert's output, gate, up and down in one.
-        `lost`: the length of what a calibration token's output loses, the mean over tokens; where down was not coded
-        once more, the root of the mean square, of experts that are independent of each other. `raised`: how often
-        damping had to be raised tenfold. `matched`: pairs whose neurons were put in another order.
+        `raised`: how often damping had to be raised tenfold. `matched`: pairs whose neurons were put in another order.
         """
         return {
             "tokens": self.tokens,
             "unseen": [int(expert) for expert, count in self.tokens.items() if not count],
             "damage": {name: stack.damage for name, stack in self.stacks.items()} | {"output": self.output},
-            "lost": self.lost,
             "matched": self.matched,
             "raised": {name: stack.raised for name, stack in self.stacks.items()},
             "clipped": {name: stack.clipped for name, stack in self.stacks.items()},

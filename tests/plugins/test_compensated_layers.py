@@ -97,6 +97,21 @@ def test_what_the_report_says_outputs_lose_is_what_they_lose(source):
             assert loss == pytest.approx(float(expected), rel=0.05)
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_what_the_layer_is_said_to_have_lost_is_what_its_output_lost(source, together):
+    """Of each token, all its experts together; as of independent ones where down is not coded once more."""
+    layer = source("qwen3_moe").layers()[0]
+    routed = tokens_to(chosen(400, layer.expert_count, 2))
+    pairs = Groups([[0, 5], [3, 1], [2, 7]], [4, 6])
+    merged, figures = merged_and_read(layer, routed, pairs, together=together, blend=0)
+    off = (outputs(layer, merged, routed) - outputs(layer, layer.experts(), routed)).norm(dim=1)
+    found = figures["lost"]
+    if together:
+        assert found == pytest.approx(float(off.mean()), rel=0.02)
+    else:
+        assert found == pytest.approx(float(off.square().mean().sqrt()), rel=0.15)
+
+
 def test_an_expert_of_one_token_and_one_of_none(source):
     index = chosen(300, 6, 2)
     index[7] = torch.tensor([6, 0])

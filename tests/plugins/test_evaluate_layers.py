@@ -104,6 +104,8 @@ def test_errors_and_routing_are_the_stock_models(source, tmp_path):
         assert row["output_error"] == pytest.approx(error(alone, own[n]), rel=0.05, abs=1e-3)
         difference, added = (alone - own[n]).float().norm(dim=-1), (own[n] - entered).float().norm(dim=-1)
         assert row["update_error"] == pytest.approx(float((difference / added).mean()), rel=0.05, abs=1e-3)
+        inverse = (1 / own[n].float().norm(dim=-1)).mean()
+        assert row["inverse_length"] == pytest.approx(float(inverse), rel=0.02)
         if n in chosen:
             same = [len(set(a) & set(b)) / 2 for a, b in zip(chosen[n].tolist(), other[n].tolist(), strict=True)]
             assert row["routing_overlap"] == pytest.approx(sum(same) / len(same), abs=0.05)

@@ -69,6 +69,15 @@ def _whole(length: int) -> int:
     return blocks(length, 4) * 4
 
 
+def _rewriting(rows: Rows | None) -> tuple[int, tuple[Tensor | None, ...], tuple[int, int], dict[str, int]]:
+    """Programs for tokens, and what kernels take for them: tensors, columns and a row's stride, constants."""
+    if rows is None:
+        return 0, (None, None, None), (0, 0), {"FORM": 0, "COLUMNS": 1}
+    tokens, columns = rows.x.shape
+    form = {"FORM": rows.form, "COLUMNS": power_of_two(columns)}
+    return tokens, (rows.x, rows.to, rows.factors), (columns, rows.x.stride(0)), form
+
+
 def route(
     top_k_index: Tensor,
     places: Tensor,
@@ -107,10 +116,7 @@ def route(
     shape = (places.numel(), n_places)
     kind: dict[str, Any] = {"TOKENS1": first.entries, "TOKENS2": second.entries, "PLACES": size}
     options: dict[str, Any] = {"CHAIN": chain} | ({"launch_pdl": True} if chain else {})
-    tokens = len(rows.x) if rows else 0
-    given = (rows.x, rows.to, rows.factors) if rows else (None, None, None)
-    ends = (rows.x.shape[1], rows.x.stride(0)) if rows else (0, 0)
-    form = {"FORM": rows.form if rows else 0, "COLUMNS": power_of_two(ends[0]) if rows else 1}
+    tokens, given, ends, form = _rewriting(rows)
     if entries <= FEW:
         grid = (1 + blocks(entries, RANK_BLOCK) + tokens,)
         step, count, warps = CUT if entries <= FEWEST else LONG_CUT
@@ -132,18 +138,7 @@ def route(
         num_warps=8, **options,
     )  # fmt: skip
     launch(
-        sorting.place_chunks,
-        (n_chunks, CHUNK // CHUNK_STEP),
-        index,
-        places,
-        chunks,
-        offsets,
-        order,
-        entries,
-        *shape,
-        **cut,
-        BLOCK=CHUNK_STEP,
-        num_warps=CHUNK_WARPS,
-        **options,
-    )
+        sorting.place_chunks, (n_chunks, CHUNK // CHUNK_STEP), index, places, chunks, offsets, order, entries, *shape,
+        **cut, BLOCK=CHUNK_STEP, num_warps=CHUNK_WARPS, **options,
+    )  # fmt: skip
     return tables

@@ -58,7 +58,7 @@ def exponent() -> list[Bit]:
 def plane(format: str, name: str) -> list[Bit]:
     """The bits of the first word of a plane (`words` or `low`) of a few-bit format, from bit 0 up."""
     found: dict[int, Bit] = {}
-    for column in range(layout_pairs.WORD):
+    for column in range(layout_pairs.GROUP):
         for number in range(layout_pairs.magnitude_bits(format)):
             found |= {bit: Bit("level", number, f"column {column}") for bit in _changed(format, name, column, number)}
         for number in range(layout_pairs.STATE_BITS) if name == "words" else ():
@@ -150,15 +150,14 @@ def tables() -> dict[str, str]:
 
 
 def _low_table() -> str:
-    """Where the columns' other bits begin in the plane `low`, format by format."""
-    lines = ["| format | bits a column | columns a word | lowest bit of columns 0, 1, 2, … |", "|---|---|---|---|"]
+    """Where the columns' other bits begin in the first word of the plane `low`, format by format."""
+    lines = ["| format | bits a column | its first word's columns, from the lowest bit up |", "|---|---|---|"]
     for name in layout_pairs.MAGNITUDE_BITS:
         if not (width := layout_pairs.low_bits(name)):
-            lines.append(f"| `{name}` | 0 | no such plane | |")
+            lines.append(f"| `{name}` | 0 | no such plane |")
             continue
-        bits, columns = plane(name, "low"), layout_pairs.WORD // width
-        first = [min(n for n, bit in enumerate(bits) if bit.owner == f"column {c}") for c in range(columns)]
-        lines.append(f"| `{name}` | {width} | {columns} | {', '.join(map(str, first))} |")
+        columns = dict.fromkeys(bit.owner.removeprefix("column ") for bit in plane(name, "low"))
+        lines.append(f"| `{name}` | {width} | {', '.join(columns)} |")
     return "\n".join(lines)
 
 

@@ -9,19 +9,25 @@ that moefold learns are fp8 numbers times one factor (eighths.py), those of olde
            4, 5     slot 0 alone, with the sign in bit 0
            6, 7     slot 1 alone, with the sign in bit 0
 
-Words have 32 bits and hold consecutive columns of one row, in two planes. The nibble plane, `words`, is the same in
-every format: the state and the level's highest bit, eight columns a word,
+Words have 32 bits and hold positions of one row, in two planes. The nibble plane, `words`, is the same in every format:
+the state and the level's highest bit, eight positions a word,
 
-    31 .. 28     ...     7 .. 4       3       2 .. 0
-    column 7     ...     column 1     level   state      (of column 0)
+    31 .. 28       ...     7 .. 4         3       2 .. 0
+    position 7     ...     position 1     level   state      (of position 0)
 
-and the plane of the w = b - 1 other bits, `low` (pair4 has none), has 32 / w columns a word. In pair5 and pair6 column
-c of a word begins at bit 4 * (c % 8) + w * (c // 8), so that nibble i always belongs to a column 8 j + i; in pair8 at
-bit 8 * (c % 4) + 4 * (c // 4), so that byte i belongs to the columns of nibble i in either half of a nibble word:
+and the plane of the w = b - 1 other bits, `low` (pair4 has none), has 32 / w positions a word. In pair5 and pair6
+position p of a word begins at bit 4 * (p % 8) + w * (p // 8), so that nibble i always belongs to a position 8 j + i; in
+pair8 at bit 8 * (p % 4) + 4 * (p // 4), so that byte i belongs to the positions of nibble i in either half of a nibble
+word:
 
-    pair5, w = 1     nibble i: columns i, 8 + i, 16 + i, 24 + i from its lowest bit up
-    pair6, w = 2     nibble i: columns i (bits 1, 0) and 8 + i (bits 3, 2)
-    pair8, w = 4     byte i: columns i (bits 3 .. 0) and 4 + i (bits 7 .. 4)
+    pair5, w = 1     nibble i: positions i, 8 + i, 16 + i, 24 + i from its lowest bit up
+    pair6, w = 2     nibble i: positions i (bits 1, 0) and 8 + i (bits 3, 2)
+    pair8, w = 4     byte i: positions i (bits 3 .. 0) and 4 + i (bits 7 .. 4)
+
+Of each 64 columns, position 16 t + 8 s + 4 u + 2 e + h is column 32 s + 16 u + 8 h + 2 t + e (`ORDER`): in a matrix
+product of 16 columns, as tensor cores take their operands, a thread t of the four that share a row has columns 2 t,
+2 t + 1, 8 + 2 t and 9 + 2 t, so it finds all that it needs of a group in two nibble words of its own. (In versions
+before, positions were columns, and kernels had tokens in another order for it.)
 
 Why: `prmt` looks four bytes up in a table of eight by the lower three bits of four nibbles, and the table is two
 registers. So `words & 0x77777777` are selectors of states as they are, of a table of bf16 high bytes for +1, -1 and 0
@@ -62,11 +68,16 @@ from moefold_kernels.errors import FormatError
 MAGNITUDE_BITS = {"pair4": 1, "pair5": 2, "pair6": 3, "pair8": 5}
 """Format -> the bits b of a level's number."""
 
-VERSIONS = {"pair4": 2, "pair5": 2, "pair6": 2, "pair8": 3}
+VERSIONS = {"pair4": 3, "pair5": 3, "pair6": 3, "pair8": 4}
 """Format -> the version of where its bits are."""
 
 GROUP = 64
-"""Columns of a row that share a scale."""
+"""Columns of a row that share a scale, and that change places in words."""
+
+ORDER = tuple(
+    32 * s + 16 * u + 8 * h + 2 * t + e for t, s, u, e, h in product(range(4), range(2), range(2), range(2), range(2))
+)
+"""The column of each position of a group."""
 
 BAND, STEP = 16, 128
 """Rows of a band, and columns of which it holds one piece after another."""
@@ -96,9 +107,9 @@ def low_bits(format: str) -> int:
 
 
 def places(format: str, plane: str) -> tuple[int, ...]:
-    """The lowest bit of each of a word's first eight columns in `words` or `low`; the next eight are further up."""
+    """The lowest bit of each of a word's first eight positions in `words` or `low`; the next eight are further up."""
     if plane == "low" and low_bits(format) == NIBBLE:
-        return tuple(2 * NIBBLE * (column % 4) + NIBBLE * (column // 4) for column in range(WORD // NIBBLE))
+        return tuple(2 * NIBBLE * (position % 4) + NIBBLE * (position // 4) for position in range(WORD // NIBBLE))
     return tuple(range(0, WORD, NIBBLE))
 
 

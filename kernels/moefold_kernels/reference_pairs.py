@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from moefold_kernels import layout, layout_pairs
 from moefold_kernels.errors import FormatError
-from moefold_kernels.layout_pairs import ALONE, GROUP, NIBBLE, STATE_BITS
+from moefold_kernels.layout_pairs import ALONE, GROUP, NIBBLE, ORDER, STATE_BITS
 from moefold_kernels.reference import PackedExperts
 
 Planes = Mapping[str, Tensor]
@@ -157,8 +157,9 @@ def _factor(slot: int, state: Tensor) -> Tensor:
 def _plane(values: Tensor, bits: int, places: Sequence[int]) -> Tensor:
     """32-bit words of `bits` a position: int32 [..., words], rows padded to whole groups with clear bits."""
     columns = values.shape[-1]
-    padded = F.pad(values, (0, layout_pairs.groups(columns) * GROUP - columns)).to(torch.int32)
-    spread = padded.unflatten(-1, (-1, NIBBLE // bits, len(places)))  # [..., word, place in a nibble, column of eight]
+    padded = F.pad(values, (0, layout_pairs.groups(columns) * GROUP - columns))
+    padded = padded.unflatten(-1, (-1, GROUP))[..., _order(values)].flatten(-2).to(torch.int32)
+    spread = padded.unflatten(-1, (-1, NIBBLE // bits, len(places)))  # [..., word, place in a nibble, one of eight]
     words: Tensor = (spread << _shifts(values, bits, places)).sum(dim=(-2, -1), dtype=torch.int32)  # disjoint bits: OR
     return words
 
@@ -166,7 +167,12 @@ def _plane(values: Tensor, bits: int, places: Sequence[int]) -> Tensor:
 def _positions(words: Tensor, bits: int, places: Sequence[int], columns: int) -> Tensor:
     """What `_plane` was given: uint8 [..., columns]."""
     spread: Tensor = words[..., None, None] >> _shifts(words, bits, places) & (1 << bits) - 1
-    return spread.flatten(-3)[..., :columns].to(torch.uint8)
+    positions = spread.flatten(-3).to(torch.uint8).unflatten(-1, (-1, GROUP))
+    return positions[..., _order(words).argsort()].flatten(-2)[..., :columns]
+
+
+def _order(like: Tensor) -> Tensor:
+    return torch.tensor(ORDER, device=like.device)
 
 
 def _shifts(like: Tensor, bits: int, places: Sequence[int]) -> Tensor:

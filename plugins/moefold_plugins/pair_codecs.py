@@ -39,7 +39,7 @@ SAMPLE = 1 << 20
 class FewBits(Codec):
     """A pair in few bits a position: a state of 3 and a level of b, with a bf16 scale for 64 columns of a row."""
 
-    version: ClassVar[int] = 4  # pair8's lower bits have the order of version 2 (layout_pairs.py)
+    version: ClassVar[int] = 5  # words have columns in layout_pairs.ORDER
 
     takes_levels: ClassVar[bool] = True
     levels: Annotated[

@@ -53,7 +53,7 @@ LOOKS = (
     Look("overlapped 64 64x64 w8 s2 b4 / overlapped 64 128x64 w8 s2 b2", (BANDS,), 90, FEW),
     Look("overlapped 128+32 128x64 w8 s2 g2 / overlapped 128+32 128x64 w8 s2 g2 b2", (BANDS,), 300, FEW),
     Look("overlapped 256+32 64x64 w8 s2 g2 b2 / overlapped 256+32 128x64 w8 s2 g2 b4", (BANDS, MIXED), 600, FEW),
-    Look("overlapped 256+32 64x64 w8 s2 g2 b2 / overlapped 256+32 128x64 w8 s2 g2 b4", (LONG,), 1100, FEW),
+    Look("overlapped 64 64x256 w8 s2 e4m3 r128 / overlapped 64 64x128 w4 s2 e4m3", (LONG,), 600, FEW),
 )
 
 

@@ -60,17 +60,15 @@ for arch, mode, low, bands in (
 SORTING = """
 from moefold_kernels.triton import sorting
 
-for arch, form in ((80, 0), (80, 1), (90, 1), (90, 2)):
+for arch, columns in ((80, 0), (90, 0), (90, 2048)):
     given = dict(
-        TOKENS1=16, TOKENS2=48, PLACES=128, COLUMNS=2048 if form else 1, FORM=form, BLOCK=16, STEP=512, COUNT_STEP=1024,
-        CHAIN=arch == 90,
-    )
-    given |= dict(factors=None) if form < 2 else {}
-    given |= {} if form else dict(x=None, rows=None)
-    rows = dict(rows="*fp8e4nv" if form == 2 else "*bf16", index="*i64", places="*i32", chunks="*i32")
-    for function, warps in ((sorting.route_few, 8), (sorting.count_chunks, 4)):
-        more = dict(launch_pdl=True) if arch == 90 else {}
-        build(ASTSource, function, given | dict(CHUNK=256), rows, arch, num_warps=warps, **more)
+        TOKENS1=16, TOKENS2=48, PLACES=256, COLUMNS=columns, BLOCK=16, COUNT_STEP=1024, CHUNK=256,
+        BY_WORK=columns > 0, CHAIN=arch == 90,
+    ) | ({} if columns else dict(x=None, rows=None, factors=None))
+    types = dict(x="*bf16", rows="*fp8e4nv", index="*i64", places="*i32", chunks="*i32", keys="*i32")
+    more = dict(launch_pdl=True) if arch == 90 else {}
+    for function, step in ((sorting.route_few, 512), (sorting.count_chunks, 0), (sorting.place_chunks, 32)):
+        build(ASTSource, function, given | dict(STEP=step), types, arch, num_warps=8, **more)
 """
 
 HOPPER = """
@@ -95,7 +93,7 @@ build(GluonASTSource, overlapped_apart.project_out, one, words, 90, num_warps=8)
 
 
 @pytest.mark.parametrize(
-    ("code", "count"), [(PLAIN, 12), (SORTING, 8), (HOPPER, 7)], ids=["plain", "sorting", "Hopper's"]
+    ("code", "count"), [(PLAIN, 12), (SORTING, 9), (HOPPER, 7)], ids=["plain", "sorting", "Hopper's"]
 )
 def test_kernels_compile_without_a_gpu(code, count, tmp_path):
     if code is HOPPER:

@@ -94,7 +94,7 @@ def test_terms_are_close_and_the_factor_a_power_of_two():
     values, factors = prepared(x)
     assert torch.equal(factors.log2().frac(), torch.zeros_like(factors))
     order = torch.arange(GROUP)
-    column = order // 4 % 4 * 16 + order // 32 * 8 + order // 16 % 2 * 4 + order % 4
+    column = order // 16 * 16 + order % 2 * 8 + order % 16 // 4 * 2 + order // 2 % 2
     back = torch.empty(5, 8, GROUP, dtype=torch.float64, device=DEVICE)
     back[..., column] = values.view(5, 8, 2, GROUP).double().sum(dim=2)
     error = back.flatten(1) * factors.double()[:, None] - x.double()

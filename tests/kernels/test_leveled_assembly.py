@@ -14,7 +14,6 @@ from moefold_kernels.levels import E4M3, FACTORS, row_tables
 
 pytest.importorskip("triton", reason="needs triton")
 from moefold_kernels.triton import leveled_decode
-from moefold_kernels.triton.leveled_launch import prepared
 
 ROWS, COLUMNS, GROUP = 6, 192, 64
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,11 +58,10 @@ def operands(format: str, table: list[int], planes: dict[str, Tensor], place: tu
 @pytest.mark.parametrize(("slots", "slot"), [(2, 0), (1, 0), (1, 1)])
 @pytest.mark.parametrize(("format", "kind"), CASES)
 def test_registers_are_the_definitions(format, kind, slots, slot):
-    """In the order of columns that `prepared` gives tokens; what a slot does not read is next to nothing."""
+    """In the order of columns; what a slot does not read is next to nothing."""
     levels = levels_of(format, kind)
     planes = reference_pairs.encode(format, *matrix(format, ROWS, COLUMNS, seed=3))
     table = row_tables(format, levels)
-    order = prepared(torch.arange(COLUMNS, device=DEVICE)[None].bfloat16())[0].long().cpu()
     factor = 1.0
     if format == "pair8":  # what leveled.py multiplies sums with
         factor = torch.tensor([table[E4M3 + 24]]).to(torch.int32).view(torch.float32).item()
@@ -73,7 +71,7 @@ def test_registers_are_the_definitions(format, kind, slots, slot):
         for row in range(ROWS):
             for group in range(COLUMNS // GROUP):
                 found = operands(format, table, planes, (row, group), slots, slot)[number].double() * factor
-                wanted = right[row, order[GROUP * group : GROUP * (group + 1)]].double()
+                wanted = right[row, GROUP * group : GROUP * (group + 1)].double()
                 if format == "pair8":  # the factor is not rounded with them, and level 0 stands for zero
                     scale = planes["scale"].view(torch.bfloat16)[row, group].double()
                     assert bool(((found - wanted).abs() <= wanted.abs() * 2**-7 + levels[0] * scale).all())
@@ -81,14 +79,3 @@ def test_registers_are_the_definitions(format, kind, slots, slot):
                     continue
                 assert torch.equal(found[wanted != 0], wanted[wanted != 0])
                 assert bool((found[wanted == 0].abs() < 2.0**-124).all())
-
-
-def test_columns_change_places_within_their_group():
-    x = torch.arange(320, dtype=torch.float32).view(2, 160)[:, :128].to(torch.bfloat16).to(DEVICE)
-    made = prepared(x)
-    assert made.shape == x.shape
-    number = torch.arange(64, device=DEVICE)
-    column = number // 2 % 4 * 16 + number // 16 * 4 + number % 2 * 2 + number // 8 % 2
-    assert torch.equal(made.view(2, 2, 64), x.reshape(2, 2, 64)[..., column])
-    assert sorted(column.tolist()) == list(range(64))
-    assert prepared(x[:0]).shape == (0, 128)

@@ -314,12 +314,11 @@ def test_what_goes_between_projections_with_e4m3_operands(plan, whole, launched)
     assert [options["EARLY"] for name, *_, options in projections if name == "prepare"] == [True, False][: 1 + whole]
 
 
-@pytest.mark.parametrize("plan", [E4M3["pair-8"], Plan(*[Tile("overlapped_pair", 16, 0, 64, 64, 4, 2)] * 2)], ids=str)
 @pytest.mark.parametrize("hidden", [512, 1024])
-def test_tokens_of_long_rows_are_rewritten_by_routing(hidden, plan, launched):
+def test_tokens_of_long_rows_are_rewritten_by_routing(hidden, launched):
     """And given to the first projection; those of short rows by a kernel of their own."""
     made = weights_of(operands(leveled_layer("pair8", 6, hidden, 768, coded=True)))
-    kernels.forward(made, *batch(20, hidden, 2, 6), plan=plan)
+    kernels.forward(made, *batch(20, hidden, 2, 6), plan=E4M3["pair-8"])
     names = [name for name, *_ in launched]
     (routed,) = (one for one in launched if one[0] == "route_few")
     (first,) = (one for one in launched if one[0] == "project_in")
@@ -327,9 +326,26 @@ def test_tokens_of_long_rows_are_rewritten_by_routing(hidden, plan, launched):
     assert names[: names.index("project_in")] == (["route_few"] if long else ["route_few", "prepare"])
     _, _, grid, given, options = routed
     assert grid == (1 + 3 + 20 * long,)
-    assert options["FORM"] == (0 if not long else 2 if plan.first.terms else 1)
-    assert (first[3][0] is given[6]) == long
-    assert not (long and plan.first.terms) or first[3][1] is given[7]
+    assert options["COLUMNS"] == (1024 if long else 0)
+    assert (first[3][0] is given[6]) == (first[3][1] is given[7]) == long
+
+
+@pytest.mark.parametrize("where", ["aligned", "begins elsewhere", "rows of odd lengths"])
+def test_bf16_operands_take_tokens_as_they_are(where, launched):
+    """No kernel is between routing and the first projection; tokens that 16 bytes do not fit are copied."""
+    made = weights_of(operands(leveled_layer("pair8", 6, 512, 768, coded=True)))
+    index, weights = batch(20, 512, 2, 6)[1:]
+    x = torch.randn(20, 512 + 12).bfloat16()
+    x = {"aligned": x[:, :512].contiguous(), "begins elsewhere": x.flatten()[4 : 4 + 20 * 512].view(20, 512)}.get(
+        where, x[:, 8:520]
+    )
+    kernels.forward(made, x, index, weights, plan=Plan(*[Tile("overlapped_pair", 16, 0, 64, 64, 4, 2)] * 2))
+    names = [name for name, *_ in launched]
+    assert names[:2] == ["route_few", "project_in"]
+    given, stride = launched[1][3][0], launched[1][-1]["x_row"]
+    assert torch.equal(given, x)
+    assert (given is x) == (where == "aligned")
+    assert given.stride(0) == stride == 512
 
 
 @pytest.mark.gpu

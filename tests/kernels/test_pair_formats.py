@@ -68,16 +68,18 @@ def test_any_shape_comes_back(format, rows, columns, seed):
 
 
 def test_bits_are_where_the_picture_has_them():
-    """Column 5 of the second word, in each format; everything else is level 0, shared, positive."""
+    """Nibble 5 of the second word, in each format; everything else is level 0, shared, positive."""
+    column = 32 * 1 + 16 * 1 + 8 * 1  # word 2 t + s = 1, nibble 4 u + 2 e + h = 5
     for format, (level, low) in {
         "pair4": (1, None),
-        "pair5": (0b11, (0, 1 << 20 + 1)),  # 32 columns a word: column 13 is the second of nibble 5
-        "pair6": (0b110, (0, 0b10 << 20 + 2)),  # 16 columns a word: the same
-        "pair8": (0b11001, (1, 0b1001 << 12)),  # 8 columns a word: column 5 is the upper half of byte 1
+        "pair5": (0b11, (0, 1 << 20 + 1)),  # 32 positions a word: position 13 is the second of nibble 5
+        "pair6": (0b110, (0, 0b10 << 20 + 2)),  # 16 positions a word: the same
+        "pair8": (0b11001, (1, 0b1001 << 12)),  # 8 positions a word: position 5 is the upper half of byte 1
     }.items():
         levels, keep = torch.zeros(1, 64, dtype=torch.uint8), torch.ones(2, 1, 64, dtype=torch.bool)
         negative = torch.zeros(2, 1, 64, dtype=torch.bool)
-        levels[0, 13], keep[0, 0, 13], negative[1, 0, 13] = level, False, True  # slot 1 alone, negative: state 7
+        levels[0, column] = level
+        keep[0, 0, column], negative[1, 0, column] = False, True  # slot 1 alone, negative: state 7
         planes = encode(format, levels, torch.ones(1, 1).bfloat16(), negative, keep)
         expected = torch.zeros(1, 8, dtype=torch.int64)
         expected[0, 1] = 0b1111 << 20  # the level's highest bit, then the state
@@ -89,6 +91,14 @@ def test_bits_are_where_the_picture_has_them():
             assert planes["low"][0, word] == bits
             assert planes["low"].count_nonzero() == 1
         assert planes["scale"].tolist() == [[0x3F80]]
+
+
+def test_each_column_has_a_position_of_its_own():
+    """As tensor cores take operands: of 16 columns a thread has 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t."""
+    assert sorted(layout_pairs.ORDER) == list(range(64))
+    for thread in range(4):
+        own = {first + 2 * thread + more for first in range(0, 64, 8) for more in (0, 1)}
+        assert set(layout_pairs.ORDER[16 * thread : 16 * thread + 16]) == own
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 128), (48, 256), (192, 256), (128, 640)])
@@ -129,16 +139,19 @@ def test_shapes_of_bands():
 
 
 def test_where_a_position_lies_in_a_band():
-    """Row 70, column 300 of 128 x 384: band 4, row 6 in it, step 2, column 44 in it; nothing else is set."""
+    """Row 70, column 300 of 128 x 384: band 4, row 6 in it, step 2, column 44 in it; nothing else is set.
+
+    Column 44 is 32 + 8 + 2 * 2: word 2 * 2 + 1, nibble 1.
+    """
     level, scale = torch.zeros(128, 384, dtype=torch.uint8), torch.zeros(128, 6).bfloat16()
     keep, negative = torch.ones(2, 128, 384, dtype=torch.bool), torch.zeros(2, 128, 384, dtype=torch.bool)
     level[70, 300], negative[0, 70, 300], scale[70, 4] = 0b11111, True, 1.0
     found = stored("pair8", encode("pair8", level, scale, negative, keep), 384)
     # a step has 16 rows of 128 columns: 16 words a row of either plane here, and 2 scales
-    place = 2 * 16 * 16 + 6 * 16 + 44 // 8
+    place = 2 * 16 * 16 + 6 * 16 + 5
     assert [found[name].count_nonzero().item() for name in ("words", "low", "scale")] == [1, 1, 1]
-    assert found["words"][4, place] == 0b1001 << 4 * (44 % 8)  # the level's highest bit, slot 0 negative
-    assert found["low"][4, place] == 0b1111 << 4  # column 4 of eight: the upper half of byte 0
+    assert found["words"][4, place] == 0b1001 << 4 * 1  # the level's highest bit, slot 0 negative
+    assert found["low"][4, place] == 0b1111 << 8  # position 1 of eight: the lower half of byte 1
     assert found["scale"][4, 2 * 16 * 2 + 6 * 2] == 0x3F80
 
 
@@ -272,19 +285,20 @@ def test_selectors_take_no_more_than_the_docstring_says():
     for format, highest, mask in [("pair4", 3, 0x11111111), ("pair5", 2, 0x22222222), ("pair6", 1, 0x44444444)]:
         level, scale, negative, keep = matrix(format, 2, 64)
         planes, w = encode(format, level, scale, negative, keep), layout_pairs.low_bits(format)
+        order = list(layout_pairs.ORDER)
         words = planes["words"].long() & 0xFFFFFFFF
-        assert torch.equal(nibbles(words & 0x77777777), states(negative, keep).long())
+        assert torch.equal(nibbles(words & 0x77777777), states(negative, keep).long()[:, order])
         numbers = words >> highest & mask
         if w:
             j = torch.arange(8) % (4 // w)  # the word's place in the other plane's
             low = (planes["low"].long() & 0xFFFFFFFF).repeat_interleave(4 // w, dim=1)
             numbers = low >> w * j & {1: 0x11111111, 2: 0x33333333}[w] | numbers
-        assert torch.equal(nibbles(numbers), level.long()), format
+        assert torch.equal(nibbles(numbers), level.long()[:, order]), format
     level, scale, negative, keep = matrix("pair8", 2, 64)
     planes = encode("pair8", level, scale, negative, keep)
     low = planes["low"].long() & 0xFFFFFFFF
     halves = torch.stack([low & 0x0F0F0F0F, low >> 4 & 0x0F0F0F0F], dim=-1)
-    assert torch.equal((halves[..., None] >> torch.arange(0, 32, 8) & 255).flatten(-3), level.long() & 15)
+    assert torch.equal((halves[..., None] >> torch.arange(0, 32, 8) & 255).flatten(-3), level.long()[:, order] & 15)
 
 
 def nibbles(words: torch.Tensor) -> torch.Tensor:

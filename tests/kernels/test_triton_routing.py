@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from moefold_kernels.places import tables as places_of
 
 routing = pytest.importorskip("moefold_kernels.triton.routing", reason="needs triton")
-from moefold_kernels.triton import e4m3_launch, leveled_launch, token_rows  # noqa: E402
+from moefold_kernels.triton import e4m3_launch  # noqa: E402
 from moefold_kernels.triton.plans import Plan, Tile, join  # noqa: E402
 
 
@@ -91,33 +93,62 @@ def test_no_entry(device):
 
 
 @pytest.mark.parametrize("few", [routing.FEW, 0], ids=["few", "many"])
-@pytest.mark.parametrize("form", ["ordered", "terms"])
 @pytest.mark.parametrize(("tokens", "columns"), [(1, 1024), (150, 1152), (40, 2880)])
-def test_tokens_are_rewritten_on_the_way(tokens, columns, form, few, device, monkeypatch):
-    """As by kernels of their own, of rows that do not lie behind one another; tables stay as they were."""
+def test_tokens_are_rewritten_on_the_way(tokens, columns, few, device, monkeypatch):
+    """As by a kernel of its own, of rows that do not lie behind one another; tables stay as they were."""
     monkeypatch.setattr(routing, "FEW", few)
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, columns + 24, generator=generator).bfloat16().to(device)[:, 8 : 8 + columns]
     x *= torch.logspace(-3, 3, tokens, device=device)[:, None].bfloat16()
-    if form == "terms":
-        values, factors = e4m3_launch.empty(tokens, columns, x, 1)
-        rows = routing.Rows(x, token_rows.TERMS.value, values, factors.fill_(7))
-        wanted: tuple[torch.Tensor, ...] = e4m3_launch.prepared(x)
-    else:
-        rows, wanted = (
-            routing.Rows(x, token_rows.ORDERED.value, torch.empty_like(x, memory_format=torch.contiguous_format)),
-            (leveled_launch.prepared(x),),
-        )
-    rows.to.view(torch.uint8).fill_(0xAA)
+    values, factors = e4m3_launch.empty(tokens, columns, x, 1)
+    rows = routing.Rows(x, values, factors.fill_(7))
+    values.view(torch.uint8).fill_(0xAA)
     index = torch.randint(-1, 9, (tokens, 3), generator=generator).to(device)
     places = torch.arange(8, dtype=torch.int32, device=device)
     plan = Plan(tile(16), tile(48, group=2))
     found, plain = (routing.route(index, places, 4, 0, plan, rows=given) for given in (rows, None))
     assert found.rows is rows
-    assert torch.equal(rows.to.view(torch.uint8), wanted[0].view(torch.uint8))
-    assert form == "ordered" or torch.equal(rows.factors, wanted[1])
+    wanted = e4m3_launch.prepared(x)
+    assert torch.equal(rows.values.view(torch.uint8), wanted.values.view(torch.uint8))
+    assert torch.equal(rows.factors, wanted.factors)
     tables = [(one.order, one.offsets, one.first.packed[0], one.second.packed[0]) for one in (found, plain)]
     assert all(torch.equal(own, other) for own, other in zip(*tables, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [33, 700])
+def test_chunks_of_any_size(tokens, device, monkeypatch):
+    """The last one not whole."""
+    monkeypatch.setattr(routing, "FEW", 0)
+    index = torch.randint(-1, 10, (tokens, 3), generator=torch.Generator().manual_seed(tokens))
+    for size in (256, 512, 1024, 2048):
+        monkeypatch.setattr(routing, "CHUNK", size)
+        check(index, 9, 3, tile(16), tile(48, group=2), device)
+
+
+def test_chunks_grow_with_entries():
+    assert [routing._chunk(entries) for entries in (1, 8192, 16384, 32768, 131072, 10**7)] == [
+        256, 256, 512, 512, 1024, 2048,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("few", [routing.FEW, 0], ids=["few", "many"])
+def test_units_with_most_work_come_first_where_programs_last_long(few, device, monkeypatch):
+    """Where they do several blocks of rows in turn; the work of a pair is that of both its experts."""
+    monkeypatch.setattr(routing, "FEW", few)
+    counts = [3, 20, 0, 0, 17, 18, 40, 1, 5, 30, 33]  # of four pairs, then of three experts alone
+    index = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(1))][:, None]
+    places = torch.arange(len(counts), dtype=torch.int32, device=device)
+    monkeypatch.setattr(routing, "LONG", 16)
+    plan = Plan(tile(16), replace(tile(16), mode="overlapped_pair", blocks=2))
+    found = routing.route(index.to(device), places, 4, 3, plan)
+    tables = [[column for column in table.T.tolist() if column[0] != -1] for table in found.first]
+    assert tables[0] == [[3, 0], [3, 1], [3, 2], [2, 0], [2, 1], [0, 0], [0, 1]]
+    assert tables[1] == [[2, 0], [2, 1], [2, 2], [1, 0], [1, 1], [0, 0]]
+    plain = routing.route(index.to(device), places, 4, 3, Plan(tile(16), tile(16)))
+    assert torch.equal(plain.order, found.order)
+    units = [table[0][table[0] >= 0].tolist() for table in plain.first]
+    assert units == [sorted(unit for unit, _ in table) for table in tables]
 
 
 @pytest.mark.gpu

@@ -26,8 +26,16 @@ BAND, STEP = tl.constexpr(layout_pairs.BAND), tl.constexpr(layout_pairs.STEP)
 
 
 @triton.jit
+def _position(column):
+    """layout_pairs.ORDER's position of a column, within all."""
+    place = column % 64
+    low = place % 2 * 2 + place // 8 % 2  # e, h
+    return column - place + place % 8 // 2 * 16 + place // 32 * 8 + place // 16 % 2 * 4 + low
+
+
+@triton.jit
 def _at(row, column, groups, GROUP: tl.constexpr, ACROSS: tl.constexpr, BANDS: tl.constexpr):
-    """Where the words of positions are, of which a word has ACROSS columns, and 64 columns GROUP words."""
+    """Where the words of positions (`column`: layout_pairs.ORDER's) are: a word has ACROSS, and 64 have GROUP words."""
     if BANDS:
         piece = row // BAND * (groups // 2) + column // STEP
         at = (piece * BAND + row % BAND) * (2 * GROUP) + column % STEP // ACROSS
@@ -42,7 +50,7 @@ def _fields(row, planes, column, inside, LOW: tl.constexpr, BANDS: tl.constexpr)
     words, low, scale, levels, columns, begin = planes
     column += begin
     groups = (columns + 63) // 64
-    inside, column, row = inside[None, :], column[None, :], row[:, None]
+    inside, column, row = inside[None, :], _position(column)[None, :], row[:, None]
     nibble = tl.load(words + _at(row, column, groups, 8, 8, BANDS), mask=inside, other=0) >> 4 * (column % 8) & 15
     number = nibble >> 3 << LOW
     if LOW > 0:

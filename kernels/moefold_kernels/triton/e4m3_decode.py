@@ -18,14 +18,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 LOWS = {"pair4": 0, "pair5": 1, "pair6": 1, "pair8": 1}
-"""Words of the plane `low` for eight columns; pair5's and pair6's are moved so that a column's bits are the lowest."""
+"""Words of `low` for eight positions; pair5's and pair6's are moved so that a position's bits are the lowest."""
 TABLES = {"pair4": 1, "pair5": 2, "pair6": 2, "pair8": 2}
 """Registers of levels (levels.e4m3_table): constants come from memory, too, or ptxas makes them anew at each use."""
 _LOW_MASK = {"pair5": 0x11111111, "pair6": 0x33333333}
 
 
 def _magnitudes(format: str, word: str, low: str, tables: Sequence[str]) -> str:
-    """PTX of m and n: magnitudes of four columns each, their highest bits set. `h` is the upper half of the word."""
+    """PTX of m and n: magnitudes of four positions each, their highest bits set. `h` is the upper half of the word."""
     if format == "pair4":
         return f"""
     prmt.b32 m, {tables[0]}, {tables[0]}, {word};
@@ -49,7 +49,7 @@ def _magnitudes(format: str, word: str, low: str, tables: Sequence[str]) -> str:
 
 
 def assembly(format: str, slots: int) -> str:
-    """PTX of eight columns: for each slot two registers of four operands, columns in their order.
+    """PTX of eight positions: for each slot two registers of four operands, in their order.
 
     Operands: the results; a word; a word of `low` (LOWS); a row's registers of levels (TABLES); the two of each slot's
     `levels.state_table`.

@@ -1,8 +1,9 @@
 """From words in registers to e4m3 operands in registers, for e4m3.py.
 
-Of a group of 64 columns thread t of the four that share a row has columns 16 t to 16 t + 15 (leveled_words.py). A
-product wants from it, in each of its two steps s, four numbers twice (u), so column 16 t + 8 s + 4 u + j is number
-32 s + 16 u + 4 t + j of the product, and tokens are stored in that order.
+Of a group of 64 columns thread t of the four that share a row has positions 16 t to 16 t + 15 (leveled_words.py). A
+product wants from it, in each of its two steps s, four numbers twice (u), so position 16 t + 8 s + 4 u + j is number
+32 s + 16 u + 4 t + j of the product, and tokens are stored in that order: layout_pairs.ORDER's column
+32 s + 16 u + 8 h + 2 t + e, of position 16 t + 8 s + 4 u + 2 e + h, at number 32 s + 16 u + 4 t + 2 e + h.
 """
 
 # mypy: disable-error-code=assignment

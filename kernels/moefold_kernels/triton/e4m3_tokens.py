@@ -6,8 +6,8 @@ nothing but what is below 2^-17 of the largest value (7e-7 of the norm of normal
 tokens lose 6e-4; those of more (plans.ROUNDED) are rounded to bf16 first, which takes 1.7e-3.
 
 Stored are, for each group of 64 columns, 64 first terms and then 64 second ones, each in the order that a product of
-e4m3_operands.py wants: column 16 t + 8 s + 4 u + j is number 32 s + 16 u + 4 t + j. Beside them is what to multiply
-sums with: one number a token, or a split of its columns, or for each group of 64 (`write_terms`).
+e4m3_operands.py wants: of each 16 columns, column 8 h + 2 t + e is number 4 t + 2 e + h. Beside them is what to
+multiply sums with: one number a token, or a split of its columns, or for each group of 64 (`write_terms`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def write_terms(
 ):  # fmt: skip
     """Float32 activations [ROWS (whole groups), TOKENS] to `out` [entry, group, 2, 64] and `factors` [entry, group]."""
     layout: gl.constexpr = _layout(ROWS, gl.num_warps())
-    value = gl.convert_layout(value, layout)
+    value = gl.permute(gl.reshape(value, (ROWS // 16, 2, 4, 2, TOKENS)), (0, 2, 3, 1, 4))  # h, t, e
+    value = gl.convert_layout(gl.reshape(value, (ROWS, TOKENS)), layout)
     groups: gl.constexpr = ROWS // 64
     largest = gl.max(gl.abs(gl.reshape(value, (groups, 64, TOKENS))), axis=1)
     exponent = gl.maximum(largest.to(gl.int32, bitcast=True) >> 23, 16)  # as split_terms
@@ -72,9 +73,7 @@ def write_terms(
     first, second = rounded.to(gl.float8e4nv), (scaled - rounded).to(gl.float8e4nv)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     entry = begin + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
-    column = row % 64
-    number = column // 8 % 2 * 32 + column // 4 % 2 * 16 + column // 16 * 4 + column % 4
-    at = (first_row + row) // 64 * 128 + number
+    at = (first_row + row) // 64 * 128 + row % 64
     to = out + entry.to(gl.int64)[None, :] * (2 * inner) + at[:, None]
     live = (first_row + row < inner)[:, None] & (entry < end)[None, :]
     gl.store(to, first, mask=live)

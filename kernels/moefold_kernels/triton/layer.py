@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moefold_kernels import layout, layout_pairs
-from moefold_kernels.triton import e4m3_launch, joined, leveled_launch, plans, project, token_rows
+from moefold_kernels.triton import e4m3_launch, joined, leveled_launch, plans, project
 from moefold_kernels.triton.configs import Shape, choose
 from moefold_kernels.triton.e4m3_launch import Terms
 from moefold_kernels.triton.plans import Plan, Tile
@@ -146,15 +146,10 @@ def route_for(weights: Weights, top_k_index: Tensor, plan: Plan, x: Tensor | Non
 
 
 def _rows(weights: Weights, plan: Plan, x: Tensor) -> Rows | None:
-    """What few-bit kernels take of tokens, to be filled; nothing where kernels of their own do that."""
-    if x.shape[1] < SHORTEST:
+    """What e4m3.py takes of tokens, to be filled; nothing where it is not in use, or a kernel of its own does that."""
+    if x.shape[1] < SHORTEST or not e4m3_launch.takes(weights, plan):
         return None
-    if e4m3_launch.takes(weights, plan):
-        values, factors = e4m3_launch.empty(x.shape[0], x.shape[1], x, 1)
-        return Rows(x, token_rows.TERMS.value, values, factors)
-    if leveled_launch.takes(weights, plan):
-        return Rows(x, token_rows.ORDERED.value, x.new_empty(x.shape))
-    return None
+    return Rows(x, *e4m3_launch.empty(x.shape[0], x.shape[1], x, 1))
 
 
 def both(
@@ -188,7 +183,7 @@ def both(
 
 
 def _terms(rows: Rows | None) -> Terms | None:
-    return None if rows is None or rows.factors is None else Terms(rows.to, rows.factors)
+    return None if rows is None else Terms(rows.values, rows.factors)
 
 
 class Inner(NamedTuple):
@@ -197,8 +192,8 @@ class Inner(NamedTuple):
     rows: Tensor  # [entry, inner] bf16; none where all experts have, and were not rounded first,
     terms: Terms | None = None
     """those of pairs, for e4m3.py."""
-    ordered: bool = False
-    """whether those of pairs have their columns in the order of leveled_tokens.py, for leveled.py."""
+    leveled: bool = False
+    """whether leveled.py made those of pairs, and takes them."""
 
     @property
     def values(self) -> Tensor:
@@ -219,7 +214,7 @@ def gate_up(
     terms = None
     if tile.terms and not plan.rounded:
         terms = e4m3_launch.empty(len(tables.order), inner, x, inner // layout_pairs.GROUP)
-    ordered = fused is not None and leveled_launch.takes(weights, plan)
+    leveled = fused is not None and leveled_launch.takes(weights, plan)
     for kind, mode, first, table in _kinds(weights, tables.first, tile):
         shared = {
             "hidden": hidden, "inner": inner, "top_k": top_k, "capacity": table.shape[1], "x_row": x.stride(0),
@@ -238,13 +233,13 @@ def gate_up(
             )  # fmt: skip
             continue
         if isinstance(kind, Leveled):
-            if ordered:
-                made = leveled_launch.prepared(x) if tables.rows is None else tables.rows.to
+            if leveled:
+                tokens = leveled_launch.copyable(x)
                 in_turn = leveled_launch.in_turn(tile, inner, hidden, hidden)
                 leveled_launch.gate_up(
-                    (_programs(table, mode) * blocks(inner, tile.rows * in_turn),), made, kind, out,
+                    (_programs(table, mode) * blocks(inner, tile.rows * in_turn),), tokens, kind, out,
                     (tables.order, tables.offsets, table, weights.experts, bias),
-                    _narrow(shared | {"x_row": hidden}, tile)
+                    _narrow(shared | {"x_row": tokens.stride(0)}, tile)
                     | {"shift": LEVELED, "ACTIVATION": fused, "PLACES": tile.stages, "BLOCKS": in_turn},
                 )  # fmt: skip
                 continue
@@ -269,7 +264,7 @@ def gate_up(
     if fused is None:
         assert activation.function is not None
         out = activation.function(out).to(x.dtype).contiguous()
-    return Inner(out, e4m3_launch.between(out, plan) if plan.rounded else terms, ordered)
+    return Inner(out, e4m3_launch.between(out, plan) if plan.rounded else terms, leveled)
 
 
 def down(
@@ -313,7 +308,7 @@ def down(
             )  # fmt: skip
             continue
         if isinstance(kind, Leveled):
-            if x.ordered:
+            if x.leveled:
                 in_turn = leveled_launch.in_turn(tile, hidden, inner, part)
                 programs = _programs(table, mode) * blocks(hidden, tile.rows * in_turn)
                 leveled_launch.down(

@@ -34,7 +34,6 @@ from moefold_kernels.triton.leveled_stage import (
     start_tokens,
     start_words,
 )
-from moefold_kernels.triton.leveled_tokens import write_inner
 from moefold_kernels.triton.overlapped import (
     after_the_one_before,
     barrier,
@@ -46,6 +45,7 @@ from moefold_kernels.triton.overlapped import (
     positions_at,
     product_layout,
     share,
+    store_inner,
     tokens_at,
     write_outer,
 )
@@ -204,9 +204,8 @@ def project_in(
 ):  # fmt: skip
     """overlapped.project_in; `hidden` is a number of STEPs, planes are contiguous and in bands, gate rows first.
 
-    Columns of `x` and of `out` have the order of leveled_tokens.py. A program does BLOCKS times ROWS gate rows and
-    their up rows, one after another, as `project_out` does; where that is more than one, `inner` is a number of them,
-    and `hidden` of PLACES steps.
+    A program does BLOCKS times ROWS gate rows and their up rows, one after another, as `project_out` does; where that
+    is more than one, `inner` is a number of them, and `hidden` of PLACES steps.
 
     `w_up`: rows from a gate row to its up row, within a unit of 2 * inner.
     """
@@ -331,7 +330,7 @@ def activate(
         sums, first_row, inner, shifts[0], shifts[1], expert, bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS,
         TOKENS, ACTIVATION,
     )  # fmt: skip
-    write_inner(value, out, begin, end, first_row, inner, ROWS, TOKENS)
+    store_inner(value, out, begin, end, first_row, inner, ROWS, TOKENS)
 
 
 @gluon.jit(do_not_specialize=["capacity", "bias_expert", "bias_row"])

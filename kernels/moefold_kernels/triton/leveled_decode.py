@@ -1,8 +1,8 @@
 """The few-bit pair formats to bf16 operands in registers, on Hopper: PTX for a word, which is eight positions of a row.
 
 A bf16 number is two bytes, so two look-ups of four positions each and one `prmt` that puts bytes side by side make two
-operand registers; nibbles of a word are the look-ups' selectors as they lie. Columns 0 and 2, 1 and 3, ... of a word
-share a register (leveled_tokens.py brings tokens into that order).
+operand registers; nibbles of a word are the look-ups' selectors as they lie. Positions 0 and 2, 1 and 3, ... of a word
+share a register: they are neighbours among columns (layout_pairs.ORDER).
 
     pair4, pair5, pair6   high and low bytes of the levels are tables of eight. The high byte gets the state's sign and
                           is dropped where the state drops the position; then the level is multiplied by the row's
@@ -27,11 +27,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 LOWS = {"pair4": 0, "pair5": 1, "pair6": 1, "pair8": 1}
-"""Words of the plane `low` for eight columns; pair5's and pair6's are moved so that a column's bits are the lowest."""
+"""Words of `low` for eight positions; pair5's and pair6's are moved so that a position's bits are the lowest."""
 TABLES = 4
 """Registers of levels (levels.operand_table): high bytes of eight, low bytes; of pair8 two of what one slot keeps."""
 EVEN, ODD = 0, 1
-"""Of the two registers of four columns: that of columns 0 and 2, that of 1 and 3."""
+"""Of the two registers of four positions: that of positions 0 and 2, that of 1 and 3."""
 _LOW_MASK = {"pair5": 0x11111111, "pair6": 0x33333333}
 _TOP = {"pair4": (3, 0x11111111), "pair5": (2, 0x22222222), "pair6": (1, 0x44444444)}
 """How far the nibbles' fourth bits are moved to be the highest bits of selectors, and their mask."""
@@ -112,7 +112,7 @@ def _numbers(word: str, scale: str, low: str, tables: Sequence[str], slots: Sequ
 
 
 def _numbers_of_both(word: str, scale: str, low: str, slots: Sequence[tuple[str, str]]) -> str:
-    """PTX for pair8, of both slots: s and x select factors of even and odd columns, z and y of the other four's."""
+    """PTX for pair8, of both slots: s and x select factors of even and odd positions, z and y of the other four's."""
     lines = f"""
     shl.b32 s, {word}, 4;
     lop3.b32 s, s, 0x70707070, 0x08080808, 0xEA;
@@ -141,7 +141,7 @@ def _numbers_of_both(word: str, scale: str, low: str, slots: Sequence[tuple[str,
 
 
 def assembly(format: str, slots: int) -> str:
-    """PTX of eight columns: for each slot, of the first four columns and of the others, the registers EVEN and ODD.
+    """PTX of eight positions: for each slot, of the first four and of the others, the registers EVEN and ODD.
 
     Operands: the results; a word; a word of `low` (LOWS); the row's scale twice in a register (`scale_assembly`); the
     row's registers of levels (tables_of); the two of each slot's states (levels.operand_table), or for both slots of

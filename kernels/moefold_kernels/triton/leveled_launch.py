@@ -1,4 +1,4 @@
-"""Launches of leveled.py for a layer's pairs: which layers it takes, and tokens in its order of columns."""
+"""Launches of leveled.py for a layer's pairs, and which layers it takes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moefold_kernels.layout_pairs import BAND
 from moefold_kernels.triton.plans import STEP, Plan, Tile
-from moefold_kernels.triton.portability import Target, launch, power_of_two
+from moefold_kernels.triton.portability import Target, launch
 from moefold_kernels.triton.weights import Leveled, Planes, Weights
 
 ALIGNED = 16
@@ -60,22 +60,10 @@ def shared_by_warps(tile: Tile, matrices: int) -> bool:
     return tile.warps % 4 == 0 and tile.rows * matrices >= 16 * tile.warps
 
 
-def prepared(x: Tensor) -> Tensor:
-    """`x` [row, columns] bfloat16, columns being a number of groups, in the order of leveled_tokens.py.
-
-    `x` was complete before the kernel in front, which is routing's, began.
-    """
-    from moefold_kernels.triton import leveled_tokens
-
-    rows, columns = x.shape
-    made = x.new_empty(rows, columns)
-    if rows:
-        chain, size = Target.of(x).chain, power_of_two(columns)
-        launch(
-            leveled_tokens.prepare, (rows,), x, made, columns, x.stride(0), COLUMNS=size, CHAIN=chain,
-            num_warps=max(1, min(8, size // 512)), **({"launch_pdl": True} if chain else {}),
-        )  # fmt: skip
-    return made
+def copyable(x: Tensor) -> Tensor:
+    """`x` [row, columns] bfloat16, or a copy: rows begin where copies of 16 bytes may; columns are whole groups."""
+    whole = x.data_ptr() % ALIGNED == 0 and x.stride(0) * x.element_size() % ALIGNED == 0
+    return x if whole else x.clone(memory_format=torch.contiguous_format)
 
 
 def gate_up(

@@ -2,8 +2,7 @@
 
 Assembly makes eight positions of a row, of both slots or of one, from a thread's own word (leveled_words.py); nothing
 moves between threads afterwards. In each of its steps a product wants columns 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t of 16
-from thread t of four, so column 16 t + 8 s + 4 u + 2 e + h of a group of 64 is number 32 s + 16 u + 8 h + 2 t + e of
-the product, and tokens are stored in that order (leveled_tokens.py).
+from thread t of four, and those are the positions that its words hold (layout_pairs.ORDER).
 """
 
 # ruff: noqa: RUF005 - the compiler knows tuples' `+`, and no `*given`

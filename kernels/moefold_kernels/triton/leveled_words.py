@@ -1,8 +1,8 @@
 """What a thread reads of the planes in shared memory: its own words, for leveled.py and e4m3.py.
 
-Of a group of 64 columns thread t of the four that share a row has columns 16 t to 16 t + 15, which are words of its own
-in every plane: no byte is read twice. A product wants other columns of a thread, so tokens are stored in an order of
-their own (leveled_tokens.py, e4m3_tokens.py).
+Of a group of 64 columns thread t of the four that share a row has positions 16 t to 16 t + 15, which are words of its
+own in every plane: no byte is read twice. They are the columns that a product of bf16 wants of it (layout_pairs.ORDER);
+for one of e4m3 numbers tokens are stored in an order of their own (e4m3_tokens.py).
 """
 
 from __future__ import annotations

@@ -22,9 +22,15 @@ RANK_BLOCK = 16
 """Few entries: a program ranks 16 of them by comparing with all,"""
 FEWEST, CUT, LONG_CUT = 512, (512, 1024, 4), (2048, 4096, 8)
 """so many at a time; another program counts so many at a time; warps: up to FEWEST entries, and beyond."""
-FEW = 2048
-"""Beyond this many entries, counting in chunks (three launches) replaces comparing all with all (one)."""
-CHUNK, CHUNK_STEP, CHUNK_WARPS = 256, 16, 2
+FEW = 1024
+"""Beyond this many entries, counting in chunks (two launches) replaces comparing all with all (one)."""
+CHUNK, LARGEST_CHUNK, FACTOR = 256, 2048, 2.5
+"""Entries of a chunk, at least and at most; between, about this times the root of all: a program sorts one chunk, and
+reads the counts of all."""
+LONG = 256
+"""Tokens of a tile from which on programs of several blocks in turn last so long that their order matters."""
+CHUNK_WARPS, COUNTED = 8, 2**13
+"""Warps of a chunk's program; counts that it reads at a time."""
 
 
 class Tiles(NamedTuple):
@@ -35,13 +41,11 @@ class Tiles(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Tokens to be rewritten while entries are sorted."""
+    """Tokens to be rewritten while entries are sorted, as token_rows.py has them."""
 
     x: Tensor  # [token, columns] bf16
-    form: int
-    """Of token_rows.py."""
-    to: Tensor  # [token, columns] bf16 where they are ordered, or [token, 2 * columns] float8_e4m3fn
-    factors: Tensor | None = None  # [token] float32
+    values: Tensor  # [token, 2 * columns] float8_e4m3fn
+    factors: Tensor  # [token] float32
 
 
 class Tables(NamedTuple):
@@ -70,12 +74,11 @@ def _whole(length: int) -> int:
 
 
 def _rewriting(rows: Rows | None) -> tuple[int, tuple[Tensor | None, ...], tuple[int, int], dict[str, int]]:
-    """Programs for tokens, and what kernels take for them: tensors, columns and a row's stride, constants."""
+    """Programs for tokens, and what kernels take for them: tensors, columns and a row's stride, a constant."""
     if rows is None:
-        return 0, (None, None, None), (0, 0), {"FORM": 0, "COLUMNS": 1}
+        return 0, (None, None, None), (0, 0), {"COLUMNS": 0}
     tokens, columns = rows.x.shape
-    form = {"FORM": rows.form, "COLUMNS": power_of_two(columns)}
-    return tokens, (rows.x, rows.to, rows.factors), (columns, rows.x.stride(0)), form
+    return tokens, (*rows,), (columns, rows.x.stride(0)), {"COLUMNS": power_of_two(columns)}
 
 
 def route(
@@ -115,30 +118,31 @@ def route(
     size = max(16, power_of_two(n_places + 2))
     shape = (places.numel(), n_places)
     kind: dict[str, Any] = {"TOKENS1": first.entries, "TOKENS2": second.entries, "PLACES": size}
+    kind["BY_WORK"] = any(tile.blocks > 1 and tile.tokens >= LONG for tile in (first, second))
     options: dict[str, Any] = {"CHAIN": chain} | ({"launch_pdl": True} if chain else {})
-    tokens, given, ends, form = _rewriting(rows)
+    tokens, given, ends, wide = _rewriting(rows)
     if entries <= FEW:
         grid = (1 + blocks(entries, RANK_BLOCK) + tokens,)
         step, count, warps = CUT if entries <= FEWEST else LONG_CUT
         launch(
             sorting.route_few, grid, index, places, order, offsets, tiles, *given, entries, *shape, n_packed, *room,
-            zeros, *ends, **kind, **form, BLOCK=RANK_BLOCK, STEP=min(step, power_of_two(entries)),
+            zeros, *ends, **kind, **wide, BLOCK=RANK_BLOCK, STEP=min(step, power_of_two(entries)),
             COUNT_STEP=min(count, max(32, power_of_two(entries))), num_warps=warps, **options,
         )  # fmt: skip
         return tables
-    n_chunks = blocks(entries, CHUNK)
-    chunks = index.new_empty(n_chunks, size, dtype=torch.int32)
-    cut: dict[str, Any] = {"PLACES": size, "CHUNK": CHUNK}
+    chunk = _chunk(entries)
+    n_chunks = blocks(entries, chunk)
+    counted = [n_chunks * size, n_chunks * chunk]
+    chunks, keys = index.new_empty(sum(counted), dtype=torch.int32).split(counted)
+    cut: dict[str, Any] = {"CHUNK": chunk, "num_warps": CHUNK_WARPS} | options
+    launch(sorting.count_chunks, (n_chunks,), index, places, chunks, keys, entries, *shape, PLACES=size, **cut)
     launch(
-        sorting.count_chunks, (n_chunks + tokens,), index, places, chunks, *given, entries, *shape, *ends, **cut,
-        **form, **options,
-    )  # fmt: skip
-    launch(
-        sorting.scan_chunks, (1,), chunks, offsets, tiles, n_chunks, n_places, n_packed, *room, zeros, **kind, STEP=32,
-        num_warps=8, **options,
-    )  # fmt: skip
-    launch(
-        sorting.place_chunks, (n_chunks, CHUNK // CHUNK_STEP), index, places, chunks, offsets, order, entries, *shape,
-        **cut, BLOCK=CHUNK_STEP, num_warps=CHUNK_WARPS, **options,
+        sorting.place_chunks, (1 + n_chunks + tokens,), chunks, keys, order, offsets, tiles, *given, entries, n_chunks,
+        n_places, n_packed, *room, zeros, *ends, **kind, **wide, STEP=max(1, COUNTED // size), **cut,
     )  # fmt: skip
     return tables
+
+
+def _chunk(entries: int) -> int:
+    """How many entries a program sorts."""
+    return min(LARGEST_CHUNK, max(CHUNK, power_of_two(int(FACTOR * math.sqrt(entries)))))

@@ -1,7 +1,8 @@
 """The kernels of routing.py: entries are counted by place, the counts cut into tiles, and each entry put in its place.
 
-Few entries take one kernel, `route_few`; many are counted, scanned and placed in chunks. Programs behind those of
-`route_few`, or of `count_chunks`, rewrite a token each (token_rows.py) where a layer wants that, which saves a launch.
+Few entries take one kernel, `route_few`; many are counted in chunks by one, and placed by another. Programs behind
+those of `route_few`, or of `place_chunks`, rewrite a token each (token_rows.py) where a layer wants that, which saves a
+launch.
 """
 
 from __future__ import annotations
@@ -24,9 +25,18 @@ def _place_of(index, places, entry, entries, n_places, n_experts):
 
 
 @triton.jit
-def _write_tiles(longest, first, table, capacity, TOKENS: tl.constexpr, UNITS: tl.constexpr):
-    """Lay out ceil(longest / TOKENS) tiles for each unit; `longest` [UNITS] is of units numbered from -first."""
-    unit = tl.arange(0, UNITS) - first
+def _write_tiles(
+    longest, work, first, table, capacity, TOKENS: tl.constexpr, UNITS: tl.constexpr, BY_WORK: tl.constexpr
+):  # fmt: skip
+    """Lay out ceil(longest / TOKENS) tiles for each unit; `longest` [UNITS] is of units numbered from -first.
+
+    BY_WORK: units with most `work` first, so that programs which last long do not begin last.
+    """
+    unit = tl.arange(0, UNITS)
+    if BY_WORK:
+        unit = tl.sort(unit - work * UNITS) & UNITS - 1
+        longest = tl.gather(longest, unit, 0)
+    unit -= first
     tiles = (longest + TOKENS - 1) // TOKENS
     begin = tl.cumsum(tiles, 0) - tiles
     for number in range(0, tl.max(tiles, 0)):
@@ -40,23 +50,24 @@ def _write_tiles(longest, first, table, capacity, TOKENS: tl.constexpr, UNITS: t
 @triton.jit
 def _plan(
     held, offsets, tiles, n_places, n_packed, packed1, alone1, packed2, alone2, zeros,
-    TOKENS1: tl.constexpr, TOKENS2: tl.constexpr, PLACES: tl.constexpr,
+    TOKENS1: tl.constexpr, TOKENS2: tl.constexpr, PLACES: tl.constexpr, BY_WORK: tl.constexpr,
 ):  # fmt: skip
     """Offsets and tiles of the counts `held` [PLACES]; four tables lie behind one another, then Tables.ready."""
     place = tl.arange(0, PLACES)
     tl.store(offsets + place + 1, tl.cumsum(held, 0), mask=place <= n_places)
     tl.store(offsets, 0)
-    pairs = tl.max(tl.reshape(tl.where(place < n_packed, held, 0), (PLACES // 2, 2)), 1)
+    both = tl.reshape(tl.where(place < n_packed, held, 0), (PLACES // 2, 2))
+    pairs, work = tl.max(both, 1), tl.sum(both, 1)
     alone = tl.where((place >= n_packed) & (place < n_places), held, 0)
     if packed1 > 0:
-        _write_tiles(pairs, 0, tiles, packed1, TOKENS1, PLACES // 2)
+        _write_tiles(pairs, work, 0, tiles, packed1, TOKENS1, PLACES // 2, BY_WORK)
     if alone1 > 0:
-        _write_tiles(alone, n_packed, tiles + 2 * packed1, alone1, TOKENS1, PLACES)
+        _write_tiles(alone, alone, n_packed, tiles + 2 * packed1, alone1, TOKENS1, PLACES, BY_WORK)
     tiles += 2 * (packed1 + alone1)
     if packed2 > 0:
-        _write_tiles(pairs, 0, tiles, packed2, TOKENS2, PLACES // 2)
+        _write_tiles(pairs, work, 0, tiles, packed2, TOKENS2, PLACES // 2, BY_WORK)
     if alone2 > 0:
-        _write_tiles(alone, n_packed, tiles + 2 * packed2, alone2, TOKENS2, PLACES)
+        _write_tiles(alone, alone, n_packed, tiles + 2 * packed2, alone2, TOKENS2, PLACES, BY_WORK)
     if zeros > 0:
         tiles += 2 * (packed2 + alone2)
         number = tl.sum((pairs + TOKENS1 - 1) // TOKENS1, 0) + tl.sum((alone + TOKENS1 - 1) // TOKENS1, 0)
@@ -81,8 +92,8 @@ def _plan(
 def route_few(
     index, places, order, offsets, tiles, x, rows, factors,
     entries, n_experts, n_places, n_packed, packed1, alone1, packed2, alone2, zeros, columns, x_row,
-    TOKENS1: tl.constexpr, TOKENS2: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr, FORM: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr, COUNT_STEP: tl.constexpr, CHAIN: tl.constexpr,
+    TOKENS1: tl.constexpr, TOKENS2: tl.constexpr, PLACES: tl.constexpr, BY_WORK: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, COUNT_STEP: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Program 0 counts and plans; others find the rank of `BLOCK` entries each, among all; the rest rewrite tokens."""
     after_the_one_before(CHAIN)
@@ -94,7 +105,7 @@ def route_few(
             held += tl.histogram(other, PLACES)
         _plan(
             held, offsets, tiles, n_places, n_packed, packed1, alone1, packed2, alone2, zeros,
-            TOKENS1, TOKENS2, PLACES,
+            TOKENS1, TOKENS2, PLACES, BY_WORK,
         )  # fmt: skip
     elif program <= tl.cdiv(entries, BLOCK):
         entry = (program - 1) * BLOCK + tl.arange(0, BLOCK)
@@ -106,61 +117,64 @@ def route_few(
             tie = (other[None, :] == own[:, None]) & (number[None, :] < entry[:, None])
             rank += tl.sum(((other[None, :] < own[:, None]) | tie).to(tl.int32), 1)
         tl.store(order + rank, entry, mask=entry < entries)
-    elif FORM:
-        prepare_row(program - 1 - tl.cdiv(entries, BLOCK), x, rows, factors, columns, x_row, COLUMNS, FORM)
+    elif COLUMNS:
+        prepare_row(program - 1 - tl.cdiv(entries, BLOCK), x, rows, factors, columns, x_row, COLUMNS)
 
 
 @triton.jit(do_not_specialize=["entries", "n_experts", "n_places"])
 def count_chunks(
-    index, places, chunks, x, rows, factors, entries, n_experts, n_places, columns, x_row,
-    PLACES: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, FORM: tl.constexpr, CHAIN: tl.constexpr,
+    index, places, chunks, keys, entries, n_experts, n_places,
+    PLACES: tl.constexpr, CHUNK: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """How many entries of each place are in each chunk: chunks [chunk, PLACES]; the rest of programs rewrite tokens."""
+    """How many entries of each place are in each chunk: chunks [chunk, PLACES]; and its entries by place.
+
+    As `keys` [chunk, CHUNK]: the place times CHUNK, plus the entry's number within the chunk.
+    """
     after_the_one_before(CHAIN)
-    program, count = tl.program_id(0), tl.cdiv(entries, CHUNK)
-    if program < count:
-        number = program * CHUNK + tl.arange(0, CHUNK)
-        held = tl.histogram(_place_of(index, places, number, entries, n_places, n_experts), PLACES)
-        tl.store(chunks + program * PLACES + tl.arange(0, PLACES), held)
-    elif FORM:
-        prepare_row(program - count, x, rows, factors, columns, x_row, COLUMNS, FORM)
+    first, number = tl.program_id(0) * CHUNK, tl.arange(0, CHUNK)
+    own = _place_of(index, places, first + number, entries, n_places, n_experts)
+    tl.store(chunks + tl.program_id(0) * PLACES + tl.arange(0, PLACES), tl.histogram(own, PLACES))
+    tl.store(keys + first + number, tl.sort(own * CHUNK + number))
 
 
-@triton.jit(do_not_specialize=["n_chunks", "n_places", "n_packed", "packed1", "alone1", "packed2", "alone2", "zeros"])
-def scan_chunks(
-    chunks, offsets, tiles, n_chunks, n_places, n_packed, packed1, alone1, packed2, alone2, zeros,
-    TOKENS1: tl.constexpr, TOKENS2: tl.constexpr, PLACES: tl.constexpr, STEP: tl.constexpr,
-    CHAIN: tl.constexpr,
-):  # fmt: skip
-    """Counts, offsets and tiles of all; `chunks` becomes where each chunk's entries of a place begin within it."""
-    after_the_one_before(CHAIN)
-    place = tl.arange(0, PLACES)
-    held = tl.zeros((PLACES,), tl.int32)
-    for start in range(0, n_chunks, STEP):
-        row = start + tl.arange(0, STEP)
-        at = chunks + row[:, None] * PLACES + place[None, :]
-        here = tl.load(at, mask=(row < n_chunks)[:, None], other=0)
-        tl.store(at, held[None, :] + tl.cumsum(here, 0) - here, mask=(row < n_chunks)[:, None])
-        held += tl.sum(here, 0)
-    _plan(
-        held, offsets, tiles, n_places, n_packed, packed1, alone1, packed2, alone2, zeros, TOKENS1, TOKENS2, PLACES
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["entries", "n_experts", "n_places"])
+@triton.jit(
+    do_not_specialize=[
+        "entries", "n_chunks", "n_places", "n_packed", "packed1", "alone1", "packed2", "alone2", "zeros",
+    ]
+)  # fmt: skip
 def place_chunks(
-    index, places, chunks, offsets, order, entries, n_experts, n_places,
-    PLACES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, CHAIN: tl.constexpr,
+    chunks, keys, order, offsets, tiles, x, rows, factors,
+    entries, n_chunks, n_places, n_packed, packed1, alone1, packed2, alone2, zeros, columns, x_row,
+    TOKENS1: tl.constexpr, TOKENS2: tl.constexpr, PLACES: tl.constexpr, BY_WORK: tl.constexpr, CHUNK: tl.constexpr,
+    STEP: tl.constexpr, COLUMNS: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """Write each entry's number where it belongs; those of its chunk that come before it are counted by comparison."""
-    after_the_one_before(CHAIN)
-    first = tl.program_id(0) * CHUNK
-    number = first + tl.arange(0, CHUNK)
-    entry = first + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = entry < entries
-    other = _place_of(index, places, number, entries, n_places, n_experts)
-    own = _place_of(index, places, entry, entries, n_places, n_experts)
-    before = (other[None, :] == own[:, None]) & (number[None, :] < entry[:, None])
-    begin = tl.load(offsets + own, mask=inside, other=0)
-    begin += tl.load(chunks + tl.program_id(0) * PLACES + own, mask=inside, other=0)
-    tl.store(order + begin + tl.sum(before.to(tl.int32), 1), entry, mask=inside)
+    """Write each entry's number where it belongs, a chunk a program; one in front plans, the rest rewrite tokens.
+
+    Tokens' programs need nothing of the kernel before and do not wait for it: it has waited for what made the tokens.
+    """
+    program = tl.program_id(0)
+    if program <= n_chunks:
+        after_the_one_before(CHAIN)
+        place = tl.arange(0, PLACES)
+        held, before = tl.zeros((PLACES,), tl.int32), tl.zeros((PLACES,), tl.int32)
+        for start in range(0, n_chunks, STEP):
+            row = (start + tl.arange(0, STEP))[:, None]
+            here = tl.load(
+                chunks + row * PLACES + place[None, :], mask=(row < n_chunks) & (place <= n_places)[None, :], other=0
+            )
+            held += tl.sum(here, 0)
+            before += tl.sum(tl.where(row < program - 1, here, 0), 0)
+        if program == 0:
+            _plan(
+                held, offsets, tiles, n_places, n_packed, packed1, alone1, packed2, alone2, zeros,
+                TOKENS1, TOKENS2, PLACES, BY_WORK,
+            )  # fmt: skip
+        else:
+            chunk, number = program - 1, tl.arange(0, CHUNK)
+            here = tl.load(chunks + chunk * PLACES + place, mask=place <= n_places, other=0)
+            begin = tl.cumsum(held, 0) - held + before - (tl.cumsum(here, 0) - here)  # for the chunk's first by place
+            key = tl.load(keys + chunk * CHUNK + number)
+            entry = chunk * CHUNK + key % CHUNK
+            tl.store(order + tl.gather(begin, key // CHUNK, 0) + number, entry, mask=entry < entries)
+    elif COLUMNS:
+        prepare_row(program - 1 - n_chunks, x, rows, factors, columns, x_row, COLUMNS)

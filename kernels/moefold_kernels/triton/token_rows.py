@@ -1,8 +1,7 @@
-"""Tokens as the few-bit kernels multiply them: a row rewritten by one program, which routing's kernels do on the way.
+"""Tokens as e4m3.py multiplies them: a row rewritten by one program, which routing's kernels do on the way.
 
-Two forms. *Ordered* (leveled.py): bf16, columns of a group of 64 so that column 16 t + 8 s + 4 u + 2 e + h is number
-32 s + 16 u + 8 h + 2 t + e. *Terms* (e4m3.py): sums of two e4m3 numbers (`split_terms`), for each group of 64 columns
-64 first terms and then 64 second ones, where column 16 t + 8 s + 4 u + j is number 32 s + 16 u + 4 t + j, and a factor.
+Sums of two e4m3 numbers (`split_terms`), for each group of 64 columns 64 first terms and then 64 second ones, and a
+factor. Of each 16 columns, column 8 h + 2 t + e is number 4 t + 2 e + h (e4m3_operands.py).
 
 Plain Triton, for routing runs everywhere.
 """
@@ -11,9 +10,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-ORDERED, TERMS = tl.constexpr(1), tl.constexpr(2)
-"""The forms; 0: none."""
 
 
 @triton.jit
@@ -35,17 +31,10 @@ def split_terms(values, largest):
 
 
 @triton.jit
-def ordered(values, COLUMNS: tl.constexpr):
-    """[COLUMNS], whole groups, in their order."""
-    parts = tl.reshape(values, (COLUMNS // 64, 4, 2, 2, 2, 2))  # group, t, s, u, e, h
-    return tl.reshape(tl.permute(parts, (0, 2, 3, 5, 1, 4)), (COLUMNS,))
-
-
-@triton.jit
 def terms(values, COLUMNS: tl.constexpr):
     """First and second terms of [COLUMNS] bf16, whole groups, in their order; and the factor."""
-    parts = tl.reshape(values, (COLUMNS // 64, 4, 2, 2, 4))  # group, t, s, u, j
-    values = tl.reshape(tl.permute(parts, (0, 2, 3, 1, 4)), (COLUMNS,)).to(tl.float32)
+    parts = tl.reshape(values, (COLUMNS // 16, 2, 4, 2))  # h, t, e
+    values = tl.reshape(tl.permute(parts, (0, 2, 3, 1)), (COLUMNS,)).to(tl.float32)
     return split_terms(values, tl.max(tl.abs(values), axis=0))
 
 
@@ -58,15 +47,12 @@ def store_terms(out, row, columns, at, inside, first, second):
 
 
 @triton.jit
-def prepare_row(row, x, out, factors, columns, x_row, COLUMNS: tl.constexpr, FORM: tl.constexpr):
-    """One token: `x` [token, columns] bf16 in a FORM; factors [token] float32 where that is TERMS."""
+def prepare_row(row, x, out, factors, columns, x_row, COLUMNS: tl.constexpr):
+    """One token: `x` [token, columns] bf16 to `out` [token, group, 2, 64] and `factors` [token] float32."""
     row = row.to(tl.int64)
     at = tl.arange(0, COLUMNS)
     inside = at < columns
     values = tl.load(x + row * x_row + at, mask=inside, other=0.0)
-    if FORM == ORDERED:
-        tl.store(out + row * columns + at, ordered(values, COLUMNS), mask=inside)
-    else:
-        first, second, factor = terms(values, COLUMNS)  # pyright: ignore[reportGeneralTypeIssues]  (a jit function)
-        store_terms(out, row, columns, at, inside, first, second)
-        tl.store(factors + row, factor)
+    first, second, factor = terms(values, COLUMNS)  # pyright: ignore[reportGeneralTypeIssues]  (a jit function)
+    store_terms(out, row, columns, at, inside, first, second)
+    tl.store(factors + row, factor)

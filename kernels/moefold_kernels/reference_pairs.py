@@ -168,7 +168,8 @@ def _positions(words: Tensor, bits: int, places: Sequence[int], columns: int) ->
     """What `_plane` was given: uint8 [..., columns]."""
     spread: Tensor = words[..., None, None] >> _shifts(words, bits, places) & (1 << bits) - 1
     positions = spread.flatten(-3).to(torch.uint8).unflatten(-1, (-1, GROUP))
-    return positions[..., _order(words).argsort()].flatten(-2)[..., :columns]
+    values: Tensor = positions[..., _order(words).argsort()].flatten(-2)[..., :columns]
+    return values
 
 
 def _order(like: Tensor) -> Tensor:

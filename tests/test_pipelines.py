@@ -89,6 +89,18 @@ def test_a_damping_that_had_to_be_raised_is_told(folder):
     assert strictly(found) == []
 
 
+def test_gptq_in_two_bits_says_that_dense_weights_hold_them(folder):
+    text = shipped.find("gptq-int4").read_text()
+    stored = "uses: quantize.gptq\n    with: {scheme: int4, group: 64, blend: 1024}"
+    assert stored in text
+    (folder / "gptq2.yaml").write_text(text.replace(stored, "uses: gptq\n    with: {bits: 2}"))
+    found = report(folder, str(folder / "gptq2.yaml"), "--to", str(folder / "gptq2"))
+    (told,) = [one for one in found["warnings"] if "dense weights hold them" in one]
+    assert told.startswith("gptq: experts' values are of 2.5 bits a weight, scales counted")
+    (saved,) = found["saved"]["save"].values()
+    assert saved["expert_bytes"]["after"] == saved["expert_bytes"]["before"]
+
+
 def test_the_second_method_costs_its_own_stages_only(folder):
     report(folder, "mergemoe")
     again = report(folder, "mergemoe", "--set", "mergemoe.target=published", "--to", str(folder / "other"))

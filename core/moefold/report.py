@@ -181,6 +181,13 @@ def _warnings(report: Mapping[str, Json], positions: int | None) -> Iterator[str
                     f"{step}: layer {layer}: merged experts {_short(thin)} were fitted on fewer calibration tokens "
                     "than they have neurons, and lean on the average of their members; more text helps"
                 )
+        bits = {facts["figures"].get("bits_per_weight") for facts in layers.values()} - {None}
+        if bits:
+            yield (
+                f"{step}: experts' values are of {', '.join(f'{one:g}' for one in sorted(bits))} bits a weight, scales "
+                "counted, and dense weights hold them: bytes, here and in comparisons, are of those (int4 and int8 are "
+                "stored by quantize.gptq)"
+            )
 
 
 def _of_moments(figures: Mapping[str, Json]) -> Iterator[str]:

@@ -43,6 +43,45 @@ def compensated(workbench: Workbench) -> dict[str, Figure]:
     return workbench.quality(_calibrated(stages))
 
 
+def _few_bits(format: str) -> str:
+    return _calibrated(
+        "  - uses: pair.by_usage\n  - uses: levels\n"
+        f"  - {{uses: puzzlemoe.compensated, with: {{format: {format}}}}}\n  - uses: pack.{format}\n"
+    )
+
+
+@benchmark("quality.pair6")
+def pair6(workbench: Workbench) -> dict[str, Figure]:
+    """Busy experts with rare ones, errors made up for, three bits a weight."""
+    return workbench.quality(_few_bits("pair6"))
+
+
+@benchmark("quality.pair4")
+def pair4(workbench: Workbench) -> dict[str, Figure]:
+    """The same in two bits a weight."""
+    return workbench.quality(_few_bits("pair4"))
+
+
+@benchmark("quality.budget")
+def budget(workbench: Workbench) -> dict[str, Figure]:
+    """Three quarters of the bytes: the pairs whose merging is predicted to cost least, over all layers."""
+    stages = """\
+  - uses: levels
+  - {uses: damage.pairs, needs: {text: calibration}}
+  - {uses: plan.budget, with: {budget: 0.75}}
+  - uses: pair.planned
+  - uses: puzzlemoe.compensated
+  - uses: pack.planned
+"""
+    return workbench.quality(_calibrated(stages))
+
+
+@benchmark("quality.gptq")
+def gptq(workbench: Workbench) -> dict[str, Figure]:
+    """Experts in four bits, in groups of 64, by GPTQ."""
+    return workbench.quality(_calibrated("  - {uses: quantize.gptq, with: {scheme: int4, group: 64}}\n"))
+
+
 @benchmark("quality.mergemoe")
 def mergemoe(workbench: Workbench) -> dict[str, Figure]:
     """Half of the experts, fitted to what each token's own experts gave."""
@@ -75,4 +114,4 @@ def reap(workbench: Workbench) -> dict[str, Figure]:
 
 @hookimpl
 def moefold_benchmarks() -> list[Benchmark]:
-    return [int4, puzzlemoe, compensated, mergemoe, msmoe, reap]
+    return [int4, gptq, puzzlemoe, compensated, pair6, pair4, budget, mergemoe, msmoe, reap]

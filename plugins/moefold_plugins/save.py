@@ -54,7 +54,7 @@ def _check_target(to: Path, **_: Any) -> None:
     refuse(Path(to).expanduser())
 
 
-@stage("save", version=2, reads=_check_target)  # few bits lie in bands (layout_pairs.py)
+@stage("save", version=3, reads=_check_target)  # few bits lie in bands, in layout_pairs.ORDER
 def save(
     checkpoint: Checkpoint,
     experts: Layers[Replacement],

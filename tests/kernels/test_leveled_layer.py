@@ -349,6 +349,18 @@ def test_bf16_operands_take_tokens_as_they_are(where, launched):
 
 
 @pytest.mark.gpu
+def test_rows_of_tokens_an_odd_multiple_of_16_bytes_apart(device):
+    """Triton knows a length as a multiple of 16, or as nothing."""
+    made = weights_of(operands(leveled_layer("pair8", 6, 512, 768, device=device, coded=True)))
+    x, index, weights = (part.to(device) for part in batch(150, 512, 2, 6))
+    wide = torch.zeros(150, 520, dtype=x.dtype, device=device)
+    wide[:, :512] = x
+    plan = fast("overlapped_pair", 64, warps=8, stages=2, blocks=1)
+    found, wanted = (kernels.forward(made, one, index, weights, plan=plan) for one in (wide[:, :512], x))
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("plan", ["pair-8", "pair-4", "pair-32-thinly"])
 def test_e4m3_operands_beside_experts_left_alone(plan, device):
     """Rows of both kinds of experts, and rows that nobody writes, of entries whose expert does not exist."""
@@ -365,7 +377,7 @@ def test_e4m3_operands_beside_experts_left_alone(plan, device):
 def test_a_graph_of_two_layers_with_e4m3_operands(plan, hidden, tokens, device):
     """Kernels of which each begins before the one in front has ended, with other routing at each replay.
 
-    Of long rows routing's kernels rewrite the tokens, of more than 2048 entries one of those that count in chunks.
+    Of long rows routing's kernels rewrite the tokens, of more than 1024 entries the one that places chunks.
     """
     layer = leveled_layer("pair8", 6, hidden, 768, device=device, coded=True)
     made = weights_of(operands(layer))

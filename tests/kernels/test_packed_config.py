@@ -85,7 +85,7 @@ def test_bits_that_lie_elsewhere_are_refused(format):
         LAYER, format=format, window={}, levels=dict.fromkeys(("gate_proj", "up_proj", "down_proj"), levels)
     )
     entry, version = write_config({3: layer}), layout_pairs.VERSIONS[format]
-    assert version == (3 if format == "pair8" else 2)  # since planes lie in bands
+    assert version == (4 if format == "pair8" else 3)  # since words have columns in layout_pairs.ORDER
     assert entry["layers"]["3"]["layout"] == version
     assert read_config(entry) == {3: layer}
     for other in (version - 1, version + 1, str(version), None):

@@ -27,12 +27,12 @@ PINNED = {
     "pair.similar": (1, "c1f727df409a2a85"),
     "puzzlemoe": (1, "284633552391bc4f"),
     "pack.exponent": (2, "8c015d9226130770"),
-    "pack.pair8": (4, "f3327b876a73b006"),
-    "pack.pair6": (4, "d1351e56fe36ad5e"),
-    "pack.pair5": (4, "55ed4fba94fe4c07"),
-    "pack.pair4": (4, "e3de4b736eaab8f2"),
+    "pack.pair8": (5, "c46901d48a8531df"),
+    "pack.pair6": (5, "02968627c6725dc2"),
+    "pack.pair5": (5, "696c93a7861baa88"),
+    "pack.pair4": (5, "750b40af6fa7833c"),
     "text.mix": (1, "176fcec209b466cd"),
-    "save": (2, "f3f13928835f4221"),
+    "save": (3, "ff36797bab13edcf"),
 }
 
 

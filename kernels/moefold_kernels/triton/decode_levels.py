@@ -54,7 +54,7 @@ def _fields(row, planes, column, inside, LOW: tl.constexpr, BANDS: tl.constexpr)
     nibble = tl.load(words + _at(row, column, groups, 8, 8, BANDS), mask=inside, other=0) >> 4 * (column % 8) & 15
     number = nibble >> 3 << LOW
     if LOW > 0:
-        across: tl.constexpr = 32 // LOW  # columns a word
+        across: tl.constexpr = 32 // LOW  # positions a word
         word = tl.load(low + _at(row, column, groups, 2 * LOW, across, BANDS), mask=inside, other=0)
         first = 8 * (column % 4) + column % 8 // 4 * 4 if LOW == 4 else 4 * (column % 8) + LOW * (column % across // 8)
         number |= word >> first & (1 << LOW) - 1

@@ -59,7 +59,7 @@ def _word(words, number: gl.constexpr, ROWS: gl.constexpr):
 
 @gluon.jit
 def _operand(made, ROWS: gl.constexpr, left: gl.constexpr):
-    """bf16 [ROWS, PART] of a word's four registers [ROWS, thread]: even and odd columns of each four."""
+    """bf16 [ROWS, PART] of a word's four registers [ROWS, thread]: even and odd positions of each four."""
     even, odd = gl.join(made[0], made[2]), gl.join(made[1], made[3])  # [ROWS, thread, four]
     pairs = gl.reshape(gl.permute(gl.join(even, odd), (0, 2, 3, 1)), (ROWS, PART // 2))
     twice = gl.reshape(gl.join(pairs, pairs), (ROWS, PART))

@@ -93,7 +93,7 @@ def words_of(words, low, ROWS: gl.constexpr, FORMAT: gl.constexpr):
         elif FORMAT == "pair6":
             a, b = gl.split(gl.permute(gl.reshape(plane, (ROWS, 2, 4)), (0, 2, 1)))
             low0, low1 = _spread(a, 2, units), _spread(b, 2, units)
-        else:  # pair5: a word has 32 columns, the halves of which are of neighbours
+        else:  # pair5: a word has 32 positions, the halves of which are of neighbours
             a, b = gl.split(gl.permute(gl.reshape(plane, (ROWS, 2, 2)), (0, 2, 1)))
             low0, low1 = _neighbours(a, ROWS, units), _neighbours(b, ROWS, units)
     return w0, w1, low0, low1

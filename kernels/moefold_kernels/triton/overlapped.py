@@ -345,11 +345,12 @@ def _in(
 def tokens_at(
     x, order, begin, end, k, top_k, x_row, COLUMNS: gl.constexpr, N: gl.constexpr
 ):  # fmt: skip
-    """project._tokens, but [token, column]: shared memory is turned, not the copy."""
+    """project._tokens, but [token, column]: shared memory is turned, not the copy. Rows are aligned to 16 bytes."""
     n = begin + gl.arange(0, N, gl.SliceLayout(1, copy_layout(COLUMNS, gl.num_warps())))
     live = n < end
     token = gl.load(order + n, mask=live, other=0) // top_k
-    return x + token.to(gl.int64)[:, None] * x_row + k[None, :], live[:, None]
+    # Triton knows whole numbers as multiples of 16, or as nothing, and a row's length may be an odd multiple of 8
+    return x + gl.multiple_of(token.to(gl.int64) * x_row, 8)[:, None] + k[None, :], live[:, None]
 
 
 @gluon.jit

@@ -201,8 +201,6 @@ def leveled_bytes(tile: Tile, gated: bool, format: str) -> int:
     most = max(tile.tokens, tile.extra)
     writing = min(4 * tile.rows * most, MOST_WRITING) if tile.splits > 1 else WRITING  # of float32 sums
     if not tile.terms:
-        if gated:  # activations are also brought into their order
-            writing = max(writing, 2 * tile.rows * most)
         return tile.stages * (planes + 256 * entries) + max(writing, WRITING) + _apart(tile)
     halves = 2 if tile.columns > 128 else 1
     places = 1 if halves == 2 and tile.tokens >= THINLY else tile.stages

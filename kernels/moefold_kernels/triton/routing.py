@@ -60,6 +60,11 @@ class Tables(NamedTuple):
     """Tokens that were rewritten on the way, for the first projection."""
 
 
+def by_work(plan: Plan) -> bool:
+    """Whether units with most entries come first in a plan's tables."""
+    return any(tile.blocks > 1 and tile.tokens >= LONG for tile in (plan.first, plan.second))
+
+
 def capacity(entries: int, units: int, tokens: int, multiple: int) -> int:
     """The most tiles that `entries` can need in `units`, rounded up: known without looking at the routing."""
     if not units or not entries:
@@ -118,7 +123,7 @@ def route(
     size = max(16, power_of_two(n_places + 2))
     shape = (places.numel(), n_places)
     kind: dict[str, Any] = {"TOKENS1": first.entries, "TOKENS2": second.entries, "PLACES": size}
-    kind["BY_WORK"] = any(tile.blocks > 1 and tile.tokens >= LONG for tile in (first, second))
+    kind["BY_WORK"] = by_work(plan)
     options: dict[str, Any] = {"CHAIN": chain} | ({"launch_pdl": True} if chain else {})
     tokens, given, ends, wide = _rewriting(rows)
     if entries <= FEW:

@@ -25,7 +25,7 @@ from moefold_kernels.triton.candidates import Room, candidates
 from moefold_kernels.triton.compilation import Compiler, Job, Part, reason
 from moefold_kernels.triton.plans import Plan, Tile, alone, join
 from moefold_kernels.triton.portability import Target
-from moefold_kernels.triton.routing import Tables
+from moefold_kernels.triton.routing import Tables, by_work
 from moefold_kernels.triton.weights import Weights
 
 FINALISTS = 3
@@ -211,7 +211,7 @@ class Search:
 
     def _work(self, plan: Plan) -> list[Work]:
         """The batches with their tables, which depend on few things of a plan."""
-        key = tuple((tile.entries, tile.group) for tile in (plan.first, plan.second))
+        key = *((tile.entries, tile.group) for tile in (plan.first, plan.second)), by_work(plan)
         if key not in self._tables:
             self._tables[key] = [self._one(batch, plan) for batch in self.batches]
         return self._tables[key]

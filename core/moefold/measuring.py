@@ -71,7 +71,7 @@ class Workbench:
         found = run(planned, store, InlineExecutor(), _silent, device=self.device, registry=registry, keep=keep)
         facts = [note["facts"] for notes in found.values() for note in notes.values()]
         rows = [row for one in facts for row in one.get("rows", ()) if "loss_increase" in row]
-        sizes = [one["expert_bytes"] for one in facts if "expert_bytes" in one]
+        sizes = [one["expert_bytes"] for one in facts if isinstance(one.get("expert_bytes"), Mapping)]  # before, after
         if len(sizes) != 1 or not rows:
             raise InputError(
                 f"{name}: {len(sizes)} stages save, and {len(rows)} texts were evaluated; quality is of one "

@@ -21,6 +21,7 @@ from moefold.history import Record, append, read
 from moefold.history_change import against
 from moefold.history_page import BEGIN, END, page, replaced
 from moefold.hooks import Registry
+from moefold_plugins.benchmarks import moefold_benchmarks
 
 ROOT = Path(__file__).parents[2]
 STORED = ROOT / "tests" / "bench" / "history.jsonl"
@@ -157,6 +158,13 @@ def test_quality_wants_one_evaluated_checkpoint(tmp_path):
     text = PIPELINE.replace("MODEL", str(tiny("qwen3_moe", tmp_path / "model"))).partition("  - {id: prose")[0]
     with pytest.raises(InputError, match="1 stages save, and 0 texts were evaluated; quality is of one checkpoint"):
         Workbench(tmp_path).quality(text)
+
+
+@pytest.mark.slow
+def test_stages_that_know_bytes_of_an_expert_do_not_count_as_saved(tmp_path):
+    """`damage.pairs` tells them, too."""
+    (one,) = (one for one in moefold_benchmarks() if one.name == "quality.budget")
+    assert one.measure(Workbench(tmp_path))["expert bytes"].value == pytest.approx(0.75, rel=0.01)
 
 
 def test_what_is_no_figure_is_refused(tmp_path):

@@ -185,8 +185,7 @@ def _warnings(report: Mapping[str, Json], positions: int | None) -> Iterator[str
         if bits:
             yield (
                 f"{step}: experts' values are of {', '.join(f'{one:g}' for one in sorted(bits))} bits a weight, scales "
-                "counted, and dense weights hold them: bytes, here and in comparisons, are of those (int4 and int8 are "
-                "stored by quantize.gptq)"
+                "counted, and dense weights hold them: bytes, here and in comparisons, are of those"
             )
 
 

@@ -20,7 +20,7 @@ FIGURES, PICTURE = IMAGES / "loss-against-bits.json", IMAGES / "loss-against-bit
 GPTQ = """\
 model: demo
 stages:
-  - {id: calibration, uses: text.stdlib, with: {part: calibrate, samples: 128, length: 512}}
+  - {id: calibration, uses: text.stdlib, with: {part: calibrate, samples: 128, length: 512, spread: true}}
   - {uses: forward, needs: {text: calibration}}
   - {uses: gptq}
   - {uses: save, needs: {experts: gptq}, with: {to: out}}

@@ -27,7 +27,7 @@ from moefold_plugins.evaluate import losses
 PIPELINE = """
 model: demo
 stages:
-  - {id: calibration, uses: text.stdlib, with: {part: calibrate, samples: 64, length: 512}}
+  - {id: calibration, uses: text.stdlib, with: {part: calibrate, samples: 64, length: 512, spread: true}}
   - {uses: forward, needs: {text: calibration}}
   - {uses: observe}
   - {id: pairs, uses: PAIR}

@@ -14,7 +14,7 @@ from quality import Bench
 CHOSEN = """
 model: demo
 stages:
-  - {id: calibration, uses: text.stdlib, with: {part: calibrate, samples: 64, length: 512}}
+  - {id: calibration, uses: text.stdlib, with: {part: calibrate, samples: 64, length: 512, spread: true}}
   - {uses: forward, needs: {text: calibration}}
   - {uses: damage.pairs, needs: {text: calibration}}
   - {id: plan, PLAN}

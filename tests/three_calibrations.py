@@ -2,9 +2,9 @@
 
 `python tests/three_calibrations.py run DIR` measures over one store and keeps figures in
 docs/images/three-calibrations.json (what is there already is not run again); `python tests/three_calibrations.py print`
-prints the table. A calibration is 64 x 512 tokens in an order of its own (`calibration.seed`), and random pairs are
-drawn with the same seed. `--samples 128` takes twice the text, of the methods named with `--rows`, and keeps figures in
-three-calibrations-128.json.
+prints the table. A calibration is 128 x 512 tokens of every module, from places of its own (`calibration.seed`), and
+random pairs are drawn with the same seed. `--samples 64` takes half the text, of the methods named with `--rows`, and
+keeps figures in three-calibrations-64.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import quality
 from test_compensated_quality import COMPENSATED, FEW_BITS, GPTQ, TEXTS, random
 
 FIGURES = Path(__file__).parents[1] / "docs" / "images"
-SAMPLES = 64
+SAMPLES = 128
 SEEDS = range(3)
 
 
@@ -38,6 +38,32 @@ def few(format: str) -> str:
     return FEW_BITS.replace("FORMAT", format).replace("pack.exponent", f"pack.{format}")
 
 
+def merged(**options: str) -> str:
+    """The compensated merge with options set."""
+    told = ", ".join(f"{name}: {value}" for name, value in options.items())
+    return COMPENSATED.replace("{uses: puzzlemoe.compensated}", f"{{uses: puzzlemoe.compensated, with: {{{told}}}}}")
+
+
+def budget(share: float, formats: str) -> str:
+    """Pairs and formats of layers by budget, merged and packed as planned."""
+    plan = f"{{id: budget, uses: plan.budget, with: {{budget: {share}, formats: [{formats}]}}}}"
+    chosen = f"{{uses: levels}}\n  - {{uses: damage.pairs, needs: {{text: calibration}}}}\n  - {plan}\n"
+    return COMPENSATED.replace("{id: pairs, uses: PAIR}", f"{chosen}  - {{id: pairs, uses: pair.planned}}").replace(
+        "pack.exponent", "pack.planned"
+    )
+
+
+EVERY = "exponent, pair8, pair6, pair5, pair4"
+VARIATIONS = {
+    "down coded once (`together: false`)": {"together": "false"},
+    "both experts' errors alike (`weigh: equal`)": {"weigh": "equal"},
+    "`blend: 256`": {"blend": "256"},
+    "`blend: 4096`": {"blend": "4096"},
+    "neurons in their own order (`neurons: natural`)": {"neurons": "natural"},
+    "without sweeps": {"sweeps": "0"},
+}
+"""Of busy with rare, option by option."""
+
 ROWS = {
     "PuzzleMoE as published, random pairs": Row(quality.PIPELINE, "pair.random", 8),
     "GPTQ int3": Row(GPTQ.replace("BITS", "3"), "", 3.5),
@@ -49,6 +75,13 @@ ROWS = {
     "pair4, busy with rare": Row(few("pair4"), "pair.by_usage", 2.125),
     "pair4, least predicted error": Row(few("pair4"), "pair.by_error", 2.125),
     "compensated, the published rule's random pairs": Row(COMPENSATED, "pair.random", 8),
+    "GPTQ int4": Row(GPTQ.replace("BITS", "4"), "", 4.5),
+    **{
+        f"budget {share}, {name}": Row(budget(share, formats), "", 16 * share)
+        for share in (0.75, 0.5)
+        for name, formats in (("`exponent`", "exponent"), ("any format", EVERY))
+    },
+    **{f"busy with rare, {name}": Row(merged(**options), "pair.by_usage", 8) for name, options in VARIATIONS.items()},
 }
 
 

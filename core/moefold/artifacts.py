@@ -193,6 +193,10 @@ class DualMask:
 class Paired(Artifact):
     """A layer's merged pairs, for a codec to pack: as a recipe (PairMerge), or done (MergedPairs)."""
 
+    def to(self, device: torch.device) -> Self:  # noqa: ARG002  (a recipe's experts lie where they were read)
+        """The same with its merged tensors on a device, where there are any."""
+        return self
+
 
 @dataclass(frozen=True)
 class PairMerge(Paired):

@@ -202,7 +202,10 @@ def pack_stage(codec: type[Codec]) -> Stage[Any, Packed]:
     if codec.takes_levels:
         ports["table"] = Port("table", LevelTable, "optional")  # `levels` is an option
 
-    def run(merge: Paired, table: LevelTable | None = None, **options: Json) -> Packed:
+    def run(
+        merge: Paired, table: LevelTable | None = None, *, context: Context | None = None, **options: Json
+    ) -> Packed:
+        merge = merge if context is None else merge.to(context.device)  # in another process they came from the store
         return pack(codec(**options) if table is None else codec(**options).with_levels(table), merge)
 
     run.__doc__ = codec.__doc__
@@ -210,7 +213,7 @@ def pack_stage(codec: type[Codec]) -> Stage[Any, Packed]:
         name=f"pack.{codec.name}",
         function=run,
         ports=ports,
-        injected={},
+        injected={"context": Context},
         options=codec,
         produces=Packed,
         keep="until read",  # half of a model's experts: what `save` wrote need not lie in the store as well

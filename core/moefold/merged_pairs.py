@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ class MergedPairs(Paired):
     """`gate_up_bias` and `down_bias` where experts have them, in the order of the neurons."""
     figures: dict[str, Json] = field(default_factory=dict)
     """What its maker measured, for the report."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same with the merged tensors, three bytes for each position, on a device; the rest stays where it is."""
+        parts = {name: getattr(self, name) for name in ("magnitude", "flags", "scale")}
+        return replace(self, **{name: {k: t.to(device) for k, t in each.items()} for name, each in parts.items()})
 
     @staticmethod
     def flag(negative: Tensor, keep: Tensor) -> Tensor:

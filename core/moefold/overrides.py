@@ -55,7 +55,9 @@ class Overrides:
         index, entry = named[0]
         origin = "--text " + " --text ".join(self.text)
         replaced = _only_read_by(index, entries)
-        kept = {k: v for i, e in entries if i in replaced for k, v in _cut(e).items() if k == "length"} | _cut(entry)
+        kept = {
+            k: v for i, e in entries if i in replaced for k, v in _cut(e).items() if k in ("length", "spread")
+        } | _cut(entry)
         for source in replaced:
             document.set(("stages", source), None, origin)
         document.set(("stages", index, "id"), _id(entry), origin)
@@ -92,7 +94,7 @@ def _cut(entry: dict[str, Json]) -> dict[str, Json]:
     """The options of a text stage that say how much text to take, not which."""
     options = entry.get("with")
     given = options if isinstance(options, dict) else {}
-    return {name: given[name] for name in ("samples", "length", "seed") if name in given}
+    return {name: given[name] for name in ("samples", "length", "seed", "spread") if name in given}
 
 
 def _only_read_by(reader: int, entries: list[tuple[int, dict[str, Any]]]) -> list[int]:

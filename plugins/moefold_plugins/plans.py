@@ -76,11 +76,11 @@ VERSION = max(codec.version for codec in CODECS.values())
 
 
 @stage("pack.planned", version=VERSION, keep="until read")
-def pack_planned(layer: Layer, merge: Paired, plan: MergePlan, table: LevelTable | None) -> Packed:
+def pack_planned(layer: Layer, merge: Paired, plan: MergePlan, table: LevelTable | None, context: Context) -> Packed:
     """Pack merged pairs in the format that a plan names for their layer."""
     name = plan.layer(layer.number)["format"] or layout.EXPONENT
     codec = CODECS[name]()
-    return (codec if table is None else codec.with_levels(table)).packed(merge)
+    return (codec if table is None else codec.with_levels(table)).packed(merge.to(context.device))
 
 
 @stage("unpack.planned", keep="never")

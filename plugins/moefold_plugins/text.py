@@ -19,7 +19,12 @@ from moefold_plugins.demo import stdlib
 
 Samples = Annotated[int, Field(ge=1, description="how many samples")]
 Length = Annotated[int, Field(ge=2, description="tokens in a sample")]
-Seed = Annotated[int, Field(description="order in which documents are taken")]
+Seed = Annotated[int, Field(description="order in which documents are taken, and from which place of each")]
+Spread = Annotated[
+    bool, Field(description="a part of many documents, each from a random place, instead of the first ones whole")
+]
+WINDOW = 16
+"""Characters that are tokenised for each token wanted of a document: several times what a token holds."""
 
 Document = tuple[str, str]
 """The name and the text of one document."""
@@ -33,20 +38,25 @@ def _digest(documents: Iterable[Document]) -> str:
 
 
 def sampled(
-    name: str, documents: Sequence[Document], checkpoint: Checkpoint, samples: int, length: int, seed: int
+    name: str,
+    documents: Sequence[Document],
+    checkpoint: Checkpoint,
+    samples: int,
+    length: int,
+    seed: int,
+    spread: bool = False,
 ) -> Text:
     """Tokenise documents in a random order and cut them into samples of equal length.
 
-    Documents are joined by the tokenizer's end-of-text token where it has one; a sample may span several. Takes
-    fewer samples than asked for when the text ends, and says so in `sources`; raises TextError when not one is full.
+    Documents are joined by the tokenizer's end-of-text token where it has one; a sample may span several. With `spread`
+    no document gives more than `length` tokens, or, where documents are too few for that, as few more as it takes.
+    Takes fewer samples than asked for when the text ends, and says so in `sources`; raises TextError when not one is
+    full.
     """
-    tokenizer = checkpoint.tokenizer()
-    order = random.Random(seed).sample(range(len(documents)), len(documents))
-    tokens: list[int] = []
-    used = 0
-    while used < len(order) and len(tokens) < samples * length:
-        tokens += _tokens(tokenizer, documents[order[used]][1])
-        used += 1
+    tokenizer, wanted = checkpoint.tokenizer(), samples * length
+    order = random.Random(seed).sample(documents, len(documents))
+    parts = _spread(tokenizer, order, wanted, length, seed) if spread else _whole(tokenizer, order, wanted)
+    tokens = [token for part in parts for token in part]
     found = min(samples, len(tokens) // length)
     if found == 0:
         raise TextError(
@@ -55,7 +65,46 @@ def sampled(
         )
     cut = torch.tensor(tokens[: found * length], dtype=torch.int32).view(found, length)
     size = sum(len(str(tokenizer.decode(row)).encode()) for row in cut.tolist())
-    return Text(name, cut, size, [{"name": name, "documents": used, "samples": found, "wanted": samples}])
+    source = {"name": name, "documents": len(parts), "samples": found, "wanted": samples}
+    return Text(name, cut, size, [source | ({"of_each": max(map(len, parts))} if spread else {})])
+
+
+def _whole(tokenizer: Any, documents: Iterable[Document], wanted: int) -> list[list[int]]:
+    """The tokens of the first documents, until they are enough."""
+    parts: list[list[int]] = []
+    for _, text in documents:
+        parts.append(_tokens(tokenizer, text))
+        wanted -= len(parts[-1])
+        if wanted <= 0:
+            break
+    return parts
+
+
+def _spread(tokenizer: Any, documents: Sequence[Document], wanted: int, most: int, seed: int) -> list[list[int]]:
+    """At most `most` tokens of each document; of all of them, and more of each, where that is not enough."""
+    while True:
+        parts: list[list[int]] = []
+        missing = wanted
+        for document in documents:
+            parts.append(_part(tokenizer, document, most, seed))
+            missing -= len(parts[-1])
+            if missing <= 0:
+                return parts
+        longer = sum(len(p) == most or len(d[1]) > most * WINDOW for p, d in zip(parts, documents, strict=True))
+        if not longer:
+            return parts
+        most += -(-missing // longer)
+
+
+def _part(tokenizer: Any, document: Document, most: int, seed: int) -> list[int]:
+    """At most so many tokens of one document from a place that its name and the seed choose, end-of-text included."""
+    name, text = document
+    place = random.Random(f"{seed} {name}")
+    first = place.randint(0, max(0, len(text) - most * WINDOW))
+    tokens = _tokens(tokenizer, text[first : first + most * WINDOW])
+    start = place.randint(0, max(0, len(tokens) - most))
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return tokens if len(tokens) <= most else tokens[start : start + most - len(end)] + end
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:
@@ -84,9 +133,10 @@ def text_stdlib(
     samples: Samples = 128,
     length: Length = 512,
     seed: Seed = 0,
+    spread: Spread = False,
 ) -> Text:
     """Source code of this Python's standard library, split by a hash of the module's name."""
-    return sampled(f"stdlib {part}", _modules(part), checkpoint, samples, length, seed)
+    return sampled(f"stdlib {part}", _modules(part), checkpoint, samples, length, seed, spread)
 
 
 def _prose_reads(**_: Any) -> str:
@@ -94,9 +144,11 @@ def _prose_reads(**_: Any) -> str:
 
 
 @stage("text.prose", reads=_prose_reads)
-def text_prose(checkpoint: Checkpoint, *, samples: Samples = 32, length: Length = 512, seed: Seed = 0) -> Text:
+def text_prose(
+    checkpoint: Checkpoint, *, samples: Samples = 32, length: Length = 512, seed: Seed = 0, spread: Spread = False
+) -> Text:
     """English prose that every Python carries: the language reference in pydoc_data.topics."""
-    return sampled("prose", stdlib.prose(), checkpoint, samples, length, seed)
+    return sampled("prose", stdlib.prose(), checkpoint, samples, length, seed, spread)
 
 
 def _read_files(files: Sequence[str], field: str) -> list[Document]:
@@ -153,9 +205,10 @@ def text_files(
     samples: Samples = 128,
     length: Length = 2048,
     seed: Seed = 0,
+    spread: Spread = False,
 ) -> Text:
     """Text from UTF-8 files; each file is a document, in .jsonl files each line."""
-    return sampled(", ".join(files), _read_files(files, field), checkpoint, samples, length, seed)
+    return sampled(", ".join(files), _read_files(files, field), checkpoint, samples, length, seed, spread)
 
 
 @stage("text.dataset")
@@ -171,6 +224,7 @@ def text_dataset(
     samples: Samples = 128,
     length: Length = 2048,
     seed: Seed = 0,
+    spread: Spread = False,
 ) -> Text:
     """Text from a Hugging Face dataset, streamed (needs `pip install 'moefold[dataset]'`)."""
     try:
@@ -184,7 +238,7 @@ def text_dataset(
     if rows and field not in rows[0]:
         raise TextError(f"{name} has no column {field!r}; set `field` to one of {', '.join(rows[0])}")
     found = [(f"{name}#{index}", str(row[field])) for index, row in enumerate(rows) if row[field] is not None]
-    return sampled(f"{name} {split}", found, checkpoint, samples, length, seed)
+    return sampled(f"{name} {split}", found, checkpoint, samples, length, seed, spread)
 
 
 @stage("text.mix")

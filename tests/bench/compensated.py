@@ -4,9 +4,10 @@
 Qwen3-30B-A3B's (128, 2048 to 768, top-8), each with 128 x 2048 calibration tokens: random experts, random tokens under
 a random router with uneven use, tokens from the host as in a run. The layer's pairs are chosen by `pair.by_error` and
 merged by `puzzlemoe.compensated`, once for each format, without and with `together`; of all, seconds by part of the
-work ("other" is the rest) and the memory. `--shapes deepseek-v3` is a layer of DeepSeek-V3's shapes (256 experts, 7168
-to 2048, top-8), which needs a GPU of 141 GB. Reading the model and the calibration forward are not counted. Before
-anything is timed, one small layer is merged on the GPU and on the CPU, and has to agree.
+work ("other" is the rest) and the memory. Each merge is then packed: as it lies on the GPU, and from the host, where
+the store of a run that goes on in another process has it. `--shapes deepseek-v3` is a layer of DeepSeek-V3's shapes
+(256 experts, 7168 to 2048, top-8), which needs a GPU of 141 GB. Reading the model and the calibration forward are not
+counted. Before anything is timed, one small layer is merged on the GPU and on the CPU, and has to agree.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from moefold_plugins import compensated as stage
 from moefold_plugins import pair_errors, pair_merging, pairing
 from moefold_plugins.calibrate import forward
 from moefold_plugins.compensation import Walk
+from moefold_plugins.damage import CODECS
 from moefold_plugins.lost import Lost
 from moefold_plugins.moments import Calibration
 from moefold_plugins.pair_merging import Merge
@@ -198,10 +200,22 @@ def timed(
         if not all(bool(part.isfinite().all()) for part in merged.magnitude.values()):
             sys.exit("a merged magnitude is not finite")
         count, figures = merged.figures["tokens"].values(), merged.figures
+        took["packing"] = packing(merged, clock)
         del merged  # what lies on the device when the next format begins is the layer alone
         took |= {"tokens_of_an_expert": [min(count), max(count)], "raised": figures["raised"]}
         took |= {"pairs": len(pairs.members), "pairs_in_another_order": sum(figures["matched"])}
         yield f"{format} together" if once_more else format, took
+
+
+def packing(merged: MergedPairs, clock: Clock) -> dict[str, Any]:
+    """Packing a layer's merged pairs from the device and from the host, which must give the same words."""
+    codec = CODECS[merged.format]()
+    stored = merged.to(torch.device("cpu"))
+    packed, here = clock.measured(lambda: codec.packed(merged))
+    again, from_host = clock.measured(lambda: codec.packed(stored.to(clock.device)))
+    if not all(torch.equal(words, again.words[name]) for name, words in packed.words.items()):
+        sys.exit(f"{merged.format}: packed from the host, the words differ")
+    return {"from_device": here, "from_host": from_host}
 
 
 def main() -> None:

@@ -66,8 +66,8 @@ STAGES = {
     "prune.random": "experts fraction seed", "prune.reap": "experts fraction", "puzzlemoe": "threshold",
     "quantize": "scheme group", "save": "to shard_size export", "similarity.gated_outputs": "metric",
     "similarity.outputs": "tokens metric", "similarity.router": "", "similarity.weights": "matrices",
-    "text.files": "files field samples length seed", "text.mix": "shares samples seed",
-    "text.prose": "samples length seed", "text.stdlib": "part samples length seed", "unpack.exponent": "",
+    "text.files": "files field samples length seed spread", "text.mix": "shares samples seed",
+    "text.prose": "samples length seed spread", "text.stdlib": "part samples length seed spread", "unpack.exponent": "",
 }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from moefold import (
 from moefold.codec import pack, pack_stage, unpack_stage
 from moefold.errors import FormatError, InputError
 from moefold_kernels import layout_pairs
+from moefold_plugins.codecs import Exponent
 from moefold_plugins.pair_codecs import FewBits, levels, moefold_codecs, sample
 from moefold_plugins.save import save
 
@@ -93,6 +94,29 @@ def test_what_is_in_levels_is_coded_exactly_and_again_the_same(name):
     off = replace(pairs, magnitude={"up_proj": exact[None] * 1.25})
     with pytest.raises(FormatError, match=rf"up_proj of pair 0: \d+ magnitudes are no level of {name}"):
         pack(codec, off)
+
+
+def test_pairs_that_came_from_the_store_are_packed_where_the_run_computes():
+    """A stage's results in another process, or after a crash, are read to the CPU, where packing takes minutes."""
+    moved = []
+
+    class Watched(MergedPairs):
+        def to(self, device: torch.device) -> Watched:
+            moved.append(device)
+            return super().to(device)
+
+    pair = merged(6, 70)
+    magnitude, flags = (
+        {"up_proj": pair.magnitude[None]},
+        {"up_proj": MergedPairs.flag(pair.negative[None], pair.keep[None])},
+    )
+    pairs = Watched("exponent", [[0, 1]], [], magnitude, flags, {}, {"up_proj": torch.ones(1, 6, 2)})
+    away = pairs.to(torch.device("meta"))
+    assert {part["up_proj"].device.type for part in (away.magnitude, away.flags, away.scale)} == {"meta"}
+    context = Context(torch.device("cpu"), torch.Generator())
+    packed = pack_stage(Exponent)(pairs, context=context)
+    assert moved == [torch.device("meta"), context.device]
+    assert torch.equal(packed.words["up_proj"], pack(Exponent(), pairs).words["up_proj"])
 
 
 @settings(max_examples=20, deadline=None)

@@ -183,7 +183,7 @@ def test_packing_follows_the_plan_whatever_merged(tmp_path):
     world = World(Checkpoint.open(str(tmp_path / "model")))
     plan = world.make(MergePlan)
     few = MergePlan({n: one | {"format": "pair5"} for n, one in plan.layers.items()}, plan.model)
-    packed = pack_planned(world.layer, world.make(PairMerge), few, None)
+    packed = pack_planned(world.layer, world.make(PairMerge), few, None, world.context())
     assert packed.format == "pair5"
     read = unpack_planned(packed, world.layer, world.context())
     assert read.down.shape == world.layer.experts().down.shape

@@ -11,6 +11,7 @@ import torch
 from models import tiny
 from moefold import Checkpoint, Text
 from moefold.errors import TextError
+from moefold_plugins import text
 from moefold_plugins.text import text_dataset, text_files, text_mix, text_prose, text_stdlib
 
 
@@ -20,7 +21,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(str(tiny("qwen3_moe", tmp_path_factory.mktemp("model"))))
 
 
-def text(name: str, samples: int, length: int = 4, first: int = 0) -> Text:
+def made(name: str, samples: int, length: int = 4, first: int = 0) -> Text:
     tokens = torch.arange(first, first + samples * length, dtype=torch.int32).view(samples, length)
     return Text(name, tokens, samples * length)
 
@@ -48,6 +49,57 @@ def test_fewer_samples_than_wanted_are_said(checkpoint, tmp_path: Path):
     found = text_files(checkpoint, files=[str(tmp_path / "a.txt")], samples=10, length=20)
     assert found.tokens.shape[0] == 2
     assert found.sources == [{"name": str(tmp_path / "a.txt"), "documents": 1, "samples": 2, "wanted": 10}]
+
+
+def spread(checkpoint: Checkpoint, folder: Path, samples: int, length: int, seed: int = 0) -> Text:
+    return text_files(checkpoint, files=[str(folder / "*")], samples=samples, length=length, seed=seed, spread=True)
+
+
+def test_spread_takes_a_part_of_each_document(checkpoint, tmp_path: Path):
+    """As many tokens of each as a sample has, where documents are many; another place with another seed."""
+    for name in "abcdefgh":
+        (tmp_path / name).write_text("".join(f"{name}{i:03}" for i in range(200)))
+    end = checkpoint.tokenizer().eos_token_id
+    found = spread(checkpoint, tmp_path, samples=8, length=20)
+    assert found.sources[0]["documents"] == 8
+    assert found.sources[0]["of_each"] == 20
+    assert (found.tokens[:, -1] == end).all()
+    told = ["".join(checkpoint.tokenizer().decode(row[:-1])) for row in found.tokens.tolist()]
+    whole = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert all(row in whole[next(c for c in row if c.isalpha())] for row in told)
+    starts = [whole[next(c for c in row if c.isalpha())].index(row) for row in told]
+    assert len(set(starts)) > 4
+    assert torch.equal(found.tokens, spread(checkpoint, tmp_path, samples=8, length=20).tokens)
+    assert not torch.equal(found.tokens, spread(checkpoint, tmp_path, samples=8, length=20, seed=1).tokens)
+    assert spread(checkpoint, tmp_path, samples=3, length=20).sources[0]["documents"] == 3
+
+
+def test_spread_takes_more_of_each_where_documents_are_few(checkpoint, tmp_path: Path):
+    """Short ones whole, of the long ones as much as it takes; all of all where that is not enough."""
+    for name, size in {"a": 10, "b": 400, "c": 500, "d": 6}.items():
+        (tmp_path / name).write_text(name * size)
+    tokenizer = checkpoint.tokenizer()
+    found = spread(checkpoint, tmp_path, samples=20, length=20)
+    assert found.tokens.shape == (20, 20)
+    of = [int((found.tokens == tokenizer(name, add_special_tokens=False)["input_ids"][0]).sum()) for name in "abcd"]
+    assert of[0] == 10
+    assert of[3] == 6
+    assert abs(of[1] - of[2]) <= 2
+    everything = spread(checkpoint, tmp_path, samples=100, length=20)
+    assert everything.sources[0]["samples"] == (10 + 400 + 500 + 6 + 4) // 20
+    assert everything.sources[0]["of_each"] == 501
+
+
+def test_spread_does_not_tokenise_what_it_leaves(checkpoint, tmp_path: Path, monkeypatch):
+    """Of a file of gigabytes only a piece, as large as the wanted tokens need; where tokens are long, a larger one."""
+    monkeypatch.setattr("moefold_plugins.text.WINDOW", 2)
+    (tmp_path / "a").write_text("x" * 100_000)
+    asked = []
+    whole = text._tokens
+    monkeypatch.setattr(text, "_tokens", lambda tokenizer, part: asked.append(len(part)) or whole(tokenizer, part)[::8])
+    found = spread(checkpoint, tmp_path, samples=2, length=50)
+    assert found.tokens.shape == (2, 50)
+    assert max(asked) < 5000
 
 
 def test_lines_of_jsonl(checkpoint, tmp_path: Path):
@@ -106,23 +158,23 @@ def test_stdlib_parts_differ_and_seeds_too(checkpoint):
 
 
 def test_mix_takes_shares():
-    mixed = text_mix((text("a", 10), text("b", 10, first=1000)), shares=[3, 1], samples=8)
+    mixed = text_mix((made("a", 10), made("b", 10, first=1000)), shares=[3, 1], samples=8)
     assert mixed.tokens.shape == (8, 4)
     assert int((mixed.tokens[:, 0] >= 1000).sum()) == 2
     assert mixed.name == "6 a + 2 b"
     assert mixed.bytes == 32
     assert len({tuple(row) for row in mixed.tokens.tolist()}) == 8
-    third = text_mix((text("a", 9), text("b", 9), text("c", 9)), samples=10)
+    third = text_mix((made("a", 9), made("b", 9), made("c", 9)), samples=10)
     assert sorted(s["samples"] for s in third.sources) == [3, 3, 4]
 
 
 def test_mix_refuses_what_does_not_fit():
     with pytest.raises(TextError, match="differ in length"):
-        text_mix((text("a", 4), text("b", 4, length=5)), samples=4)
+        text_mix((made("a", 4), made("b", 4, length=5)), samples=4)
     with pytest.raises(TextError, match="raise its samples to 9"):
-        text_mix((text("a", 4),), samples=9)
+        text_mix((made("a", 4),), samples=9)
     with pytest.raises(TextError, match="2 shares for 1 texts"):
-        text_mix((text("a", 4),), shares=[1, 2], samples=2)
+        text_mix((made("a", 4),), shares=[1, 2], samples=2)
 
 
 def test_dataset_from_a_directory(checkpoint, tmp_path: Path):

@@ -1,5 +1,8 @@
 """Loss against bits on the shipped model: every pair format, budgets, quantisation and the published merge.
 
+GPTQ with a zero beside each scale, and round to nearest in 3 and 2 bits, are references without a form on disk; `GPTQ,
+as stored` is symmetric, in compressed-tensors' form.
+
 `python tests/curve.py run DIR` runs them over one store and keeps figures in docs/images/loss-against-bits.json (what
 is there already is not run again); `python tests/curve.py draw` prints the table of docs/methods.md and draws it.
 """
@@ -20,7 +23,7 @@ FIGURES, PICTURE = IMAGES / "loss-against-bits.json", IMAGES / "loss-against-bit
 GPTQ = """\
 model: demo
 stages:
-  - {id: calibration, uses: text.stdlib, with: {part: calibrate, samples: 128, length: 512, spread: true}}
+  - {id: calibration, uses: text.stdlib, with: {part: calibrate, samples: 128, length: 512}}
   - {uses: forward, needs: {text: calibration}}
   - {uses: gptq}
   - {uses: save, needs: {experts: gptq}, with: {to: out}}
@@ -46,6 +49,7 @@ def points() -> dict[str, dict[str, tuple[str, ...]]]:
             "int4": (QUANTIZED.replace("SCHEME", "int4, group: 64"),),
         }
         | {f"int{bits}": (GPTQ, f"gptq.bits={bits}", "gptq.compensate=false") for bits in (3, 2)},
+        "GPTQ, as stored": {"int4": ("gptq-int4",)},
         "budget, any format": {f"{share:g}": ("budget", f"budget.budget={share}", EVERY) for share in BUDGETS},
     }
 

@@ -34,7 +34,7 @@ stages:
 PRUNED = """\
 model: demo
 stages:
-  - {id: calibration, uses: text.stdlib, with: {part: calibrate, samples: 128, length: 512, spread: true}}
+  - {id: calibration, uses: text.stdlib, with: {part: calibrate, samples: 128, length: 512}}
   - {uses: forward, needs: {text: calibration}}
   - {uses: observe}
   - {uses: prune.by_use}

@@ -27,15 +27,15 @@ from moefold_plugins.evaluate import losses
 PIPELINE = """
 model: demo
 stages:
-  - {id: calibration, uses: text.stdlib, with: {part: calibrate, samples: 64, length: 512, spread: true}}
+  - {id: calibration, uses: text.stdlib, with: {part: calibrate, samples: 64, length: 512}}
   - {uses: forward, needs: {text: calibration}}
   - {uses: observe}
   - {id: pairs, uses: PAIR}
   - {uses: puzzlemoe}
   - {uses: pack.exponent}
   - {uses: save, with: {to: OUT}}
-  - {id: unseen, uses: text.stdlib, with: {part: evaluate, samples: 48, length: 512}}
-  - {id: prose, uses: text.prose, with: {samples: 16, length: 512}}
+  - {id: unseen, uses: text.stdlib, with: {part: evaluate, samples: 64, length: 512}}
+  - {id: prose, uses: text.prose, with: {samples: 32, length: 512}}
   - {uses: evaluate.baseline, needs: {texts: [unseen, prose]}}
   - {uses: evaluate.perplexity}
 """

@@ -14,7 +14,7 @@ from quality import Bench
 CHOSEN = """
 model: demo
 stages:
-  - {id: calibration, uses: text.stdlib, with: {part: calibrate, samples: 64, length: 512, spread: true}}
+  - {id: calibration, uses: text.stdlib, with: {part: calibrate, samples: 64, length: 512}}
   - {uses: forward, needs: {text: calibration}}
   - {uses: damage.pairs, needs: {text: calibration}}
   - {id: plan, PLAN}
@@ -22,8 +22,8 @@ stages:
   - {uses: puzzlemoe.compensated}
   - {uses: pack.planned}
   - {uses: save, with: {to: OUT}}
-  - {id: unseen, uses: text.stdlib, with: {part: evaluate, samples: 48, length: 512}}
-  - {id: prose, uses: text.prose, with: {samples: 16, length: 512}}
+  - {id: unseen, uses: text.stdlib, with: {part: evaluate, samples: 64, length: 512}}
+  - {id: prose, uses: text.prose, with: {samples: 32, length: 512}}
   - {uses: evaluate.baseline, needs: {texts: [unseen, prose]}}
   - {uses: evaluate.perplexity}
 """

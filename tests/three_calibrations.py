@@ -44,16 +44,6 @@ def merged(**options: str) -> str:
     return COMPENSATED.replace("{uses: puzzlemoe.compensated}", f"{{uses: puzzlemoe.compensated, with: {{{told}}}}}")
 
 
-def budget(share: float, formats: str) -> str:
-    """Pairs and formats of layers by budget, merged and packed as planned."""
-    plan = f"{{id: budget, uses: plan.budget, with: {{budget: {share}, formats: [{formats}]}}}}"
-    chosen = f"{{uses: levels}}\n  - {{uses: damage.pairs, needs: {{text: calibration}}}}\n  - {plan}\n"
-    return COMPENSATED.replace("{id: pairs, uses: PAIR}", f"{chosen}  - {{id: pairs, uses: pair.planned}}").replace(
-        "pack.exponent", "pack.planned"
-    )
-
-
-EVERY = "exponent, pair8, pair6, pair5, pair4"
 VARIATIONS = {
     "down coded once (`together: false`)": {"together": "false"},
     "both experts' errors alike (`weigh: equal`)": {"weigh": "equal"},
@@ -76,11 +66,6 @@ ROWS = {
     "pair4, least predicted error": Row(few("pair4"), "pair.by_error", 2.125),
     "compensated, the published rule's random pairs": Row(COMPENSATED, "pair.random", 8),
     "GPTQ int4": Row(GPTQ.replace("BITS", "4"), "", 4.5),
-    **{
-        f"budget {share}, {name}": Row(budget(share, formats), "", 16 * share)
-        for share in (0.75, 0.5)
-        for name, formats in (("`exponent`", "exponent"), ("any format", EVERY))
-    },
     **{f"busy with rare, {name}": Row(merged(**options), "pair.by_usage", 8) for name, options in VARIATIONS.items()},
 }
 
@@ -112,7 +97,7 @@ def table(samples: int) -> str:
     """Of each text the mean and, in brackets, each calibration's; and the share of the published rule's mean."""
     found = json.loads(file_of(samples).read_text())["increase"]
     lines = ["| | bits per weight | unseen modules | share | prose | share |", "|---|---|---|---|---|---|"]
-    base = {text: mean(one[text] for one in next(iter(found.values())).values()) for text in TEXTS}
+    base = {text: mean(one[text] for one in found[next(iter(ROWS))].values()) for text in TEXTS}
     for name, row in ROWS.items():
         if len(found.get(name, {})) < len(SEEDS):
             continue

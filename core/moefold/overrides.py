@@ -91,7 +91,7 @@ def _apply_setting(document: Document, setting: str) -> None:
 
 
 def _cut(entry: dict[str, Json]) -> dict[str, Json]:
-    """The options of a text stage that say how much text to take, not which."""
+    """The options of a text stage that say how much text to take, and how, not which."""
     options = entry.get("with")
     given = options if isinstance(options, dict) else {}
     return {name: given[name] for name in ("samples", "length", "seed", "spread") if name in given}

@@ -1,4 +1,7 @@
-"""What a few methods cost the shipped model: small samples, so that each takes seconds on two cores."""
+"""What a few methods cost the shipped model: small samples, so that each takes seconds on two cores.
+
+Texts are of whole documents (`spread: false`), as in histories since the first run.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,14 @@ from moefold import Benchmark, Figure, Workbench, benchmark, hookimpl
 _HEAD = """\
 model: demo
 stages:
-  - {id: calibration, uses: text.stdlib, with: {part: calibrate, samples: 16, length: 512}}
+  - {id: calibration, uses: text.stdlib, with: {part: calibrate, samples: 16, length: 512, spread: false}}
   - {uses: forward, needs: {text: calibration}}
   - {uses: observe}
 """
 _END = """\
   - {uses: save, with: {to: saved}}
-  - {id: unseen, uses: text.stdlib, with: {part: evaluate, samples: 8, length: 512}}
-  - {id: prose, uses: text.prose, with: {samples: 8, length: 512}}
+  - {id: unseen, uses: text.stdlib, with: {part: evaluate, samples: 8, length: 512, spread: false}}
+  - {id: prose, uses: text.prose, with: {samples: 8, length: 512, spread: false}}
   - {uses: evaluate.baseline, needs: {texts: [unseen, prose]}}
   - {uses: evaluate.perplexity}
 """

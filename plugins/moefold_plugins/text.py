@@ -24,10 +24,10 @@ Spread = Annotated[
     bool, Field(description="a part of many documents, each from a random place, instead of the first ones whole")
 ]
 WINDOW = 16
-"""Characters that are tokenised for each token wanted of a document: several times what a token holds."""
+"""Characters that are tokenised for each token wanted of a document: several times what a token holds, mostly."""
 
 Document = tuple[str, str]
-"""The name and the text of one document."""
+"""The name and the text of one document; no name says where on a machine a file lies, as places depend on names."""
 
 
 def _digest(documents: Iterable[Document]) -> str:
@@ -44,16 +44,17 @@ def sampled(
     samples: int,
     length: int,
     seed: int,
-    spread: bool = False,
+    spread: bool,
 ) -> Text:
     """Tokenise documents in a random order and cut them into samples of equal length.
 
-    Documents are joined by the tokenizer's end-of-text token where it has one; a sample may span several. With `spread`
+    A document ends with the tokenizer's end-of-text token where it has one; a sample may span several. With `spread`
     no document gives more than `length` tokens, or, where documents are too few for that, as few more as it takes.
     Takes fewer samples than asked for when the text ends, and says so in `sources`; raises TextError when not one is
     full.
     """
     tokenizer, wanted = checkpoint.tokenizer(), samples * length
+    documents = [document for document in documents if document[1]]
     order = random.Random(seed).sample(documents, len(documents))
     parts = _spread(tokenizer, order, wanted, length, seed) if spread else _whole(tokenizer, order, wanted)
     tokens = [token for part in parts for token in part]
@@ -66,7 +67,7 @@ def sampled(
     cut = torch.tensor(tokens[: found * length], dtype=torch.int32).view(found, length)
     size = sum(len(str(tokenizer.decode(row)).encode()) for row in cut.tolist())
     source = {"name": name, "documents": len(parts), "samples": found, "wanted": samples}
-    return Text(name, cut, size, [source | ({"of_each": max(map(len, parts))} if spread else {})])
+    return Text(name, cut, size, [source | ({"of_each_at_most": max(map(len, parts))} if spread else {})])
 
 
 def _whole(tokenizer: Any, documents: Iterable[Document], wanted: int) -> list[list[int]]:
@@ -82,34 +83,60 @@ def _whole(tokenizer: Any, documents: Iterable[Document], wanted: int) -> list[l
 
 def _spread(tokenizer: Any, documents: Sequence[Document], wanted: int, most: int, seed: int) -> list[list[int]]:
     """At most `most` tokens of each document; of all of them, and more of each, where that is not enough."""
+    parts = _Parts(tokenizer, seed)
     while True:
-        parts: list[list[int]] = []
+        found: list[list[int]] = []
         missing = wanted
         for document in documents:
-            parts.append(_part(tokenizer, document, most, seed))
-            missing -= len(parts[-1])
+            found.append(parts.of(document, most))
+            missing -= len(found[-1])
             if missing <= 0:
-                return parts
-        longer = sum(len(p) == most or len(d[1]) > most * WINDOW for p, d in zip(parts, documents, strict=True))
-        if not longer:
-            return parts
-        most += -(-missing // longer)
+                return found
+        longer = sum(len(part) == most for part in found)
+        if longer:
+            most += -(-missing // longer)
+        elif not parts.widen(documents, most):
+            return found
 
 
-def _part(tokenizer: Any, document: Document, most: int, seed: int) -> list[int]:
-    """At most so many tokens of one document from a place that its name and the seed choose, end-of-text included."""
-    name, text = document
-    place = random.Random(f"{seed} {name}")
-    first = place.randint(0, max(0, len(text) - most * WINDOW))
-    tokens = _tokens(tokenizer, text[first : first + most * WINDOW])
-    start = place.randint(0, max(0, len(tokens) - most))
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return tokens if len(tokens) <= most else tokens[start : start + most - len(end)] + end
+class _Parts:
+    """Parts of documents, each from a place that its name and the seed choose.
+
+    A part that ends before its document does gets no end-of-text behind it: the model could foretell neither that nor
+    what comes next, and both would count in losses.
+    """
+
+    def __init__(self, tokenizer: Any, seed: int) -> None:
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._window = WINDOW
+        self._whole: dict[int, list[int]] = {}
+        """By document, those that were short enough to be tokenised whole."""
+
+    def of(self, document: Document, most: int) -> list[int]:
+        """At most so many tokens of one document."""
+        name, text = document
+        place = random.Random(f"{self._seed} {name}")
+        size = most * self._window
+        first = place.randint(0, max(0, len(text) - size))
+        if size < len(text):
+            tokens = _tokens(self._tokenizer, text[first : first + size], ends=first + size == len(text))
+        else:
+            tokens = self._whole.get(id(document)) or _tokens(self._tokenizer, text)
+            self._whole[id(document)] = tokens
+        start = place.randint(0, max(0, len(tokens) - most))
+        return tokens[start : start + most]
+
+    def widen(self, documents: Sequence[Document], most: int) -> bool:
+        """Take more characters for a token, if any document has more; where tokens are longer than WINDOW."""
+        more = any(len(text) > most * self._window for _, text in documents)
+        self._window *= 2
+        return more
 
 
-def _tokens(tokenizer: Any, text: str) -> list[int]:
+def _tokens(tokenizer: Any, text: str, ends: bool = True) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+    return ids if tokenizer.eos_token_id is None or not ends else [*ids, tokenizer.eos_token_id]
 
 
 def _modules(part: stdlib.Part) -> list[Document]:
@@ -133,7 +160,7 @@ def text_stdlib(
     samples: Samples = 128,
     length: Length = 512,
     seed: Seed = 0,
-    spread: Spread = False,
+    spread: Spread = True,
 ) -> Text:
     """Source code of this Python's standard library, split by a hash of the module's name."""
     return sampled(f"stdlib {part}", _modules(part), checkpoint, samples, length, seed, spread)
@@ -145,7 +172,7 @@ def _prose_reads(**_: Any) -> str:
 
 @stage("text.prose", reads=_prose_reads)
 def text_prose(
-    checkpoint: Checkpoint, *, samples: Samples = 32, length: Length = 512, seed: Seed = 0, spread: Spread = False
+    checkpoint: Checkpoint, *, samples: Samples = 32, length: Length = 512, seed: Seed = 0, spread: Spread = True
 ) -> Text:
     """English prose that every Python carries: the language reference in pydoc_data.topics."""
     return sampled("prose", stdlib.prose(), checkpoint, samples, length, seed, spread)
@@ -173,12 +200,12 @@ def _read_file(path: Path, field: str) -> Iterator[Document]:
     except (OSError, UnicodeDecodeError) as error:
         raise TextError(f"{path} cannot be read as UTF-8 text: {error}; leave it out, or convert it") from error
     if path.suffix != ".jsonl":
-        yield str(path), text
+        yield path.name, text
         return
     # not splitlines, which also cuts at U+2028, and JSON strings may hold that
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield f"{path}:{number}", _field(line, field, f"{path}:{number}")
+            yield f"{path.name}:{number}", _field(line, field, f"{path}:{number}")
 
 
 def _field(line: str, field: str, where: str) -> str:
@@ -205,7 +232,7 @@ def text_files(
     samples: Samples = 128,
     length: Length = 2048,
     seed: Seed = 0,
-    spread: Spread = False,
+    spread: Spread = True,
 ) -> Text:
     """Text from UTF-8 files; each file is a document, in .jsonl files each line."""
     return sampled(", ".join(files), _read_files(files, field), checkpoint, samples, length, seed, spread)
@@ -224,7 +251,7 @@ def text_dataset(
     samples: Samples = 128,
     length: Length = 2048,
     seed: Seed = 0,
-    spread: Spread = False,
+    spread: Spread = True,
 ) -> Text:
     """Text from a Hugging Face dataset, streamed (needs `pip install 'moefold[dataset]'`)."""
     try:
@@ -237,7 +264,7 @@ def text_dataset(
         raise TextError(f"dataset {name} cannot be read: {error}; check name, config and split") from error
     if rows and field not in rows[0]:
         raise TextError(f"{name} has no column {field!r}; set `field` to one of {', '.join(rows[0])}")
-    found = [(f"{name}#{index}", str(row[field])) for index, row in enumerate(rows) if row[field] is not None]
+    found = [(f"{split}#{index}", str(row[field])) for index, row in enumerate(rows) if row[field] is not None]
     return sampled(f"{name} {split}", found, checkpoint, samples, length, seed, spread)
 
 

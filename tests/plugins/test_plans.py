@@ -178,12 +178,15 @@ def test_what_is_no_plan_is_refused(tmp_path, text, message):
         plan_files.load(tmp_path)
 
 
-def test_packing_follows_the_plan_whatever_merged(tmp_path):
+def test_packing_follows_the_plan_whatever_merged(tmp_path, monkeypatch):
     small_model(tmp_path / "model", experts=4, hidden=64, inner=64)
     world = World(Checkpoint.open(str(tmp_path / "model")))
     plan = world.make(MergePlan)
     few = MergePlan({n: one | {"format": "pair5"} for n, one in plan.layers.items()}, plan.model)
+    moved = []
+    monkeypatch.setattr(PairMerge, "to", lambda merge, device: moved.append(device) or merge)
     packed = pack_planned(world.layer, world.make(PairMerge), few, None, world.context())
+    assert moved == [world.context().device]
     assert packed.format == "pair5"
     read = unpack_planned(packed, world.layer, world.context())
     assert read.down.shape == world.layer.experts().down.shape

@@ -28,7 +28,7 @@ def made(name: str, samples: int, length: int = 4, first: int = 0) -> Text:
 
 def test_files_documents_and_bytes(checkpoint, tmp_path: Path):
     (tmp_path / "a.txt").write_text("héllo " * 50, encoding="utf-8")
-    found = text_files(checkpoint, files=[str(tmp_path / "*.txt")], samples=3, length=20)
+    found = text_files(checkpoint, files=[str(tmp_path / "*.txt")], samples=3, length=20, spread=False)
     assert found.tokens.shape == (3, 20)
     assert found.tokens.dtype == torch.int32
     tokenizer = checkpoint.tokenizer()
@@ -46,7 +46,7 @@ def test_documents_are_joined_by_the_end_of_text(checkpoint, tmp_path: Path):
 
 def test_fewer_samples_than_wanted_are_said(checkpoint, tmp_path: Path):
     (tmp_path / "a.txt").write_text("x" * 45)
-    found = text_files(checkpoint, files=[str(tmp_path / "a.txt")], samples=10, length=20)
+    found = text_files(checkpoint, files=[str(tmp_path / "a.txt")], samples=10, length=20, spread=False)
     assert found.tokens.shape[0] == 2
     assert found.sources == [{"name": str(tmp_path / "a.txt"), "documents": 1, "samples": 2, "wanted": 10}]
 
@@ -59,12 +59,10 @@ def test_spread_takes_a_part_of_each_document(checkpoint, tmp_path: Path):
     """As many tokens of each as a sample has, where documents are many; another place with another seed."""
     for name in "abcdefgh":
         (tmp_path / name).write_text("".join(f"{name}{i:03}" for i in range(200)))
-    end = checkpoint.tokenizer().eos_token_id
     found = spread(checkpoint, tmp_path, samples=8, length=20)
     assert found.sources[0]["documents"] == 8
-    assert found.sources[0]["of_each"] == 20
-    assert (found.tokens[:, -1] == end).all()
-    told = ["".join(checkpoint.tokenizer().decode(row[:-1])) for row in found.tokens.tolist()]
+    assert found.sources[0]["of_each_at_most"] == 20
+    told = [checkpoint.tokenizer().decode(row) for row in found.tokens.tolist()]
     whole = {file.name: file.read_text() for file in tmp_path.iterdir()}
     assert all(row in whole[next(c for c in row if c.isalpha())] for row in told)
     starts = [whole[next(c for c in row if c.isalpha())].index(row) for row in told]
@@ -87,19 +85,54 @@ def test_spread_takes_more_of_each_where_documents_are_few(checkpoint, tmp_path:
     assert abs(of[1] - of[2]) <= 2
     everything = spread(checkpoint, tmp_path, samples=100, length=20)
     assert everything.sources[0]["samples"] == (10 + 400 + 500 + 6 + 4) // 20
-    assert everything.sources[0]["of_each"] == 501
+    assert everything.sources[0]["of_each_at_most"] == 501
+
+
+@pytest.mark.parametrize("size", [500, 100_000], ids=["tokenised whole", "cut before"])
+def test_the_place_in_a_document_is_the_seeds(checkpoint, tmp_path: Path, size):
+    """Of one document, whose turn no seed can change, other parts come with other seeds; not always its beginning."""
+    (tmp_path / "a").write_text(whole := "".join(f"{i:05}" for i in range(size // 5)))
+    parts = [spread(checkpoint, tmp_path, samples=1, length=30, seed=seed).tokens for seed in range(4)]
+    starts = {whole.index(checkpoint.tokenizer().decode(part[0])) for part in parts}
+    assert len(starts) == 4
+    assert max(starts) > size / 10
+
+
+def test_parts_do_not_depend_on_where_files_lie(checkpoint, tmp_path: Path, monkeypatch):
+    """The same texts below another folder, and named relative to here, give the same tokens."""
+    for folder in ("one", "another/place"):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in "abc":
+            (tmp_path / folder / name).write_text("".join(f"{name}{i:03}" for i in range(100)))
+    monkeypatch.chdir(tmp_path / "one")
+    found = [
+        text_files(checkpoint, files=[pattern], samples=2, length=25)
+        for pattern in ("*", str(tmp_path / "one/*"), str(tmp_path / "another/place/*"))
+    ]
+    assert torch.equal(found[0].tokens, found[1].tokens)
+    assert torch.equal(found[0].tokens, found[2].tokens)
 
 
 def test_spread_does_not_tokenise_what_it_leaves(checkpoint, tmp_path: Path, monkeypatch):
     """Of a file of gigabytes only a piece, as large as the wanted tokens need; where tokens are long, a larger one."""
-    monkeypatch.setattr("moefold_plugins.text.WINDOW", 2)
-    (tmp_path / "a").write_text("x" * 100_000)
+    (tmp_path / "a").write_text("x" * 400_000)
     asked = []
     whole = text._tokens
-    monkeypatch.setattr(text, "_tokens", lambda tokenizer, part: asked.append(len(part)) or whole(tokenizer, part)[::8])
+    monkeypatch.setattr(text, "_tokens", lambda *of, **ends: asked.append(len(of[1])) or whole(*of, **ends)[::50])
     found = spread(checkpoint, tmp_path, samples=2, length=50)
     assert found.tokens.shape == (2, 50)
-    assert max(asked) < 5000
+    assert 5000 <= max(asked) < 20_000
+    assert len(asked) < 10
+    assert checkpoint.tokenizer().eos_token_id not in found.tokens
+
+
+def test_empty_documents_are_none(checkpoint, tmp_path: Path):
+    for name in "abc":
+        (tmp_path / name).write_text("")
+    with pytest.raises(TextError, match="0 tokens in 0 documents do not fill one sample"):
+        spread(checkpoint, tmp_path, samples=1, length=2)
+    (tmp_path / "d").write_text("some words")
+    assert spread(checkpoint, tmp_path, samples=1, length=5).sources[0]["documents"] == 1
 
 
 def test_lines_of_jsonl(checkpoint, tmp_path: Path):
@@ -123,7 +156,7 @@ def test_lines_that_json_allows(checkpoint, tmp_path: Path):
         with pytest.raises(TextError, match=r"jsonl:1: (the field 'text' is .*, not text|not a JSON object)"):
             text_files(checkpoint, files=[str(file)], samples=1, length=4)
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfabcd")
-    assert text_files(checkpoint, files=[str(tmp_path / "b.txt")], samples=1, length=4).bytes == 4
+    assert text_files(checkpoint, files=[str(tmp_path / "b.txt")], samples=1, length=4, spread=False).bytes == 4
 
 
 def test_bad_files(checkpoint, tmp_path: Path):

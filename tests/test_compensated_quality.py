@@ -13,12 +13,14 @@ from quality import Bench
 Losses = dict[str, float]
 SEEDS = range(3)
 TEXTS = ("stdlib evaluate", "prose")
-COMPENSATED = quality.PIPELINE.replace("uses: puzzlemoe", "uses: puzzlemoe.compensated")
+PUBLISHED = quality.PIPELINE.replace("part: calibrate, samples: 64", "part: calibrate, samples: 128")
+"""As much text as the pipelines take."""
+COMPENSATED = PUBLISHED.replace("uses: puzzlemoe", "uses: puzzlemoe.compensated")
 FEW_BITS = COMPENSATED.replace("{uses: puzzlemoe", "{uses: levels}\n  - {uses: puzzlemoe").replace(
     "{uses: puzzlemoe.compensated}", "{uses: puzzlemoe.compensated, with: {format: FORMAT}}"
 )
-OBSERVED, SAVED = quality.PIPELINE.index("  - {uses: observe}"), quality.PIPELINE.index("  - {uses: save")
-GPTQ = quality.PIPELINE[:OBSERVED] + "  - {uses: gptq, with: {bits: BITS}}\n" + quality.PIPELINE[SAVED:]
+OBSERVED, SAVED = PUBLISHED.index("  - {uses: observe}"), PUBLISHED.index("  - {uses: save")
+GPTQ = PUBLISHED[:OBSERVED] + "  - {uses: gptq, with: {bits: BITS}}\n" + PUBLISHED[SAVED:]
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +37,8 @@ def increase(quality_bench: Bench) -> Callable[..., Losses]:
 
 @pytest.fixture(scope="module")
 def published(increase) -> list[Losses]:
-    """Of the published rule with random pairs: for each seed of pairs and of the calibration's order."""
-    return [increase(quality.PIPELINE, "pair.random", *random(seed)) for seed in SEEDS]
+    """Of the published rule with random pairs: for each seed of pairs and of the calibration."""
+    return [increase(PUBLISHED, "pair.random", *random(seed)) for seed in SEEDS]
 
 
 def random(seed: int) -> tuple[str, str]:
@@ -48,7 +50,7 @@ def random(seed: int) -> tuple[str, str]:
 def test_busy_with_rare_loses_under_a_third_of_what_the_published_rule_does(
     increase, published, together, inside, outside
 ):
-    """In the mean of three calibrations 0.305 in the domain and 0.27 outside it; 0.293 and 0.25 together."""
+    """In the mean of three calibrations 0.275 in the domain and 0.24 outside it; 0.277 and 0.22 together."""
     settings = [(f"calibration.seed={seed}", f"puzzlemoe.compensated.together={together}") for seed in SEEDS]
     found = [increase(COMPENSATED, "pair.by_usage", *each) for each in settings]
     for text, most in zip(TEXTS, (inside, outside), strict=True):
@@ -59,7 +61,7 @@ def test_busy_with_rare_loses_under_a_third_of_what_the_published_rule_does(
 
 @pytest.mark.slow
 def test_pairs_of_least_predicted_error_lose_a_quarter_with_the_first_calibration(increase, published):
-    """0.24 in the domain, 0.22 outside it."""
+    """0.25 in the domain, 0.19 outside it."""
     found = increase(COMPENSATED, "pair.by_error")
     assert all(0 < found[text] <= 0.3 * published[0][text] for text in TEXTS)
 
@@ -67,7 +69,7 @@ def test_pairs_of_least_predicted_error_lose_a_quarter_with_the_first_calibratio
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_pairs_lose_less_than_two_fifths(increase, published, seed):
-    """0.33 to 0.36 in the domain, 0.21 to 0.29 outside it."""
+    """0.28 to 0.34 in the domain, 0.20 to 0.26 outside it."""
     found = increase(COMPENSATED, "pair.random", *random(seed))
     assert all(0 < found[text] <= 0.4 * published[seed][text] for text in TEXTS)
 

@@ -42,8 +42,11 @@ class MergedPairs(Paired):
 
     def to(self, device: torch.device) -> Self:
         """The same with the merged tensors, three bytes for each position, on a device; the rest stays where it is."""
-        parts = {name: getattr(self, name) for name in ("magnitude", "flags", "scale")}
-        return replace(self, **{name: {k: t.to(device) for k, t in each.items()} for name, each in parts.items()})
+        magnitude, flags, scale = (
+            {name: tensor.to(device) for name, tensor in part.items()}
+            for part in (self.magnitude, self.flags, self.scale)
+        )
+        return replace(self, magnitude=magnitude, flags=flags, scale=scale)
 
     @staticmethod
     def flag(negative: Tensor, keep: Tensor) -> Tensor:

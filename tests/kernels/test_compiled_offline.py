@@ -57,6 +57,23 @@ for arch, mode, low, bands in (
         )
 """
 
+ENTRY = """
+from moefold_kernels.triton import by_entry
+
+WHOLE += ("width", "dense_unit", "dense_row")
+types = dict(x="*i32", index="*i64", places="*i32", dense="*i32", weights="*bf16")
+given = dict(bias=None, EXPERTS=128, DENSE=False, WHOLE=True, PLACES=2, ACTIVATION=1, PACKED=True)
+for arch, low, bands, alone in (
+    (80, -1, False, True), (80, 4, True, False), (90, -1, False, False), (90, 2, True, True),
+):
+    kind = {} if low >= 0 else dict(low=None, scale=None, levels=None)
+    kind |= {} if alone else dict(dense=None)
+    kind |= dict(LOW=low, BANDS=bands, ALONE=alone, TOP_K=6, ASM=True, CHAIN=arch == 90)
+    more = dict(launch_pdl=True) if arch == 90 else {}
+    for function, rows, cells in ((by_entry.gate_up, 4, 128), (by_entry.down, 8, 64)):
+        build(ASTSource, function, given | kind | dict(ROWS=rows, CELLS=cells), types, arch, num_warps=4, **more)
+"""
+
 SORTING = """
 from moefold_kernels.triton import sorting
 
@@ -100,7 +117,9 @@ build(GluonASTSource, overlapped_apart.project_out, one, words, 90, num_warps=8)
 
 
 @pytest.mark.parametrize(
-    ("code", "count"), [(PLAIN, 12), (SORTING, 9), (HOPPER, 11)], ids=["plain", "sorting", "Hopper's"]
+    ("code", "count"),
+    [(PLAIN, 12), (ENTRY, 8), (SORTING, 9), (HOPPER, 11)],
+    ids=["plain", "by entry", "sorting", "Hopper's"],
 )
 def test_kernels_compile_without_a_gpu(code, count, tmp_path):
     if code is HOPPER:

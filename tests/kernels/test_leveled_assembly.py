@@ -29,7 +29,15 @@ def bf16(registers: list[int]) -> Tensor:
     return torch.tensor([half for one in registers for half in (one & 0xFFFF, one >> 16)]).short().view(torch.bfloat16)
 
 
-def operands(format: str, table: list[int], planes: dict[str, Tensor], place: tuple[int, int], slots: int, slot: int):
+def operands(
+    format: str,
+    table: list[int],
+    planes: dict[str, Tensor],
+    place: tuple[int, int],
+    slots: int,
+    slot: int,
+    scaled: bool = True,
+):
     """bf16 [slots, GROUP] of a row and a group as the threads' registers lie in a product."""
     row, group = place
     first = 2 * slot if format == "pair8" else 0  # a slot's own; the levels are both slots'
@@ -38,7 +46,7 @@ def operands(format: str, table: list[int], planes: dict[str, Tensor], place: tu
     states = [table[begins + 8 * each + 4 * half] for each in range(2) for half in range(2)]
     one = int(planes["scale"][row, group]) & 0xFFFF
     both = one << 16 | 0x1234 if group % 2 else 0x12340000 | one
-    scale = run(leveled_decode.scale_assembly(format, group % 2, slots), 1, [both])
+    scale = run(leveled_decode.scale_assembly(format, group % 2, slots), 1, [both]) if scaled else []
     made = torch.zeros(slots, GROUP, dtype=torch.bfloat16)
     each = GROUP * layout_pairs.low_bits(format) // 32
     low = planes["low"][row, each * group : each * (group + 1)] if "low" in planes else torch.empty(0)
@@ -47,7 +55,7 @@ def operands(format: str, table: list[int], planes: dict[str, Tensor], place: tu
             given = [int(planes["words"][row, 8 * group + 2 * thread + word])]
             given += low_of(format, low, thread, word) if "low" in planes else []
             given += [*scale, *own, *(states if slots == 2 else states[2 * slot : 2 * slot + 2])]
-            found = run(leveled_decode.assembly(format, slots), 4 * slots, given)
+            found = run(leveled_decode.assembly(format, slots, scaled), 4 * slots, given)
             for number, register in enumerate(found):
                 four, half = number // 2 % 2, number % 2
                 at = 32 * word + 16 * four + 8 * half + 2 * thread
@@ -79,3 +87,25 @@ def test_registers_are_the_definitions(format, kind, slots, slot):
                     continue
                 assert torch.equal(found[wanted != 0], wanted[wanted != 0])
                 assert bool((found[wanted == 0].abs() < 2.0**-124).all())
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+@pytest.mark.parametrize(("format", "kind"), CASES)
+def test_registers_without_scales(format, kind, slot):
+    """Levels, or pair8's numbers, for sums that are multiplied with a scale."""
+    levels = levels_of(format, kind)
+    planes = reference_pairs.encode(format, *matrix(format, ROWS, COLUMNS, seed=3))
+    table = row_tables(format, levels)
+    factor = 1.0
+    if format == "pair8":
+        factor = torch.tensor([table[E4M3 + 24]]).to(torch.int32).view(torch.float32).item()
+        factor *= 2.0 ** (120 - leveled_decode.SCALE_EXPONENT)
+    right = reference_pairs.decode(format, planes, levels, COLUMNS, slot).double()
+    scales = planes["scale"].view(torch.bfloat16).double()
+    for row in range(ROWS):
+        for group in range(COLUMNS // GROUP):
+            made = operands(format, table, planes, (row, group), 1, slot, scaled=False)[0].double()
+            found, wanted = made * factor * scales[row, group], right[row, GROUP * group : GROUP * (group + 1)]
+            least = levels[0] * scales[row, group] if format == "pair8" else 2.0**-124
+            assert bool(((found - wanted).abs() <= wanted.abs() * 2**-8 + least).all())
+            assert made.any()

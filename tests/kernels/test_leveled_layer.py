@@ -31,6 +31,10 @@ PLAIN = {
 }
 
 
+ENTRY = Plan(Tile("entry", 1, 0, 32, 128, 4, 1), Tile("entry", 1, 0, 32, 128, 4, 2))
+"""Of by_entry.py."""
+
+
 def fast(
     mode: str,
     tokens: int,
@@ -124,6 +128,28 @@ def test_shapes(experts, hidden, inner, alone, top_k, plan, format, device):
     layer = leveled_layer(format, experts, hidden, inner, alone, device=device)
     arguments = batch(9, hidden, top_k, experts)
     assert_near(run(layer, *arguments, device, PLAIN[plan]), expected(layer, *arguments))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("experts", "hidden", "inner", "alone", "top_k"), [(7, 72, 40, 1, 3), (4, 64, 128, 0, 2), (4, 128, 128, 2, 2)]
+)
+def test_each_entry_by_itself(experts, hidden, inner, alone, top_k, format, device, monkeypatch):
+    """By rows, down in bands, and all; pairs, and both kinds. Nothing is sorted."""
+    monkeypatch.delattr(kernels, "route_for")
+    layer = leveled_layer(format, experts, hidden, inner, alone, biased=alone > 0, device=device, coded=True)
+    arguments = batch(2, hidden, top_k, experts)
+    activation = kernels.Activation("clamped", 1.5, 1.702) if alone else kernels.SILU
+    found = run(layer, *arguments, device, ENTRY, activation)
+    assert_near(found, expected(layer, *arguments, clamped_gate if alone else silu))
+
+
+def test_levels_of_pair8_that_are_no_fp8_numbers_are_sorted(device):
+    """Assembly takes numbers for levels, as leveled.py does."""
+    layer = leveled_layer("pair8", 4, 64, 64, device=device)
+    assert not kernels.by_entry_launch.takes(weights_of(operands(layer)), ENTRY, 1, 2)
+    arguments = batch(3, 64, 2, 4)
+    assert_near(run(layer, *arguments, device, ENTRY), expected(layer, *arguments))
 
 
 @pytest.mark.parametrize("format", ["pair4", "pair8"])

@@ -10,7 +10,7 @@ from moefold_kernels import layout, reference
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from moefold_kernels.triton.decode import decode_both, decode_slot, rescale  # noqa: E402
+from moefold_kernels.triton.decode import decode_both, decode_cell, decode_slot, rescale  # noqa: E402
 from moefold_kernels.triton.portability import Target  # noqa: E402
 
 TOPS = [1, 31, 32, 100, 127, 200, 254]
@@ -32,6 +32,30 @@ def one_slot(words, out, shift, ASM: tl.constexpr, SIZE: tl.constexpr):
     at = tl.program_id(0) // 2 * SIZE + tl.arange(0, SIZE)
     value = decode_slot(tl.load(words + at), slot, ASM)
     tl.store(out + slot * 65536 + at, rescale(value.to(tl.float32), shift))
+
+
+@triton.jit
+def one_cell(cells, out, slot, ASM: tl.constexpr, SIZE: tl.constexpr):
+    """Two words an integer, and their operands of a slot."""
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(out + at, decode_cell(tl.load(cells + at), slot + at * 0, ASM))
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+def test_two_words_an_integer(slot, device):
+    """The operands of `decode_slot`, side by side."""
+    words = torch.arange(-(2**15), 2**15).to(torch.int16)
+    cells, size = torch.stack([words, words.flip(0)], 1).view(torch.int32).flatten().to(device), 2048
+    out = torch.zeros_like(cells)
+    one_cell[(65536 // size,)](cells, out, slot, ASM=Target.of(cells).assembly, SIZE=size)
+    exact = rescaled(out.view(torch.bfloat16).view(-1, 2).cpu())
+    assert_same(exact[:, 0], reference.decode(words, 127, slot))
+    assert_same(exact[:, 1], reference.decode(words.flip(0), 127, slot))
+
+
+def rescaled(operands):
+    """Operands of a matrix whose window's top is 127, put in place."""
+    return (operands.double() * 2.0**63 * 2.0 ** (layout.low(127) - 96)).bfloat16()
 
 
 @pytest.mark.parametrize("top", TOPS)

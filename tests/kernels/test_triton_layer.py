@@ -23,6 +23,8 @@ PLANS = {
     "extra": Plan(Tile("pair", 32, 16, **SMALL), Tile("pair", 32, 16, **SMALL)),
     "slot, extra, groups": Plan(Tile("slot", 16, 16, **SMALL, group=2), Tile("slot", 16, 16, **SMALL, group=4)),
     "splits": Plan(Tile("pair", 16, 0, **SMALL), Tile("slot", 32, 0, 32, 16, 4, 2, group=2, splits=3)),
+    "entry": Plan(Tile("entry", 1, 0, 16, 64, 4, 1), Tile("entry", 1, 0, 32, 64, 4, 1)),
+    "entry, places": Plan(Tile("entry", 1, 0, 32, 64, 4, 2), Tile("entry", 1, 0, 16, 64, 4, 3)),
     "joined": join(Tile("pair", 16, 0, 16, 32, 4, 2)),
     "joined, slot, extra, groups": join(Tile("slot", 16, 16, 32, 16, 4, 2, group=2)),
 }
@@ -91,7 +93,7 @@ def test_sizes_that_are_whole_blocks(plan, device):
     assert_near(run(layer, *arguments, device, plan=PLANS[plan]), expected(layer, *arguments))
 
 
-@pytest.mark.parametrize("plan", ["pair", "slot"])
+@pytest.mark.parametrize("plan", ["pair", "slot", "entry"])
 @pytest.mark.parametrize(("tokens", "skew"), [(1, 0.0), (2, 9.0), (40, 9.0)])
 def test_batches(tokens, skew, plan, device):
     layer = random_layer(7, 40, 24, 1)
@@ -112,13 +114,41 @@ def test_both_projections_in_one_launch(tokens, biased, alone, plan, device, mon
     assert_near(found, expected(layer, *arguments, clamped_gate if biased else silu))
 
 
+@pytest.mark.parametrize("alone", [0, 1, 6])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("plan", ["entry", "entry, places"])
+def test_each_entry_by_itself(plan, biased, alone, device, monkeypatch):
+    """Nothing is sorted; pairs, experts alone, and both."""
+    monkeypatch.delattr(kernels, "route_for")
+    layer = random_layer(6 + alone % 2, 68, 36, alone, biased=biased)
+    arguments = batch(3, 68, 3, 6 + alone % 2)
+    activation = kernels.Activation("clamped", 1.5, 1.702) if biased else kernels.SILU
+    found = run(layer, *arguments, device, activation=activation, plan=PLANS[plan])
+    assert_near(found, expected(layer, *arguments, clamped_gate if biased else silu))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "top_k", "gated"),
+    [(67, 36, 3, True), (68, 35, 3, True), (68, 36, 17, True), (68, 36, 3, False)],
+)
+def test_what_cannot_go_entry_by_entry_is_sorted(hidden, inner, top_k, gated, device):
+    takes = kernels.by_entry_launch.takes
+    layer = random_layer(18, hidden, inner, gated=gated)
+    made = weights_of(operands(layer.to(device)))
+    assert not takes(made, PLANS["entry"], 2, top_k)
+    assert takes(weights_of(operands(random_layer(4, 68, 36).to(device))), PLANS["entry"], 2, 3)
+    if gated:
+        arguments = batch(2, hidden, top_k, 18)
+        assert_near(run(layer, *arguments, device, plan=PLANS["entry"]), expected(layer, *arguments))
+
+
 def test_no_token(device):
     for name, plan in PLANS.items():
         found = run(random_layer(5, 40, 24, 1), *batch(0, 40, 2, 5), device, plan=plan)
         assert found.shape == (0, 40), name
 
 
-@pytest.mark.parametrize("plan", ["pair", "slot"])
+@pytest.mark.parametrize("plan", ["pair", "slot", "entry"])
 def test_experts_that_do_not_exist_add_nothing(plan, device):
     layer = random_layer(5, 40, 24, 1)
     x, index, weights = batch(9, 40, 3, 5)
@@ -166,7 +196,7 @@ def test_dtypes(dtype, device):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("plan", ["pair", "slot", "splits"])
+@pytest.mark.parametrize("plan", ["pair", "slot", "splits", "entry"])
 def test_clamped_with_biases(plan, interleaved, device):
     layer = random_layer(7, 40, 24, 1, biased=True)
     arguments = batch(7, 40, 3, 7)

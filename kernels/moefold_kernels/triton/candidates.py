@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from moefold_kernels import layout
-from moefold_kernels.triton import layer, leveled_launch
+from moefold_kernels.triton import layer, leveled_launch, plans
 from moefold_kernels.triton.configs import Shape
 from moefold_kernels.triton.plans import STEP, Plan, Tile, leveled_bytes, tile_fits
 from moefold_kernels.triton.portability import Target
 from moefold_kernels.triton.regimes import (
+    BY_ENTRY,
+    BY_ENTRY_LEVELED,
     E4M3,
     E4M3_MANY,
     FEW,
@@ -72,7 +74,16 @@ def candidates(shape: Shape, room: Room, before: Plan) -> tuple[list[Tile], list
 def _side(shape: Shape, room: Room, side: int, before: Tile) -> list[Tile]:
     length = (shape.hidden, shape.inner)[side]
     tried = (tile for tile in _tiles(shape, room, side) if _able(tile, shape, side == 0, room, length))
-    return list(dict.fromkeys([before, *tried]))
+    return list(dict.fromkeys([before, *tried] if before.mode != plans.BY_ENTRY else tried))
+
+
+def by_entry(shape: Shape) -> list[Plan]:
+    """The plans to try for so few tokens that each of their entries may go by itself."""
+    if shape.tokens > FEW_TOKENS:
+        return []
+    cuts = BY_ENTRY if shape.dense or shape.format == layout.EXPONENT else BY_ENTRY_LEVELED
+    firsts, seconds = ([Tile(plans.BY_ENTRY, 1, 0, *cut) for cut in side] for side in cuts)
+    return [Plan(first, second) for first in firsts for second in seconds]
 
 
 def _tiles(shape: Shape, room: Room, side: int) -> Iterator[Tile]:

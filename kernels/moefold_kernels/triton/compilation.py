@@ -137,12 +137,15 @@ def _run(job: Job) -> None:
     weights = _stand_in(shape, job.dense, job.format, job.device)
     index = torch.zeros(job.tokens, shape.top_k, dtype=torch.int64, device=job.device)
     x = torch.zeros(job.tokens, shape.hidden, dtype=torch.bfloat16, device=job.device)
+    scales = torch.zeros(index.shape, dtype=torch.bfloat16, device=job.device)
+    if plan.by_entry:
+        layer.forward(weights, x, index.fill_(-1), scales, plan=plan)
+        return
     tables = layer.route_for(weights, index, plan, x if job.part == "whole" else None)  # as search.py calls it
     for table in (*tables.first, *tables.second):
         table.fill_(-1)
     for table in (tables.order, tables.offsets, tables.ready):
         table.zero_()
-    scales = torch.zeros(index.shape, dtype=torch.bfloat16, device=job.device)
     if plan.joined:
         parts = layer.both(weights, x, scales, tables, plan.first)
         layer.combine(parts, index, len(weights.places), x.dtype)

@@ -64,6 +64,18 @@ SLOT = tl.constexpr(
 )
 """PTX: two words in $1 to the operands in $0 of the slot that is the lowest bit of the program number."""
 
+CELL = tl.constexpr(
+    """{{
+    .reg .b32 magnitude, kept, none;
+    mov.b32 none, 0x80008000;
+    lop3.b32 magnitude, $1, {magnitude}, {keep}, 0xEA;
+    mul.lo.u32 kept, $1, $2;
+    and.b32 kept, kept, {own};
+    fma.rn.bf16x2 $0, magnitude, kept, none;
+    }}""".format(**_MASKS)
+)
+"""The same of the slot whose power of two is in $2: products have a pipe of their own, shifts share the logical one."""
+
 _MAGNITUDE = tl.constexpr(layout.MAGNITUDE_BITS)
 _OFFSET = tl.constexpr(33 << layout.FRACTION_BITS)
 _FIRST_KEEP = tl.constexpr(layout.KEEP_SHIFT[0])
@@ -106,10 +118,20 @@ def decode_slot(words, slot, ASM: tl.constexpr):
 
 
 @triton.jit
+def decode_cell(cells, slot, ASM: tl.constexpr):
+    """The operands of a slot (an int32, or a tensor of them) of two words an integer, two an integer as well."""
+    if ASM:
+        return tl.inline_asm_elementwise(CELL, "=r,r,r", [cells, 1 << slot], dtype=tl.int32, is_pure=True, pack=1)
+    low, high = _operand(cells & 0xFFFF, slot), _operand(cells >> 16 & 0xFFFF, slot)
+    low = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return low | high.to(tl.int16, bitcast=True).to(tl.int32) << 16
+
+
+@triton.jit
 def _operand(words, slot):
     """The same in plain Triton, for the interpreter and for devices without this assembly."""
     bits = words.to(tl.int32)
-    kept = (bits >> (_FIRST_KEEP - slot)) & 1
+    kept = (bits << slot) >> _FIRST_KEEP & 1
     sign = (bits << slot) & 0x8000
     operand = (sign | ((bits & _MAGNITUDE) + _OFFSET)) * kept
     return operand.to(tl.int16).to(tl.bfloat16, bitcast=True)

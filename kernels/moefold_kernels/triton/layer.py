@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from moefold_kernels import layout, layout_pairs
-from moefold_kernels.triton import e4m3_launch, joined, leveled_launch, plans, project
-from moefold_kernels.triton.configs import Shape, choose
+from moefold_kernels.triton import by_entry_launch, e4m3_launch, joined, leveled_launch, plans, project
+from moefold_kernels.triton.configs import Shape, choose, rule
 from moefold_kernels.triton.e4m3_launch import Terms
 from moefold_kernels.triton.plans import Plan, Tile
 from moefold_kernels.triton.portability import Target, blocks, launch, power_of_two
 from moefold_kernels.triton.routing import Rows, Tables, Tiles, route
-from moefold_kernels.triton.weights import Leveled, Planes, Projections, Weights
+from moefold_kernels.triton.weights import Leveled, Planes, Projections, Weights, elements_between, rescaling
 
 ACTIVATIONS = {"silu": project.SILU.value, "clamped": project.CLAMPED.value}
 """Activations that the first projection computes itself; any other runs between the projections."""
@@ -50,9 +50,12 @@ LEVELED = 2.0**-63
 
 def plan_for(weights: Weights, tokens: int, top_k: int) -> Plan:
     """The plan that a batch of so many tokens gets on the weights' device."""
+    return choose(_shape(weights, tokens, top_k), weights.places.device)
+
+
+def _shape(weights: Weights, tokens: int, top_k: int) -> Shape:
     sizes = weights.any.hidden, weights.any.inner, len(weights.places)
-    shape = Shape(*sizes, top_k, weights.packed is None, max(tokens, 1), weights.format)
-    return choose(shape, weights.places.device)
+    return Shape(*sizes, top_k, weights.packed is None, max(tokens, 1), weights.format)
 
 
 def forward(
@@ -70,20 +73,32 @@ def forward(
     [token, top_k]. Sums are float32; activations, and each expert's output where `combine` adds no splits, are rounded
     to bfloat16 once. Entries whose expert does not exist contribute nothing. `plan` is for measuring.
     """
-    plan = plan or plan_for(weights, *top_k_index.shape)
-    plan = plan if joins(weights, activation, plan.first) else replace(plan, joined=False)
-    plan = able(weights, plan, activation.name in ACTIVATIONS)
+    tokens, top_k = top_k_index.shape
+    plan = plan or plan_for(weights, tokens, top_k)
+    fused = weights.any.gated and activation.name in ACTIVATIONS
+    plan = sorted_first(weights, plan, tokens, top_k, fused)
     top_k_index = top_k_index.contiguous()  # here, as `combine` reads it before the kernel in front of it has ended
     x = hidden.to(torch.bfloat16)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    fused = weights.any.gated and activation.name in ACTIVATIONS
+    if plan.by_entry:
+        gates, kind = top_k_weights.contiguous(), ACTIVATIONS[activation.name]
+        return by_entry_launch.forward(weights, x, top_k_index, gates, plan, activation, kind, dtype or hidden.dtype)
+    plan = plan if joins(weights, activation, plan.first) else replace(plan, joined=False)
+    plan = able(weights, plan, activation.name in ACTIVATIONS)
     tables = route_for(weights, top_k_index, plan, x if fused else None)
     if plan.joined:
         parts = both(weights, x, top_k_weights, tables, plan.first, activation)
         return combine(parts, top_k_index, len(weights.places), dtype or hidden.dtype)
-    inner = gate_up(weights, x, top_k_index.shape[1], tables, plan, activation)
+    inner = gate_up(weights, x, top_k, tables, plan, activation)
     tables = tables._replace(rows=None)  # memory that nobody needs any more
     return down(weights, inner, top_k_index, top_k_weights, tables, plan, dtype or hidden.dtype)
+
+
+def sorted_first(weights: Weights, plan: Plan, tokens: int, top_k: int, fused: bool) -> Plan:
+    """The plan, or one that sorts entries if by_entry.py does not take the layer (configs.rule)."""
+    if not plan.by_entry or (fused and by_entry_launch.takes(weights, plan, tokens, top_k)):
+        return plan
+    return rule(_shape(weights, tokens, top_k))
 
 
 def joins(weights: Weights, activation: Activation, tile: Tile) -> bool:
@@ -94,8 +109,9 @@ def joins(weights: Weights, activation: Activation, tile: Tile) -> bool:
     return alike and fused and whole and not isinstance(weights.packed, Leveled)
 
 
-def apart(weights: Weights, plan: Plan) -> Plan:
-    """The plan with a launch for each projection, bf16 rows between them in their order, and no activation fused."""
+def apart(weights: Weights, tokens: int, top_k: int) -> Plan:
+    """A plan with a launch for each projection, bf16 rows between them in their order, and no activation fused."""
+    plan = sorted_first(weights, plan_for(weights, tokens, top_k), tokens, top_k, False)
     return able(weights, replace(plan, joined=False), False)
 
 
@@ -168,11 +184,11 @@ def both(
             joined.project, (programs,), x, kind.gate, between, kind.down, parts, tables.order, tables.offsets, table,
             tables.ready, weights.experts, top_k_weights.contiguous(), bias, below, hidden, inner, first=first,
             top_k=top_k_weights.shape[1], units=len(kind.up), capacity=table.shape[1], x_row=x.stride(0),
-            w_unit=kind.gate.stride(0), w_row=kind.gate.stride(1), w_up=_apart(kind.gate, kind.up),
+            w_unit=kind.gate.stride(0), w_row=kind.gate.stride(1), w_up=elements_between(kind.gate, kind.up),
             down_unit=kind.down.stride(0), down_row=kind.down.stride(1),
-            gate_shift=_shift(kind.tops[0]), up_shift=_shift(kind.tops[1]), down_shift=_shift(kind.tops[2]),
+            gate_shift=rescaling(kind.tops[0]), up_shift=rescaling(kind.tops[1]), down_shift=rescaling(kind.tops[2]),
             bias_expert=_stride(bias, 0), bias_row=_stride(bias, 1),
-            bias_up=0 if biases is None else _apart(biases.gate, biases.up),
+            bias_up=0 if biases is None else elements_between(biases.gate, biases.up),
             down_bias_expert=_stride(below, 0), down_bias_row=_stride(below, 1), limit=activation.limit,
             alpha=activation.alpha, MODE=mode, ACTIVATION=ACTIVATIONS[activation.name], ASM=target.assembly,
             UPCAST=target.upcast, CHAIN=target.chain, LINES=_lines(tile, min(hidden, inner)),
@@ -219,7 +235,7 @@ def gate_up(
         shared = {
             "hidden": hidden, "inner": inner, "top_k": top_k, "capacity": table.shape[1], "x_row": x.stride(0),
             "bias_expert": _stride(bias, 0), "bias_row": _stride(bias, 1),
-            "bias_up": 0 if biases is None else _apart(biases.gate, biases.up),
+            "bias_up": 0 if biases is None else elements_between(biases.gate, biases.up),
             "limit": activation.limit, "alpha": activation.alpha,
         } | _cut(tile, target)  # fmt: skip
         lists = (out, tables.order, tables.offsets, table, weights.experts, bias)
@@ -248,8 +264,8 @@ def gate_up(
             operands, apart = (x, *planes, *lists), 0
         else:
             base, low, bands = kind.gate if kind.gate is not None else kind.up, -1, False
-            shifts = {"gate_shift": _shift(kind.tops[0]), "up_shift": _shift(kind.tops[1])}
-            operands, apart = (x, base, None, None, None, *lists), _apart(kind.gate, kind.up)
+            shifts = {"gate_shift": rescaling(kind.tops[0]), "up_shift": rescaling(kind.tops[1])}
+            operands, apart = (x, base, None, None, None, *lists), elements_between(kind.gate, kind.up)
         shared |= {"w_unit": base.stride(0), "w_row": base.stride(1), "w_up": apart} | shifts
         if low < 0 and fused and mode != project.DENSE.value and _overlaps(tile, target, base, x, 2):
             file, more = _overlapped(tile, x)
@@ -322,7 +338,7 @@ def down(
             planes, low, bands = _planes(kind, kind.narrow, hidden, inner)
             base, operands, shift = kind.narrow.words, (rows, *planes, *lists), LEVELED
         else:
-            base, low, bands, shift = kind.down, -1, False, _shift(kind.tops[2])
+            base, low, bands, shift = kind.down, -1, False, rescaling(kind.tops[2])
             operands = (rows, kind.down, None, None, None, *lists)
         shared |= {"w_unit": base.stride(0), "w_row": base.stride(1)}
         if low < 0 and splits == 1 and mode != project.DENSE.value and _overlaps(tile, target, base, rows, 1):
@@ -429,12 +445,3 @@ def _stride(tensor: Tensor | None, dimension: int) -> int:
 
 def _programs(table: Tensor, mode: int) -> int:
     return table.shape[1] * (layout.SLOTS if mode == project.SLOT.value else 1)
-
-
-def _shift(top: int) -> float:
-    return 2.0 ** (layout.low(top) - 96)
-
-
-def _apart(one: Tensor | None, other: Tensor) -> int:
-    """How many elements lie between the beginnings of two tensors of the same strides."""
-    return 0 if one is None else (other.data_ptr() - one.data_ptr()) // one.element_size()

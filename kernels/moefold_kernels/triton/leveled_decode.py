@@ -37,6 +37,9 @@ _TOP = {"pair4": (3, 0x11111111), "pair5": (2, 0x22222222), "pair6": (1, 0x44444
 """How far the nibbles' fourth bits are moved to be the highest bits of selectors, and their mask."""
 _BY_SIGN = 0xA8
 """`lop3`'s (a | b) & c: a number, its sign bits set, and what a state keeps of it."""
+_PRODUCT = "mul.rn.bf16x2 {result}, m, {scale}"
+_PRODUCT_OF_AMPERE = "fma.rn.bf16x2 {result}, m, {scale}, e"
+"""The same where there is no multiplication of two bf16 numbers; `e` is zero, with its sign set."""
 SCALE_EXPONENT = 64
 """pair8's scales are given times two to this, so that products with numbers near 2 ** -125 are no subnormal ones (for
 scales from 2 ** -60 on); scales have to be below 2 ** 64."""
@@ -68,7 +71,7 @@ def _selectors(format: str, word: str, low: str) -> str:
 
 
 def _levels(scale: str, tables: Sequence[str], slots: Sequence[tuple[str, str]]) -> str:
-    """PTX for pair4, pair5 and pair6 behind _selectors."""
+    """PTX for pair4, pair5 and pair6 behind _selectors; without a scale, levels."""
     lines = f"""
     prmt.b32 a, {tables[0]}, {tables[1]}, c;
     prmt.b32 b, {tables[0]}, {tables[1]}, d;
@@ -82,12 +85,16 @@ def _levels(scale: str, tables: Sequence[str], slots: Sequence[tuple[str, str]])
             for half, bytes_of in ((EVEN, 0x6240), (ODD, 0x7351)):
                 result = f"${4 * slot + 2 * four + half}"
                 lines += f"""
-    prmt.b32 x, {less}, t, 0x{bytes_of:04X};
+    prmt.b32 {"x" if scale else result}, {less}, t, 0x{bytes_of:04X};"""
+                if scale:
+                    lines += f"""
     mul.rn.bf16x2 {result}, x, {scale};"""
     return lines
 
 
-def _numbers(word: str, scale: str, low: str, tables: Sequence[str], slots: Sequence[tuple[str, str]]) -> str:
+def _numbers(
+    word: str, scale: str, low: str, tables: Sequence[str], slots: Sequence[tuple[str, str]], multiply: str = _PRODUCT
+) -> str:
     """PTX for pair8, of one slot."""
     ((first, second),) = slots
     lines = f"""
@@ -107,7 +114,7 @@ def _numbers(word: str, scale: str, low: str, tables: Sequence[str], slots: Sequ
         for half, bytes_of in ((EVEN, 0x6240), (ODD, 0x7351)):
             lines += f"""
     prmt.b32 m, x, t, 0x{bytes_of:04X};
-    mul.rn.bf16x2 ${2 * four + half}, m, {scale};"""
+    {multiply.format(result=f"${2 * four + half}", scale=scale)};"""
     return lines
 
 
@@ -140,8 +147,10 @@ def _numbers_of_both(word: str, scale: str, low: str, slots: Sequence[tuple[str,
     return lines
 
 
-def assembly(format: str, slots: int) -> str:
+def assembly(format: str, slots: int, scaled: bool = True) -> str:
     """PTX of eight positions: for each slot, of the first four and of the others, the registers EVEN and ODD.
+
+    Not `scaled`, of one slot, they are levels, or pair8's numbers times two to SCALE_EXPONENT, as its scales are given.
 
     Operands: the results; a word; a word of `low` (LOWS); the row's scale twice in a register (`scale_assembly`); the
     row's registers of levels (tables_of); the two of each slot's states (levels.operand_table), or for both slots of
@@ -150,23 +159,28 @@ def assembly(format: str, slots: int) -> str:
     names = iter(f"${number}" for number in range(4 * slots, 99))
     word = next(names)
     low = next(names) if LOWS[format] else ""
-    scale = next(names)
+    scale = next(names) if scaled else "f" if format == "pair8" else ""
     tables = [next(names) for _ in range(tables_of(format, slots))]
     states = [(next(names), next(names)) for _ in range(slots)]
     if format != "pair8":
         lines = _selectors(format, word, low) + _levels(scale, tables, states)
     elif slots == 1:
         lines = _numbers(word, scale, low, tables, states)
+        if not scaled:
+            lines = f"""
+    mov.b32 e, 0x80008000;
+    mov.b32 f, {_twice(SCALE_EXPONENT)};"""
+            lines += _numbers(word, scale, low, tables, states, _PRODUCT_OF_AMPERE)
     else:
         lines = _numbers_of_both(word, scale, low, states)
     return f"""{{
-    .reg .b32 a, b, c, d, m, s, t, x, y, z;{lines}
+    .reg .b32 a, b, c, d, e, f, m, s, t, x, y, z;{lines}
     }}"""
 
 
-def constraints(format: str, slots: int) -> str:
+def constraints(format: str, slots: int, scaled: bool = True) -> str:
     """Of `assembly`, as Triton wants them."""
-    given = 2 + LOWS[format] + tables_of(format, slots) + 2 * slots
+    given = 1 + scaled + LOWS[format] + tables_of(format, slots) + 2 * slots
     return ",".join(["=r"] * 4 * slots + ["r"] * given)
 
 
@@ -178,10 +192,15 @@ def scale_assembly(format: str, group: int, slots: int) -> str:
     twice = f"prmt.b32 $0, $1, $1, 0x{(0x1010, 0x3232)[group]:04X};"
     if format != "pair8":
         return twice
-    bits = 127 + SCALE_EXPONENT - (slots - 1) << 7
     return f"""{{
     .reg .b32 s, f;
-    mov.b32 f, 0x{bits << 16 | bits:08X};
+    mov.b32 f, {_twice(SCALE_EXPONENT - (slots - 1))};
     prmt.b32 s, $1, $1, 0x{(0x1010, 0x3232)[group]:04X};
     mul.rn.bf16x2 $0, s, f;
     }}"""
+
+
+def _twice(exponent: int) -> str:
+    """Two to that, as two bf16 numbers in a register."""
+    bits = 127 + exponent << 7
+    return f"0x{bits << 16 | bits:08X}"

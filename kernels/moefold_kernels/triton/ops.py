@@ -96,7 +96,7 @@ def gate_up(
     check(operands, hidden, top_k_index)
     with on(hidden):
         held, x = weights(operands), _rows(hidden)
-        plan = layer.apart(held, layer.plan_for(held, *top_k_index.shape))
+        plan = layer.apart(held, *top_k_index.shape)
         tables = layer.route_for(held, top_k_index, plan)
         return layer.gate_up(held, x, top_k_index.shape[1], tables, plan, _AS_THEY_ARE).rows
 
@@ -134,7 +134,7 @@ def down(
     check(operands, None, top_k_index, top_k_weights, rows)
     with on(rows):
         held, x = weights(operands), rows.to(torch.bfloat16).contiguous()
-        plan = layer.apart(held, layer.plan_for(held, *top_k_index.shape))
+        plan = layer.apart(held, *top_k_index.shape)
         tables = layer.route_for(held, top_k_index, plan)
         inner = layer.Inner(x)
         return layer.down(held, inner, top_k_index, top_k_weights, tables, plan, dtype, chained=False)

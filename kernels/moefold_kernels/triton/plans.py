@@ -26,7 +26,8 @@ ROUNDED = 8
 """Tokens of down's tile from which on a kernel makes terms of the rows between the projections (Plan.rounded)."""
 LEAST_REGISTERS, MOST_REGISTERS = 64, 248
 """Of a thread."""
-MODES = ("pair", "slot", "overlapped_pair", "overlapped")
+BY_ENTRY = "entry"
+MODES = ("pair", "slot", "overlapped_pair", "overlapped", BY_ENTRY)
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class Tile:
 
     mode: str
     """For packed experts: "pair", "slot" (project.py), or "overlapped_pair", "overlapped" (files of these names, on
-    Hopper; elsewhere "pair" and "slot")."""
+    Hopper; elsewhere "pair" and "slot"). For all, and both projections: "entry" (by_entry.py)."""
     tokens: int
-    """Entries of a program, for each slot: a power of two from 16 on (8 in the overlapped modes), and"""
+    """Entries of a program, for each slot: a power of two from 16 on (8 in the overlapped modes, 1 by entry), and"""
     extra: int
     """so many more (0, or another power of two): 64 + 16 fit experts of about 64 tokens as no power of two does."""
     rows: int
@@ -68,8 +69,11 @@ class Tile:
             raise FormatError(
                 f"terms is {self.terms!r}, and must be 0, or 2 in an overlapped mode (overlapped_pair: nothing extra)"
             )
-        least = 4 if self.terms else 8 if self.overlapped else 16
+        if self.mode == BY_ENTRY and (self.tokens, self.extra, self.group, self.splits) != (1, 0, 1, 1):
+            raise FormatError(f"mode {BY_ENTRY}: write 1 for tokens, group and splits, and 0 for extra")
+        least = 4 if self.terms else 8 if self.overlapped else 1 if self.mode == BY_ENTRY else 16
         sizes = {"tokens": least, "rows": 16, "columns": 16, "warps": 1, "ahead": 1}
+        sizes |= {"rows": 1, "columns": 64} if self.mode == BY_ENTRY else {}
         sizes |= {"extra": 16} if self.extra else {}
         for name, least in sizes.items():
             value = getattr(self, name)
@@ -141,7 +145,9 @@ class Plan:
             raise FormatError(
                 f"{first} and {second}: e4m3 operands need whole groups of {GROUP} rows of gate and up, and 16 a warp"
             )
-        able = not self.first.overlapped and self.first.splits == 1
+        if (first.mode == BY_ENTRY) != (second.mode == BY_ENTRY):
+            raise FormatError(f"{first} and {second}: by entry are both or neither")
+        able = not self.first.overlapped and self.first.splits == 1 and not self.by_entry
         if self.joined and not (able and self.second == _below(self.first)):
             raise FormatError(f"{self.first} and {self.second} cannot be joined in one launch")
 
@@ -153,6 +159,11 @@ class Plan:
         terms takes longer than that (docs/kernels.md), so the first projection does, with a factor for each group.
         """
         return bool(self.second.terms) and self.second.tokens >= ROUNDED
+
+    @property
+    def by_entry(self) -> bool:
+        """Whether by_entry.py runs the layer: nothing is sorted."""
+        return self.first.mode == BY_ENTRY
 
     @property
     def tiles(self) -> tuple[Tile, Tile]:

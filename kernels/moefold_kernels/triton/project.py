@@ -185,7 +185,8 @@ def both_slots(
 
 
 @triton.jit
-def _activate(gate, up, limit, alpha, ACTIVATION: tl.constexpr):
+def activate(gate, up, limit, alpha, ACTIVATION: tl.constexpr):
+    """The hidden activation of gate and up, float32 of one shape."""
     if ACTIVATION == CLAMPED:
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
@@ -226,7 +227,7 @@ def write_inner(
         tl.store(at, gate.to(out.dtype.element_ty), mask=inside)
         tl.store(at + inner, up.to(out.dtype.element_ty), mask=inside)
     else:
-        tl.store(at, _activate(gate, up, limit, alpha, ACTIVATION).to(out.dtype.element_ty), mask=inside)
+        tl.store(at, activate(gate, up, limit, alpha, ACTIVATION).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(

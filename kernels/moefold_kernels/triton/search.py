@@ -20,8 +20,8 @@ from moefold_kernels.bench.correctness import Expected, poisoned
 from moefold_kernels.bench.routing import Batch
 from moefold_kernels.errors import BenchmarkError, WrongResultError
 from moefold_kernels.reference import PackedExperts
-from moefold_kernels.triton import configs, e4m3_launch, layer, leveled_launch
-from moefold_kernels.triton.candidates import Room, candidates
+from moefold_kernels.triton import by_entry_launch, configs, e4m3_launch, layer, leveled_launch
+from moefold_kernels.triton.candidates import Room, by_entry, candidates
 from moefold_kernels.triton.compilation import Compiler, Job, Part, reason
 from moefold_kernels.triton.plans import Plan, Tile, alone, join
 from moefold_kernels.triton.portability import Target
@@ -43,6 +43,7 @@ class Work(NamedTuple):
 
     batch: Batch
     tables: Tables
+    """For a whole layer by entry, which has none, those of a rule."""
 
 
 class Timer(Protocol):
@@ -117,6 +118,8 @@ class Search:
             for first, second in itertools.product(_best_of(firsts, terms), _best_of(seconds, terms))
         ]
         plans += self._joined(firsts)
+        able, weights = by_entry_launch.takes, self.ground.weights
+        plans += [plan for plan in by_entry(self.shape) if able(weights, plan, self.tokens, self.shape.top_k)]
         times = self._times(list(dict.fromkeys([*plans, self.before])), "whole")
         if times:
             fastest = min(times, key=lambda plan: times[plan])
@@ -211,18 +214,21 @@ class Search:
 
     def _work(self, plan: Plan) -> list[Work]:
         """The batches with their tables, which depend on few things of a plan."""
-        key = *((tile.entries, tile.group) for tile in (plan.first, plan.second)), by_work(plan)
+        key = plan.by_entry, *((tile.entries, tile.group) for tile in (plan.first, plan.second)), by_work(plan)
         if key not in self._tables:
             self._tables[key] = [self._one(batch, plan) for batch in self.batches]
         return self._tables[key]
 
     def _one(self, batch: Batch, plan: Plan) -> Work:
-        return Work(batch, layer.route_for(self.ground.weights, batch.top_k_index, plan))
+        sorting = configs.rule(self.shape) if plan.by_entry else plan
+        return Work(batch, layer.route_for(self.ground.weights, batch.top_k_index, sorting))
 
     def _ahead(self, plan: Plan) -> list[Plan]:
         """The plan with other numbers of cache lines asked for ahead, in one projection at a time."""
         target = Target.of(self.ground.weights.places)
-        if not target.chain or (self.shape.format != layout.EXPONENT and target.overlap):  # leveled.py asks for none
+        if (
+            plan.by_entry or not target.chain or (self.shape.format != layout.EXPONENT and target.overlap)
+        ):  # leveled.py asks for none
             return []
         if plan.joined:
             return [join(replace(plan.first, ahead=ahead)) for ahead in AHEAD]

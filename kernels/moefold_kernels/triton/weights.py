@@ -108,3 +108,13 @@ def units(matrices: Projections | Leveled) -> Tensor:
 def contiguous(planes: Planes) -> Planes:
     """The planes as the kernels address them; copies only what is not contiguous."""
     return Planes(*(None if part is None else part.contiguous() for part in planes))  # type: ignore[arg-type]
+
+
+def rescaling(top: int) -> float:
+    """What sums of a matrix with the window top `top` are multiplied with, beside 2 ** 63 (decode.rescale)."""
+    return 2.0 ** (layout.low(top) - 96)
+
+
+def elements_between(one: Tensor | None, other: Tensor) -> int:
+    """How many elements lie between the beginnings of two tensors of the same strides; 0 where there is but one."""
+    return 0 if one is None else (other.data_ptr() - one.data_ptr()) // one.element_size()

@@ -1,0 +1,238 @@
+"""A packed (or dense) experts layer for one token, or very few: each (token, choice) by itself, without routing tables.
+
+With so few entries hardly two want the same words, so there is nothing to sort. A program of the first kernel looks up
+where its entry's expert is and makes a few rows of gate and up, with the activation; one of the second makes a few rows
+of the output, of all of a token's experts, weighted and added in the router's order. So a layer is two launches instead
+of four, each with as many programs of as few rows as fill the device evenly. Products are no tensor cores' (cells.py).
+
+What is under way has PLACES, by which loops are unrolled, so that registers that were read are loaded anew and nothing
+is moved. Of gate and up a place has the token's values, too. Masks are of each cell: with one for all cells, where rows
+are whole steps, down's words came in an order that took 1 to 5 us more (docs/kernels.md).
+"""
+
+# mypy: disable-error-code="assignment, var-annotated"
+# (tuples that grow)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moefold_kernels.triton.cells import (
+    cells_of,
+    multiplied,
+    numbers,
+    offsets_of,
+    place_of,
+    planes_of,
+    read,
+    tables_of,
+    tokens,
+)
+from moefold_kernels.triton.decode import RESTORE, rescale
+from moefold_kernels.triton.decode_levels import TABLE
+from moefold_kernels.triton.portability import after_the_one_before
+from moefold_kernels.triton.project import activate
+
+
+@triton.jit
+def _both(
+    gates, ups, x, offsets, start, cell, zeros, cells, hidden, LOW: tl.constexpr, BANDS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Cells of gate and up from `start` on, and the token's values for them."""
+    inside = start + cell + zeros < cells
+    gate = read(gates, offsets, start, inside, LOW, BANDS)
+    up = read(ups, offsets, start, inside, LOW, BANDS)
+    return gate, up, tokens(x, start, cell, zeros, inside, hidden, LOW, False, WHOLE)
+
+
+@triton.jit(do_not_specialize=["top_k", "first", "last", "limit", "alpha", "bias_expert", "bias_row", "bias_up"])
+def gate_up(
+    x, words, low, scale, levels, out, index, places, bias,
+    hidden, inner, width, top_k, n_experts, first, last, x_row, w_unit, w_row, w_up,
+    gate_shift, up_shift, bias_expert, bias_row, bias_up, limit, alpha,
+    ROWS: tl.constexpr, CELLS: tl.constexpr, EXPERTS: tl.constexpr, DENSE: tl.constexpr, LOW: tl.constexpr,
+    BANDS: tl.constexpr, WHOLE: tl.constexpr, PLACES: tl.constexpr, ACTIVATION: tl.constexpr, ASM: tl.constexpr,
+    CHAIN: tl.constexpr,
+):  # fmt: skip
+    """Gate and up with their activation: out [entry, width], of entries whose expert's place is `first` to `last` - 1.
+
+    `x` [token, hidden / 2] and `words` [unit, row, columns / 2] are integers of two numbers each, up rows `w_up` of
+    them behind gate rows. In few-bit formats (LOW) `words`, `low` and `scale` are planes of 2 * inner rows, `levels` is
+    of gate, then up, and `out` lies as `place_of` says. `index` [entry] are experts, `places` [expert] where they are.
+    WHOLE: `hidden` is a number of 64.
+    """
+    entry, expert = tl.program_id(1), tl.arange(0, EXPERTS)
+    home = tl.load(places + expert, mask=expert < n_experts, other=-1)
+    row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), inner - 1)[:, None]  # twice, rather than masked
+    cell, cells = tl.arange(0, CELLS)[None, :], cells_of(hidden, LOW)
+    offsets = offsets_of(row, cell, hidden, w_row, LOW, BANDS)
+    after_the_one_before(CHAIN)
+    own = tl.load(index + entry)
+    home = tl.max(tl.where(expert == own, home, -1), 0)  # not another load behind that of the index
+    if home < first or home >= last:
+        return
+    unit, slot = (home - first).to(tl.int64), 0
+    if not DENSE:
+        unit, slot = unit // 2, home % 2
+    gates = planes_of(words, low, scale, unit, 2 * inner, 0, hidden, w_unit, w_row, LOW)
+    ups = planes_of(words, low, scale, unit, 2 * inner, inner, hidden, w_unit, 0, LOW)
+    if LOW < 0:
+        ups = (gates[0] + w_up, gates[1], gates[2])
+    gate_tables, up_tables, other_levels = (), (), levels
+    if LOW >= 0:
+        other_levels += TABLE
+        if ASM:
+            gate_tables, up_tables = tables_of(levels, slot, LOW), tables_of(other_levels, slot, LOW)
+    x += (entry // top_k).to(tl.int64) * x_row
+    zeros = row * 0
+    gate, up = tl.zeros((ROWS, CELLS), tl.float32), tl.zeros((ROWS, CELLS), tl.float32)
+    held = ()
+    for place in tl.static_range(PLACES):
+        held += (_both(gates, ups, x, offsets, place * CELLS, cell, zeros, cells, hidden, LOW, BANDS, WHOLE),)
+    for start in tl.range(PLACES * CELLS, cells, PLACES * CELLS):
+        following = ()
+        for place in tl.static_range(PLACES):
+            own_gate, own_up, values = held[place]
+            gate = multiplied(gate, own_gate, values, cell, levels, gate_tables, slot, DENSE, LOW, ASM)
+            up = multiplied(up, own_up, values, cell, other_levels, up_tables, slot, DENSE, LOW, ASM)
+            at = start + place * CELLS
+            following += (_both(gates, ups, x, offsets, at, cell, zeros, cells, hidden, LOW, BANDS, WHOLE),)
+        held = following
+    for place in tl.static_range(PLACES):
+        own_gate, own_up, values = held[place]
+        gate = multiplied(gate, own_gate, values, cell, levels, gate_tables, slot, DENSE, LOW, ASM)
+        up = multiplied(up, own_up, values, cell, other_levels, up_tables, slot, DENSE, LOW, ASM)
+    gate, up = tl.sum(gate, 1), tl.sum(up, 1)
+    if LOW >= 0:
+        gate, up = gate * numbers(levels, LOW, ASM), up * numbers(other_levels, LOW, ASM)
+    elif not DENSE:
+        gate, up = rescale(gate, gate_shift), rescale(up, up_shift)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if bias is not None:
+        at = bias + own * bias_expert + row * bias_row
+        gate += tl.load(at, mask=row < inner, other=0.0)
+        up += tl.load(at + bias_up, mask=row < inner, other=0.0)
+    made = activate(gate, up, limit, alpha, ACTIVATION)
+    out += entry.to(tl.int64) * width
+    tl.store(out + (place_of(row) if LOW >= 0 else row), made.to(out.dtype.element_ty), mask=row < inner)
+
+
+@triton.jit
+def _choice(index, places, entry, n_experts):
+    """An entry's expert (0 if there is none of its number) and the expert's place, or -1."""
+    expert = tl.load(index + entry)
+    known = (expert >= 0) & (expert < n_experts)
+    expert = tl.where(known, expert, 0).to(tl.int32)
+    return expert, tl.where(known, tl.load(places + expert), -1)
+
+
+@triton.jit
+def _cells(
+    planes, there, offsets, start, cell, cells, TOP_K: tl.constexpr, LOW: tl.constexpr, BANDS: tl.constexpr,
+):  # fmt: skip
+    """Of each choice the cells from `start` on."""
+    found = ()
+    for k in tl.static_range(TOP_K):
+        found += (read(planes[k], offsets, start, there[k] & (start + cell < cells), LOW, BANDS),)
+    return found
+
+
+@triton.jit
+def _values(rows, there, start, cell, zeros, cells, inner, TOP_K: tl.constexpr, LOW: tl.constexpr):
+    """Of each choice the activations for them."""
+    found = ()
+    for k in tl.static_range(TOP_K):
+        inside = there[k] & (start + cell + zeros < cells)
+        found += (tokens(rows[k], start, cell, zeros, inside, inner, LOW, LOW >= 0, True),)
+    return found
+
+
+@triton.jit
+def _summed(
+    x, words, low, scale, levels, index, places, weights, entry, row, cell,
+    inner, width, hidden, n_experts, first, last, w_unit, w_row, shift,
+    ROWS: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, DENSE: tl.constexpr, LOW: tl.constexpr,
+    BANDS: tl.constexpr, PLACES: tl.constexpr, ASM: tl.constexpr, CHAIN: tl.constexpr,
+):  # fmt: skip
+    """A token's weighted sum [ROWS] over those choices whose places are `first` to `last` - 1."""
+    offsets = offsets_of(row, cell, inner, w_row, LOW, BANDS)
+    cells = cells_of(inner, LOW)
+    # Indices and weights are of kernels before the one in front, which has waited for them.
+    planes, slots, there, gates, tables, rows = (), (), (), (), (), ()
+    for k in tl.static_range(TOP_K):
+        _, place = _choice(index, places, entry + k, n_experts)
+        live = (place >= first) & (place < last)
+        unit = tl.where(live, place - first, 0).to(tl.int64)
+        slot = (unit % 2).to(tl.int32)
+        if not DENSE:
+            unit = unit // 2
+        planes += (planes_of(words, low, scale, unit, hidden, 0, inner, w_unit, w_row, LOW),)
+        slots += (slot,)
+        there += (live,)
+        gates += (tl.where(live, tl.load(weights + entry + k).to(tl.float32) * shift, 0.0),)
+        rows += (x + (entry + k).to(tl.int64) * (width // 2),)
+        tables += (tables_of(levels, slot, LOW) if LOW >= 0 and ASM else (),)
+    zeros = row * 0
+    held = ()
+    for place in tl.static_range(PLACES):
+        held += (_cells(planes, there, offsets, place * CELLS, cell + zeros, cells, TOP_K, LOW, BANDS),)
+    after_the_one_before(CHAIN)
+    sums = tl.zeros((ROWS, CELLS), tl.float32)
+    for start in tl.range(0, cells, PLACES * CELLS):
+        following = ()
+        for place in tl.static_range(PLACES):
+            values = _values(rows, there, start + place * CELLS, cell, zeros, cells, inner, TOP_K, LOW)
+            for k in tl.static_range(TOP_K):
+                own = tl.zeros((ROWS, CELLS), tl.float32)
+                given = held[place][k], values[k], cell, levels, tables[k], slots[k]
+                own = multiplied(own, given[0], given[1], given[2], given[3], given[4], given[5], DENSE, LOW, ASM)
+                sums += own * gates[k]
+            at = start + (PLACES + place) * CELLS
+            following += (_cells(planes, there, offsets, at, cell + zeros, cells, TOP_K, LOW, BANDS),)
+        held = following
+    return tl.sum(sums, 1)
+
+
+@triton.jit(do_not_specialize=["n_packed", "out_row", "bias_expert", "bias_row"])
+def down(
+    x, words, low, scale, levels, dense, out, index, places, weights, bias,
+    inner, width, hidden, n_experts, n_packed, w_unit, w_row, dense_unit, dense_row, out_row, shift, bias_expert,
+    bias_row,
+    ROWS: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, PACKED: tl.constexpr, ALONE: tl.constexpr,
+    LOW: tl.constexpr, BANDS: tl.constexpr, PLACES: tl.constexpr, ASM: tl.constexpr, CHAIN: tl.constexpr,
+):  # fmt: skip
+    """The output [token, hidden]: down times gate weights, a token's choices added in their order, in float32.
+
+    `x` [entry, width / 2] is what `gate_up` wrote; `weights` [entry] are the router's. Experts whose places are below
+    `n_packed` are in `words` (with LOW in planes), others in `dense`, as far as there are PACKED or ALONE ones.
+    """
+    token = tl.program_id(1)
+    entry = token * TOP_K
+    row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), hidden - 1)[:, None]
+    cell = tl.arange(0, CELLS)[None, :]
+    sums = tl.zeros((ROWS,), tl.float32)
+    if PACKED:
+        matrix = levels
+        factor = shift * RESTORE
+        if LOW >= 0:
+            matrix = levels + 2 * TABLE
+            factor = shift * numbers(matrix, LOW, ASM)
+        sums += _summed(
+            x, words, low, scale, matrix, index, places, weights, entry, row, cell, inner, width, hidden, n_experts,
+            0, n_packed, w_unit, w_row, factor, ROWS, CELLS, TOP_K, False, LOW, BANDS, PLACES, ASM, CHAIN,
+        )  # fmt: skip
+    if ALONE:
+        sums += _summed(
+            x, dense, None, None, None, index, places, weights, entry, row, cell, inner, width, hidden,
+            n_experts, n_packed, n_experts, dense_unit, dense_row, 1.0, ROWS, CELLS, TOP_K, True, -1, False, PLACES,
+            ASM, CHAIN and not PACKED,
+        )  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if bias is not None:
+        for k in tl.static_range(TOP_K):
+            expert, place = _choice(index, places, entry + k, n_experts)
+            gate = tl.where(place >= 0, tl.load(weights + entry + k).to(tl.float32), 0.0)
+            sums += gate * tl.load(bias + expert * bias_expert + row * bias_row, mask=row < hidden, other=0.0)
+    tl.store(out + token.to(tl.int64) * out_row + row, sums.to(out.dtype.element_ty), mask=row < hidden)

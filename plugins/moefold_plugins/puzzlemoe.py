@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor
 
-from moefold import Activity, DualMask, Experts, Groups, MergedPair, PairMerge, Stage, hookimpl, stage
+from moefold import Activity, Context, DualMask, Experts, Groups, MergedPair, PairMerge, Stage, hookimpl, stage
 from moefold.errors import InputError
 from moefold_kernels import reference
 from moefold_plugins.averaging import check_groups
@@ -23,6 +23,7 @@ def puzzlemoe(
     experts: Experts,
     pairs: Groups,
     activity: Activity,
+    context: Context,
     *,
     threshold: Annotated[
         float, Field(ge=0, le=1, description="relative difference up to which two entries are shared")
@@ -32,6 +33,7 @@ def puzzlemoe(
     if any(len(pair) != 2 for pair in pairs.members):
         raise InputError("puzzlemoe merges pairs, and a group of another size came in; use a pair.* stage before it")
     check_groups(pairs.all(), experts.count)
+    experts = experts.to(context.device)  # those of another merge, read from the store, are the host's
     matrices = experts.matrices()
     rule = DualMask({matrix: activity.norms(matrix) for matrix in matrices}, threshold)
 

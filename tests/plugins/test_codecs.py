@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from moefold import Activity, Codec, DualMask, Experts, Groups, MergedPair, Packed, PairMerge
+from moefold import Activity, Codec, Context, DualMask, Experts, Groups, MergedPair, Packed, PairMerge
 from moefold.codec import pack
 from moefold.errors import FormatError
 from moefold_kernels import layout, reference
@@ -117,7 +117,8 @@ def merge_of(dtype: torch.dtype = torch.bfloat16, device: str = "cpu", bad: floa
     down[[1, 4], 0] *= 2.0**-40
     experts = Experts(gate_up.to(dtype).to(device), down.to(dtype).to(device))
     activity = Activity(torch.arange(5), torch.rand(5, 8, generator=generator), torch.rand(5, 6, generator=generator))
-    return puzzlemoe(experts, Groups([[3, 0], [1, 4]], [2]), activity, threshold=0.4)
+    context = Context(torch.device(device), torch.Generator())
+    return puzzlemoe(experts, Groups([[3, 0], [1, 4]], [2]), activity, context, threshold=0.4)
 
 
 def at_once(matrices, pairs, norms, threshold, window=None) -> PackedMatrices:

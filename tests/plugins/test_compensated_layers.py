@@ -206,10 +206,10 @@ def test_aligned_experts_keep_their_biases_when_packed(source):
     own, pairs = layer.experts(), Groups([[0, 3], [5, 1]], [2, 4, 6, 7])
     aligned = align(own, pairs, CONTEXT)
     assert not torch.equal(aligned.gate_up_bias, own.gate_up_bias)
-    merge = puzzlemoe(aligned, pairs, observe(layer, routed, aligned, CONTEXT))
+    merge = puzzlemoe(aligned, pairs, observe(layer, routed, aligned, CONTEXT), CONTEXT)
     read = unpack(Exponent(), pack(Exponent(), merge), layer, CONTEXT.device)
     assert torch.equal(read.gate_up_bias, aligned.gate_up_bias)
-    assert pack(Exponent(), puzzlemoe(own, pairs, observe(layer, routed, own, CONTEXT))).biases == {}
+    assert pack(Exponent(), puzzlemoe(own, pairs, observe(layer, routed, own, CONTEXT), CONTEXT)).biases == {}
 
 
 @pytest.mark.parametrize("dead", [9, 32])

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from moefold import Activity, Experts, Groups
+from moefold import Activity, Context, Experts, Groups
 from moefold.errors import InputError
 from moefold_plugins.puzzlemoe import merge_pair, puzzlemoe
 
@@ -71,6 +71,9 @@ def test_equal_experts_are_merged_without_loss():
         assert torch.equal(read, weights[slot])
 
 
+CONTEXT = Context(torch.device("cpu"), torch.Generator())
+
+
 def layer(count: int = 4) -> tuple[Experts, Activity]:
     experts = Experts(torch.randn(count, 12, 8), torch.randn(count, 8, 6))
     return experts, Activity(torch.arange(count), torch.rand(count, 8), torch.rand(count, 6), 10)
@@ -79,7 +82,7 @@ def layer(count: int = 4) -> tuple[Experts, Activity]:
 def test_the_stage_uses_the_norms_that_belong_to_each_matrix():
     experts, activity = layer()
     pairs = [[3, 1], [0, 2]]
-    recipe = puzzlemoe(experts, Groups(pairs, []), activity, threshold=0.3)
+    recipe = puzzlemoe(experts, Groups(pairs, []), activity, CONTEXT, threshold=0.3)
     for matrix, weights in experts.matrices().items():
         norms = activity.inner_norm if matrix == "down_proj" else activity.input_norm
         for index, merged in enumerate(recipe.merged(matrix)):
@@ -87,10 +90,18 @@ def test_the_stage_uses_the_norms_that_belong_to_each_matrix():
             assert all(torch.equal(a, b) for a, b in zip(merged, expected, strict=True))
 
 
+def test_experts_of_another_merge_are_merged_on_the_runs_device():
+    """Those that come from the store are the host's."""
+    experts, activity = layer()
+    meta = Context(torch.device("meta"), torch.Generator())
+    recipe = puzzlemoe(experts, Groups([[3, 1], [0, 2]], []), activity, meta, threshold=0.3)
+    assert {weights.device.type for weights in recipe.experts.matrices().values()} == {"meta"}
+
+
 def test_groups_that_are_no_pairs_are_refused():
     experts, activity = layer()
     with pytest.raises(InputError, match="merges pairs"):
-        puzzlemoe(experts, Groups([[0, 1, 2]], [3]), activity)
+        puzzlemoe(experts, Groups([[0, 1, 2]], [3]), activity, CONTEXT)
 
 
 def test_a_dead_expert_with_no_norm_loses_every_contest_it_can():

@@ -11,7 +11,7 @@ import torch
 from models import tiny
 from moefold import Checkpoint, Text
 from moefold.errors import TextError
-from moefold_plugins import text
+from moefold_plugins import sampling
 from moefold_plugins.text import text_dataset, text_files, text_mix, text_prose, text_stdlib
 
 
@@ -117,8 +117,8 @@ def test_spread_does_not_tokenise_what_it_leaves(checkpoint, tmp_path: Path, mon
     """Of a file of gigabytes only a piece, as large as the wanted tokens need; where tokens are long, a larger one."""
     (tmp_path / "a").write_text("x" * 400_000)
     asked = []
-    whole = text._tokens
-    monkeypatch.setattr(text, "_tokens", lambda *of, **ends: asked.append(len(of[1])) or whole(*of, **ends)[::50])
+    whole = sampling._tokens
+    monkeypatch.setattr(sampling, "_tokens", lambda *of, **ends: asked.append(len(of[1])) or whole(*of, **ends)[::50])
     found = spread(checkpoint, tmp_path, samples=2, length=50)
     assert found.tokens.shape == (2, 50)
     assert 5000 <= max(asked) < 20_000

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moefold import Activity, Experts, Groups, Similarity, Text
+from moefold import Activity, Context, Experts, Groups, Similarity, Text
 from moefold.artifact import Artifact
 from moefold.hooks import Registry
 from moefold_kernels.layout_pairs import MAGNITUDE_BITS, groups
@@ -84,7 +84,7 @@ def files() -> SimpleNamespace:
 
 def outputs() -> dict[str, Artifact | SimpleNamespace]:
     stages = Registry.installed().stages
-    merge = puzzlemoe(EXPERTS, PAIRS, ACTIVITY, threshold=0.4)
+    merge = puzzlemoe(EXPERTS, PAIRS, ACTIVITY, Context(torch.device("cpu"), torch.Generator()), threshold=0.4)
     alike = numbers(6, 6, salt=4).float()
     return {
         "pair.random": stages["pair.random"](Layer(), None, seed=5, fraction=1.0, skip=[]),

@@ -88,11 +88,11 @@ def read(planes, offsets, start, inside, LOW: tl.constexpr, BANDS: tl.constexpr)
 
 @triton.jit
 def place_of(column):
-    """Where a column of a token is if its values lie as cells' registers take them, group by group of 64."""
-    pair, half = (
-        column % 64 // 2 % 4,
-        column % 64 // 8,
-    )  # position 16 t + 8 s + 4 u + 2 h + e, of 32 s + 16 u + 8 h + 2 t + e
+    """Where a column of a token is if its values lie as cells' registers take them, group by group of 64.
+
+    Of column 32 s + 16 u + 8 h + 2 t + e that is 16 t + 8 s + 4 u + 2 h + e (layout_pairs.ORDER has e before h).
+    """
+    pair, half = column % 64 // 2 % 4, column % 64 // 8
     return column // 64 * 64 + 16 * pair + 2 * half + column % 2
 
 
@@ -139,7 +139,7 @@ def _pair(sums, weights, x):
 
 @triton.jit
 def _first(weights, x):
-    """The same of nothing."""
+    """Those products alone."""
     high = (weights & -65536).to(tl.float32, bitcast=True) * (x & -65536).to(tl.float32, bitcast=True)
     return high + (weights << 16).to(tl.float32, bitcast=True) * (x << 16).to(tl.float32, bitcast=True)
 
@@ -160,38 +160,18 @@ def tables_of(levels, slot, LOW: tl.constexpr):
 def _eight(word, low, tables, LOW: tl.constexpr):
     """Four registers of two bf16 numbers each: levels with signs, or (pair8) numbers."""
     kinds: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
+    a, b, c, d = tables[0], tables[1], tables[2], tables[3]
     if LOW == 0:
-        made = tl.inline_asm_elementwise(
-            _PAIR4,
-            _TAKES4,
-            [word, tables[0], tables[1], tables[2], tables[3], tables[4], tables[5]],
-            kinds,
-            is_pure=True,
-            pack=1,
-        )
+        given = [word, a, b, c, d, tables[4], tables[5]]
+        return tl.inline_asm_elementwise(_PAIR4, _TAKES4, given, kinds, is_pure=True, pack=1)
     elif LOW == 1:
-        made = tl.inline_asm_elementwise(
-            _PAIR5,
-            _TAKES5,
-            [word, low, tables[0], tables[1], tables[2], tables[3], tables[4], tables[5]],
-            kinds,
-            is_pure=True,
-            pack=1,
-        )
+        given = [word, low, a, b, c, d, tables[4], tables[5]]
+        return tl.inline_asm_elementwise(_PAIR5, _TAKES5, given, kinds, is_pure=True, pack=1)
     elif LOW == 2:
-        made = tl.inline_asm_elementwise(
-            _PAIR6,
-            _TAKES6,
-            [word, low, tables[0], tables[1], tables[2], tables[3], tables[4], tables[5]],
-            kinds,
-            is_pure=True,
-            pack=1,
-        )
+        given = [word, low, a, b, c, d, tables[4], tables[5]]
+        return tl.inline_asm_elementwise(_PAIR6, _TAKES6, given, kinds, is_pure=True, pack=1)
     else:
-        made = tl.inline_asm_elementwise(
-            _PAIR8, _TAKES8, [word, low, tables[0], tables[1], tables[2], tables[3]], kinds, is_pure=True, pack=1
-        )
-    return made
+        return tl.inline_asm_elementwise(_PAIR8, _TAKES8, [word, low, a, b, c, d], kinds, is_pure=True, pack=1)
 
 
 @triton.jit

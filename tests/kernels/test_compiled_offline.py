@@ -61,13 +61,13 @@ ENTRY = """
 from moefold_kernels.triton import by_entry
 
 WHOLE += ("width", "dense_unit", "dense_row")
-types = dict(x="*i32", index="*i64", places="*i32", dense="*i32", weights="*bf16")
-given = dict(bias=None, EXPERTS=128, DENSE=False, WHOLE=True, PLACES=2, ACTIVATION=1, PACKED=True)
+types = dict(x="*i32", index="*i64", places="*i32", dense="*i32", weights="*bf16", bias="*bf16")
+given = dict(EXPERTS=128, PLACES=2, ACTIVATION=1, PACKED=True)
 for arch, low, bands, alone in (
     (80, -1, False, True), (80, 4, True, False), (90, -1, False, False), (90, 2, True, True),
 ):
     kind = {} if low >= 0 else dict(low=None, scale=None, levels=None)
-    kind |= {} if alone else dict(dense=None)
+    kind |= dict(WHOLE=alone, DENSE=alone and low < 0) | ({} if alone else dict(dense=None, bias=None))
     kind |= dict(LOW=low, BANDS=bands, ALONE=alone, TOP_K=6, ASM=True, CHAIN=arch == 90)
     more = dict(launch_pdl=True) if arch == 90 else {}
     for function, rows, cells in ((by_entry.gate_up, 4, 128), (by_entry.down, 8, 64)):

@@ -80,6 +80,37 @@ def test_of_those_of_the_same_load_the_nearest_sizes(folder):
     assert configs.choose(SHAPE._replace(hidden=7168), GPU) == plan(2)
 
 
+def test_plans_by_entry_are_for_as_many_tokens_as_they_were_measured_with(folder):
+    """And for layers that by_entry.py takes; others get the next."""
+    one, several = SHAPE._replace(tokens=1), SHAPE._replace(tokens=16)
+    entry = Plan(Tile("entry", 1, 0, 4, 256, 2, 2), Tile("entry", 1, 0, 8, 256, 4, 1))
+    ship(folder, {one: entry, several: plan(2)})
+    assert configs.choose(one, GPU) == entry
+    assert configs.choose(one, GPU, by_entry=False) == plan(2)
+    large = SHAPE._replace(experts=512, tokens=2)  # fewer entries an expert than there
+    assert large.load < one.load
+    assert configs.choose(large, GPU) == plan(2)
+    assert configs.choose(large._replace(tokens=1), GPU) == entry
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tokens": 2}, "mode entry: write 1 for tokens, group and splits, and 0 for extra"),
+        ({"splits": 2}, "mode entry"),
+        ({"rows": 3}, "rows is 3, and must be a power of two, at least 1"),
+        ({"columns": 32}, "columns is 32, and must be a power of two, at least 64"),
+    ],
+)
+def test_tiles_by_entry_that_are_refused(change, said):
+    good = {"mode": "entry", "tokens": 1, "extra": 0, "rows": 2, "columns": 256, "warps": 1, "stages": 1}
+    tile = Tile(**good)
+    with pytest.raises(FormatError, match=said):
+        Tile(**good | change)
+    with pytest.raises(FormatError, match="by entry are both or neither"):
+        Plan(tile, Tile("slot", 16, 0, 32, 64, 4, 3))
+
+
 QWEN, MIXTRAL = Shape(2048, 768, 128, 8, False, 1), Shape(4096, 14336, 8, 2, False, 1)
 
 

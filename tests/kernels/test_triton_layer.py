@@ -129,7 +129,7 @@ def test_each_entry_by_itself(plan, biased, alone, device, monkeypatch):
 
 @pytest.mark.parametrize(
     ("hidden", "inner", "top_k", "gated"),
-    [(67, 36, 3, True), (68, 35, 3, True), (68, 36, 17, True), (68, 36, 3, False)],
+    [(67, 36, 3, True), (68, 35, 3, True), (68, 36, 9, True), (68, 36, 3, False)],
 )
 def test_what_cannot_go_entry_by_entry_is_sorted(hidden, inner, top_k, gated, device):
     takes = kernels.by_entry_launch.takes
@@ -137,9 +137,20 @@ def test_what_cannot_go_entry_by_entry_is_sorted(hidden, inner, top_k, gated, de
     made = weights_of(operands(layer.to(device)))
     assert not takes(made, PLANS["entry"], 2, top_k)
     assert takes(weights_of(operands(random_layer(4, 68, 36).to(device))), PLANS["entry"], 2, 3)
-    if gated:
+    if gated:  # else nothing that kernels compute lies between the projections
         arguments = batch(2, hidden, top_k, 18)
         assert_near(run(layer, *arguments, device, plan=PLANS["entry"]), expected(layer, *arguments))
+
+
+def test_words_that_are_not_two_an_integer_are_sorted(device):
+    """Rows an odd number of words apart, or beginning at one."""
+    made = weights_of(operands(random_layer(4, 68, 36).to(device)))
+    packed = made.packed
+    wide = torch.zeros(*packed.down.shape[:2], 37, dtype=torch.int16, device=device)
+    even = torch.zeros(*packed.down.shape[:2], 38, dtype=torch.int16, device=device)
+    for down, answer in ((wide[..., :36], False), (even[..., :36], True), (even[..., 1:37], False)):
+        changed = replace(made, packed=packed._replace(down=down))
+        assert kernels.by_entry_launch.takes(changed, PLANS["entry"], 1, 2) is answer
 
 
 def test_no_token(device):
@@ -163,7 +174,7 @@ def test_only_experts_that_do_not_exist(device):
     assert not run(random_layer(6, 40, 24), x, index + 6, weights, device).any()
 
 
-@pytest.mark.parametrize("plan", ["pair", "slot"])
+@pytest.mark.parametrize("plan", ["pair", "slot", "entry"])
 def test_one_expert_named_twice_by_a_token(plan, device):
     layer = random_layer(4, 40, 24)
     x, _, weights = batch(5, 40, 2, 4)
@@ -171,16 +182,18 @@ def test_one_expert_named_twice_by_a_token(plan, device):
     assert_near(run(layer, x, index, weights, device, plan=PLANS[plan]), expected(layer, x, index, weights))
 
 
+@pytest.mark.parametrize("plan", ["pair", "entry"])
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
-def test_what_is_not_contiguous(kind, device):
+def test_what_is_not_contiguous(kind, plan, device):
     layer = random_layer(6, 40, 24)
     x, index, weights = batch(3, 40, 2, 6)
     right = expected(layer, x, index, weights)
     spread = lambda t: torch.stack([t, torch.zeros_like(t)], dim=-1)[..., 0]  # noqa: E731  (every other element)
-    for change in (spread, lambda t: t.T.contiguous().T, lambda t: torch.cat([t, t], dim=1)[:, : t.shape[1]]):
-        parts = [change(t.to(device)) for t in (x, index.to(kind), weights)]
+    odd = lambda t: torch.cat([t[:, :1], t, t], dim=1)[:, 1 : 1 + t.shape[1]]  # noqa: E731  (rows begin anywhere)
+    for change in (spread, lambda t: t.T.contiguous().T, lambda t: torch.cat([t, t], dim=1)[:, : t.shape[1]], odd):
+        parts = [change(t.to(device)) for t in (x.bfloat16(), index.to(kind), weights)]
         assert not parts[1].is_contiguous()
-        assert_near(run(layer, *parts, device), right)
+        assert_near(run(layer, *parts, device, plan=PLANS[plan]), right)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -2,7 +2,7 @@
 
 With so few entries hardly two want the same words, so there is nothing to sort. A program of the first kernel looks up
 where its entry's expert is and makes a few rows of gate and up, with the activation; one of the second makes a few rows
-of the output, of all of a token's experts, weighted and added in the router's order. So a layer is two launches instead
+of the output, of all of a token's experts, weighted and added in one order. So a layer is two launches instead
 of four, each with as many programs of as few rows as fill the device evenly. Products are no tensor cores' (cells.py).
 
 What is under way has PLACES, by which loops are unrolled, so that registers that were read are loaded anew and nothing
@@ -29,7 +29,7 @@ from moefold_kernels.triton.cells import (
     tables_of,
     tokens,
 )
-from moefold_kernels.triton.decode import RESTORE, rescale
+from moefold_kernels.triton.decode import rescale
 from moefold_kernels.triton.decode_levels import TABLE
 from moefold_kernels.triton.portability import after_the_one_before
 from moefold_kernels.triton.project import activate
@@ -64,7 +64,9 @@ def gate_up(
     WHOLE: `hidden` is a number of 64.
     """
     entry, expert = tl.program_id(1), tl.arange(0, EXPERTS)
-    home = tl.load(places + expert, mask=expert < n_experts, other=-1)
+    home = tl.load(
+        places + expert, mask=expert < n_experts, other=-1
+    )  # before the wait: a parameter, which no kernel writes
     row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), inner - 1)[:, None]  # twice, rather than masked
     cell, cells = tl.arange(0, CELLS)[None, :], cells_of(hidden, LOW)
     offsets = offsets_of(row, cell, hidden, w_row, LOW, BANDS)
@@ -152,11 +154,11 @@ def _values(rows, there, start, cell, zeros, cells, inner, TOP_K: tl.constexpr, 
 @triton.jit
 def _summed(
     x, words, low, scale, levels, index, places, weights, entry, row, cell,
-    inner, width, hidden, n_experts, first, last, w_unit, w_row, shift,
+    inner, width, hidden, n_experts, first, last, w_unit, w_row,
     ROWS: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, DENSE: tl.constexpr, LOW: tl.constexpr,
     BANDS: tl.constexpr, PLACES: tl.constexpr, ASM: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """A token's weighted sum [ROWS] over those choices whose places are `first` to `last` - 1."""
+    """A token's weighted sum [ROWS] over those choices whose places are `first` to `last` - 1, before `rescale`."""
     offsets = offsets_of(row, cell, inner, w_row, LOW, BANDS)
     cells = cells_of(inner, LOW)
     # Indices and weights are of kernels before the one in front, which has waited for them.
@@ -171,7 +173,7 @@ def _summed(
         planes += (planes_of(words, low, scale, unit, hidden, 0, inner, w_unit, w_row, LOW),)
         slots += (slot,)
         there += (live,)
-        gates += (tl.where(live, tl.load(weights + entry + k).to(tl.float32) * shift, 0.0),)
+        gates += (tl.where(live, tl.load(weights + entry + k).to(tl.float32), 0.0),)
         rows += (x + (entry + k).to(tl.int64) * (width // 2),)
         tables += (tables_of(levels, slot, LOW) if LOW >= 0 and ASM else (),)
     zeros = row * 0
@@ -203,10 +205,11 @@ def down(
     ROWS: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, PACKED: tl.constexpr, ALONE: tl.constexpr,
     LOW: tl.constexpr, BANDS: tl.constexpr, PLACES: tl.constexpr, ASM: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """The output [token, hidden]: down times gate weights, a token's choices added in their order, in float32.
+    """The output [token, hidden]: down times gate weights, a token's choices added in float32 and in their order.
 
-    `x` [entry, width / 2] is what `gate_up` wrote; `weights` [entry] are the router's. Experts whose places are below
-    `n_packed` are in `words` (with LOW in planes), others in `dense`, as far as there are PACKED or ALONE ones.
+    With both kinds of experts those in pairs come first. `x` [entry, width / 2] is what `gate_up` wrote; `weights`
+    [entry] are the router's. Experts whose places are below `n_packed` are in `words` (with LOW in planes), others in
+    `dense`, as far as there are PACKED or ALONE ones.
     """
     token = tl.program_id(1)
     entry = token * TOP_K
@@ -215,18 +218,17 @@ def down(
     sums = tl.zeros((ROWS,), tl.float32)
     if PACKED:
         matrix = levels
-        factor = shift * RESTORE
         if LOW >= 0:
             matrix = levels + 2 * TABLE
-            factor = shift * numbers(matrix, LOW, ASM)
-        sums += _summed(
+        found = _summed(
             x, words, low, scale, matrix, index, places, weights, entry, row, cell, inner, width, hidden, n_experts,
-            0, n_packed, w_unit, w_row, factor, ROWS, CELLS, TOP_K, False, LOW, BANDS, PLACES, ASM, CHAIN,
+            0, n_packed, w_unit, w_row, ROWS, CELLS, TOP_K, False, LOW, BANDS, PLACES, ASM, CHAIN,
         )  # fmt: skip
+        sums += rescale(found, shift) if LOW < 0 else found * numbers(matrix, LOW, ASM)
     if ALONE:
         sums += _summed(
             x, dense, None, None, None, index, places, weights, entry, row, cell, inner, width, hidden,
-            n_experts, n_packed, n_experts, dense_unit, dense_row, 1.0, ROWS, CELLS, TOP_K, True, -1, False, PLACES,
+            n_experts, n_packed, n_experts, dense_unit, dense_row, ROWS, CELLS, TOP_K, True, -1, False, PLACES,
             ASM, CHAIN and not PACKED,
         )  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

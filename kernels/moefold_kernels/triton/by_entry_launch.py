@@ -12,15 +12,15 @@ from moefold_kernels.triton import by_entry
 from moefold_kernels.triton.leveled_launch import NUMBERED
 from moefold_kernels.triton.plans import Plan, Tile
 from moefold_kernels.triton.portability import Target, blocks, launch, power_of_two
-from moefold_kernels.triton.weights import Leveled, Projections, Weights, elements_between, rescaling
+from moefold_kernels.triton.weights import Leveled, Projections, Weights, elements_between, rescaling, stride_of
 
 if TYPE_CHECKING:
     from moefold_kernels.triton.layer import Activation
 
 MOST = 65535
 """Programs along a grid's second axis: entries."""
-CHOICES = 16
-"""Of a token, at most: down's program holds words of all of them at once."""
+CHOICES = 8
+"""Of a token, at most: down's program holds words of all of them at once, and of 16 its registers are spilled."""
 LARGEST = 2**31
 """Cells of a unit's matrix, whose offsets are 32 bits."""
 PER_CELL = 8
@@ -99,9 +99,8 @@ def _gate_up(
     launch(
         by_entry.gate_up, (blocks(inner, tile.rows), index.numel()), x, *planes, out, index, weights.places, gate_bias,
         hidden, inner, out.shape[1], index.shape[1], n_experts, first, last, x.stride(0), *strides, up, **shifts,
-bias_expert=0 if gate_bias is None else gate_bias.stride(0),
-        bias_row=0 if gate_bias is None else gate_bias.stride(1),
-        bias_up=0 if bias is None or gate_bias is None else elements_between(gate_bias, bias.up),
+        bias_expert=stride_of(gate_bias, 0), bias_row=stride_of(gate_bias, 1),
+        bias_up=0 if bias is None else elements_between(gate_bias, bias.up),
         limit=activation.limit, alpha=activation.alpha, EXPERTS=power_of_two(n_experts),
         DENSE=kind is weights.alone, ACTIVATION=fused,
         WHOLE=hidden % layout_pairs.GROUP == 0, **_cut(kind, tile, inner, hidden, target),
@@ -129,7 +128,7 @@ def _down(weights: Weights, x: Tensor, index: Tensor, gates: Tensor, tile: Tile,
         by_entry.down, (blocks(hidden, tile.rows), tokens), x, *planes, dense, out, index, weights.places, gates, bias,
         inner, 2 * x.shape[1], hidden, n_experts, layout.SLOTS * weights.pairs, *strides,
         *((0, 0) if dense is None else dense.stride()[:2]), out.stride(0), shift=shift,
-        bias_expert=0 if bias is None else bias.stride(0), bias_row=0 if bias is None else bias.stride(1),
+        bias_expert=stride_of(bias, 0), bias_row=stride_of(bias, 1),
         TOP_K=top_k, PACKED=packed is not None, ALONE=alone is not None,
         **_cut(packed, tile, hidden, inner, target),
     )  # fmt: skip

@@ -71,9 +71,12 @@ def _bits(format: str) -> int:
     return layout_pairs.magnitude_bits(format) + layout_pairs.STATE_BITS
 
 
-def choose(shape: Shape, device: torch.device) -> Plan:
-    """The plan for a batch on a device: the nearest measured one, or the rule where nothing was measured."""
-    return _choose(shape, _identity(device))
+def choose(shape: Shape, device: torch.device, by_entry: bool = True) -> Plan:
+    """The plan for a batch on a device: the nearest measured one, or the rule where nothing was measured.
+
+    Plans by entry are for as many tokens as they were measured with, at most, and for layers that by_entry.py takes.
+    """
+    return _choose(shape, _identity(device), by_entry)
 
 
 def rule(shape: Shape) -> Plan:
@@ -199,14 +202,15 @@ class Identity(NamedTuple):
 
 
 @functools.cache
-def _choose(shape: Shape, device: Identity) -> Plan:
+def _choose(shape: Shape, device: Identity, by_entry: bool) -> Plan:
     measured = _measured(device)
     few = shape.format != layout.EXPONENT
     able = [
         known
-        for known in measured
+        for known, plan in measured.items()
         if (known.format != layout.EXPONENT) == few  # tiles are of another kind
-        and fits(measured[known], device.memory, shape.format)
+        and fits(plan, device.memory, shape.format)
+        and (not plan.by_entry or (by_entry and shape.tokens <= known.tokens))
     ]
     if not able:
         return rule(shape)

@@ -13,12 +13,20 @@ from torch import Tensor
 
 from moefold_kernels import layout, layout_pairs
 from moefold_kernels.triton import by_entry_launch, e4m3_launch, joined, leveled_launch, plans, project
-from moefold_kernels.triton.configs import Shape, choose, rule
+from moefold_kernels.triton.configs import Shape, choose
 from moefold_kernels.triton.e4m3_launch import Terms
 from moefold_kernels.triton.plans import Plan, Tile
 from moefold_kernels.triton.portability import Target, blocks, launch, power_of_two
 from moefold_kernels.triton.routing import Rows, Tables, Tiles, route
-from moefold_kernels.triton.weights import Leveled, Planes, Projections, Weights, elements_between, rescaling
+from moefold_kernels.triton.weights import (
+    Leveled,
+    Planes,
+    Projections,
+    Weights,
+    elements_between,
+    rescaling,
+    stride_of,
+)
 
 ACTIVATIONS = {"silu": project.SILU.value, "clamped": project.CLAMPED.value}
 """Activations that the first projection computes itself; any other runs between the projections."""
@@ -48,14 +56,11 @@ LEVELED = 2.0**-63
 """The shift of few-bit formats: `rescale` multiplies by its inverse."""
 
 
-def plan_for(weights: Weights, tokens: int, top_k: int) -> Plan:
+def plan_for(weights: Weights, tokens: int, top_k: int, by_entry: bool = True) -> Plan:
     """The plan that a batch of so many tokens gets on the weights' device."""
-    return choose(_shape(weights, tokens, top_k), weights.places.device)
-
-
-def _shape(weights: Weights, tokens: int, top_k: int) -> Shape:
     sizes = weights.any.hidden, weights.any.inner, len(weights.places)
-    return Shape(*sizes, top_k, weights.packed is None, max(tokens, 1), weights.format)
+    shape = Shape(*sizes, top_k, weights.packed is None, max(tokens, 1), weights.format)
+    return choose(shape, weights.places.device, by_entry)
 
 
 def forward(
@@ -70,8 +75,9 @@ def forward(
     """The routed experts' output [token, hidden], in `dtype` (default that of `hidden`).
 
     `hidden` [token, hidden] is computed with as bfloat16, whatever its dtype; `top_k_index` and `top_k_weights` are
-    [token, top_k]. Sums are float32; activations, and each expert's output where `combine` adds no splits, are rounded
-    to bfloat16 once. Entries whose expert does not exist contribute nothing. `plan` is for measuring.
+    [token, top_k]. Sums are float32; activations, and each expert's output where `combine` adds no splits (not by
+    entry), are rounded to bfloat16 once. Entries whose expert does not exist contribute nothing. `plan` is for
+    measuring.
     """
     tokens, top_k = top_k_index.shape
     plan = plan or plan_for(weights, tokens, top_k)
@@ -95,10 +101,10 @@ def forward(
 
 
 def sorted_first(weights: Weights, plan: Plan, tokens: int, top_k: int, fused: bool) -> Plan:
-    """The plan, or one that sorts entries if by_entry.py does not take the layer (configs.rule)."""
+    """The plan, or one that sorts entries if by_entry.py does not take the layer."""
     if not plan.by_entry or (fused and by_entry_launch.takes(weights, plan, tokens, top_k)):
         return plan
-    return rule(_shape(weights, tokens, top_k))
+    return plan_for(weights, tokens, top_k, by_entry=False)
 
 
 def joins(weights: Weights, activation: Activation, tile: Tile) -> bool:
@@ -187,9 +193,9 @@ def both(
             w_unit=kind.gate.stride(0), w_row=kind.gate.stride(1), w_up=elements_between(kind.gate, kind.up),
             down_unit=kind.down.stride(0), down_row=kind.down.stride(1),
             gate_shift=rescaling(kind.tops[0]), up_shift=rescaling(kind.tops[1]), down_shift=rescaling(kind.tops[2]),
-            bias_expert=_stride(bias, 0), bias_row=_stride(bias, 1),
+            bias_expert=stride_of(bias, 0), bias_row=stride_of(bias, 1),
             bias_up=0 if biases is None else elements_between(biases.gate, biases.up),
-            down_bias_expert=_stride(below, 0), down_bias_row=_stride(below, 1), limit=activation.limit,
+            down_bias_expert=stride_of(below, 0), down_bias_row=stride_of(below, 1), limit=activation.limit,
             alpha=activation.alpha, MODE=mode, ACTIVATION=ACTIVATIONS[activation.name], ASM=target.assembly,
             UPCAST=target.upcast, CHAIN=target.chain, LINES=_lines(tile, min(hidden, inner)),
             GUESS=target.chain and _guess(len(tables.order), len(weights.places), tile),
@@ -234,7 +240,7 @@ def gate_up(
     for kind, mode, first, table in _kinds(weights, tables.first, tile):
         shared = {
             "hidden": hidden, "inner": inner, "top_k": top_k, "capacity": table.shape[1], "x_row": x.stride(0),
-            "bias_expert": _stride(bias, 0), "bias_row": _stride(bias, 1),
+            "bias_expert": stride_of(bias, 0), "bias_row": stride_of(bias, 1),
             "bias_up": 0 if biases is None else elements_between(biases.gate, biases.up),
             "limit": activation.limit, "alpha": activation.alpha,
         } | _cut(tile, target)  # fmt: skip
@@ -310,7 +316,7 @@ def down(
     for kind, mode, first, table in _kinds(weights, tables.second, tile):
         shared = {
             "inner": inner, "hidden": hidden, "capacity": table.shape[1],
-            "bias_expert": _stride(bias, 0), "bias_row": _stride(bias, 1),
+            "bias_expert": stride_of(bias, 0), "bias_row": stride_of(bias, 1),
         } | _cut(tile, target)  # fmt: skip
         lists = (parts, tables.order, tables.offsets, table, weights.experts, gates, bias)
         programs = _programs(table, mode) * blocks(hidden, tile.rows)
@@ -437,10 +443,6 @@ def _overlapped(tile: Tile, x: Tensor) -> tuple[Any, dict[str, int]]:
     if tile.columns == WIDEST and leveled_launch.apart(tile.tokens, tile.warps, tile.paired, x):
         return overlapped_apart, {"REGISTERS": COPY_REGISTERS}
     return (overlapped_pair if tile.paired else overlapped), {}
-
-
-def _stride(tensor: Tensor | None, dimension: int) -> int:
-    return 0 if tensor is None else tensor.stride(dimension)
 
 
 def _programs(table: Tensor, mode: int) -> int:

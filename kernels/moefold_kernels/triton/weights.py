@@ -115,6 +115,11 @@ def rescaling(top: int) -> float:
     return 2.0 ** (layout.low(top) - 96)
 
 
+def stride_of(tensor: Tensor | None, dimension: int) -> int:
+    """A dimension's stride; 0 where there is no tensor."""
+    return 0 if tensor is None else tensor.stride(dimension)
+
+
 def elements_between(one: Tensor | None, other: Tensor) -> int:
     """How many elements lie between the beginnings of two tensors of the same strides; 0 where there is but one."""
     return 0 if one is None else (other.data_ptr() - one.data_ptr()) // one.element_size()

@@ -22,6 +22,8 @@ BITS = 32
 """Where the levels' bf16 bits begin."""
 E4M3 = BITS + 32
 """Where the 28 integers for e4m3 operands begin (`e4m3_table`)."""
+FACTOR = E4M3 + 24
+"""Where among them the factor is, a float32's bits."""
 FACTORS = E4M3 + 28
 """Where the 16 integers of `factor_table` begin."""
 INTEGERS = FACTORS + 16

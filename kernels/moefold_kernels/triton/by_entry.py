@@ -7,7 +7,7 @@ of four, each with as many programs of as few rows as fill the device evenly. Pr
 
 What is under way has PLACES, by which loops are unrolled, so that registers that were read are loaded anew and nothing
 is moved. Of gate and up a place has the token's values, too. Masks are of each cell: with one for all cells, where rows
-are whole steps, down's words came in an order that took 1 to 5 us more (docs/kernels.md).
+are whole steps, down took 1 to 5 us more, and why was not found (docs/kernels.md).
 """
 
 # mypy: disable-error-code="assignment, var-annotated"

@@ -12,7 +12,15 @@ from moefold_kernels.triton import by_entry
 from moefold_kernels.triton.leveled_launch import NUMBERED
 from moefold_kernels.triton.plans import Plan, Tile
 from moefold_kernels.triton.portability import Target, blocks, launch, power_of_two
-from moefold_kernels.triton.weights import Leveled, Projections, Weights, elements_between, rescaling, stride_of
+from moefold_kernels.triton.weights import (
+    Leveled,
+    Projections,
+    Weights,
+    elements_between,
+    planes_of,
+    rescaling,
+    stride_of,
+)
 
 if TYPE_CHECKING:
     from moefold_kernels.triton.layer import Activation
@@ -23,7 +31,7 @@ CHOICES = 8
 """Of a token, at most: down's program holds words of all of them at once, and of 16 its registers are spilled."""
 LARGEST = 2**31
 """Cells of a unit's matrix, whose offsets are 32 bits."""
-PER_CELL = 8
+PER_CELL = layout_pairs.WORD // layout_pairs.NIBBLE
 """Weights of a cell in few bits."""
 
 
@@ -85,9 +93,7 @@ def _gate_up(
     planes: tuple[Tensor | None, ...]
     strides: tuple[int, ...] = (0, 0)
     if isinstance(kind, Leveled):
-        wide = kind.wide
-        low = wide.words if wide.low is None else wide.low  # any pointer, where nothing is read
-        planes, up = (wide.words, low, wide.scale, kind.levels), 0
+        planes, up = planes_of(kind, kind.wide), 0
     else:
         assert kind.gate is not None
         words, other = _cells(kind.gate), _cells(kind.up)
@@ -117,8 +123,7 @@ def _down(weights: Weights, x: Tensor, index: Tensor, gates: Tensor, tile: Tile,
     strides: tuple[int, ...] = (0, 0)
     shift, dense = 1.0, None
     if isinstance(packed, Leveled):
-        narrow = packed.narrow
-        planes = narrow.words, narrow.words if narrow.low is None else narrow.low, narrow.scale, packed.levels
+        planes = planes_of(packed, packed.narrow)
     elif packed is not None:
         words = _cells(packed.down)
         planes, strides, shift = (words, None, None, None), words.stride()[:2], rescaling(packed.tops[2])

@@ -17,15 +17,14 @@ import triton
 import triton.language as tl
 
 from moefold_kernels import layout_pairs
-from moefold_kernels.levels import E4M3
+from moefold_kernels.levels import FACTOR
 from moefold_kernels.triton import leveled_decode
 from moefold_kernels.triton.decode import decode_cell
 from moefold_kernels.triton.decode_levels import BAND, BITS, STEP
-from moefold_kernels.triton.leveled_decode import SCALE_EXPONENT
 
-FACTOR_AT = tl.constexpr(E4M3 + 24)
+FACTOR_AT = tl.constexpr(FACTOR)
 """Where among a matrix's integers (levels.py) the factor of e4m3 numbers is."""
-NUMBERS = tl.constexpr(2.0 ** (120 - SCALE_EXPONENT))
+NUMBERS = tl.constexpr(leveled_decode.NUMBERS)
 """What pair8's numbers have to be multiplied with beside it, as assembly makes them."""
 _PAIR4, _PAIR5, _PAIR6, _PAIR8 = (
     tl.constexpr(leveled_decode.assembly(format, 1, scaled=False)) for format in layout_pairs.MAGNITUDE_BITS

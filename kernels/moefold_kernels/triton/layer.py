@@ -24,6 +24,7 @@ from moefold_kernels.triton.weights import (
     Projections,
     Weights,
     elements_between,
+    planes_of,
     rescaling,
     stride_of,
 )
@@ -425,9 +426,7 @@ def _overlaps(tile: Tile, target: Target, words: Tensor, x: Tensor, matrices: in
 
 def _planes(kind: Leveled, matrix: Planes, rows: int, columns: int) -> tuple[tuple[Tensor, ...], int, bool]:
     """Planes and levels as project.py takes them, the bits of the plane `low`, and whether they lie in bands."""
-    low = matrix.words if matrix.low is None else matrix.low  # any pointer, where nothing is read
-    planes = matrix.words, low, matrix.scale, kind.levels
-    return planes, layout_pairs.low_bits(kind.format), layout_pairs.banded(rows, columns)
+    return planes_of(kind, matrix), layout_pairs.low_bits(kind.format), layout_pairs.banded(rows, columns)
 
 
 def _narrow(shared: dict[str, Any], tile: Tile, *but: str) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 
-from moefold_kernels.levels import E4M3, INTEGERS
-from moefold_kernels.triton.leveled_decode import SCALE_EXPONENT
+from moefold_kernels.levels import FACTOR, INTEGERS
+from moefold_kernels.triton import leveled_decode
 from moefold_kernels.triton.leveled_operands import decoded, read, right, scale_of, tables_of
 from moefold_kernels.triton.leveled_planes import entries_of, planes_at
 from moefold_kernels.triton.leveled_stage import (
@@ -50,9 +50,9 @@ from moefold_kernels.triton.overlapped import (
     write_outer,
 )
 
-TABLE, FACTOR_AT = gl.constexpr(INTEGERS), gl.constexpr(E4M3 + 24)
+TABLE, FACTOR_AT = gl.constexpr(INTEGERS), gl.constexpr(FACTOR)
 """Integers of a matrix in `levels`; where among them the factor of e4m3 numbers is."""
-NUMBERS = gl.constexpr(2.0 ** (120 - SCALE_EXPONENT))
+NUMBERS = gl.constexpr(leveled_decode.NUMBERS)
 """What pair8's products of numbers and scales have to be multiplied with, beside the factor."""
 
 

@@ -43,6 +43,8 @@ _PRODUCT_OF_AMPERE = "fma.rn.bf16x2 {result}, m, {scale}, e"
 SCALE_EXPONENT = 64
 """pair8's scales are given times two to this, so that products with numbers near 2 ** -125 are no subnormal ones (for
 scales from 2 ** -60 on); scales have to be below 2 ** 64."""
+NUMBERS = 2.0 ** (120 - SCALE_EXPONENT)
+"""What pair8's products of numbers and scales have to be multiplied with, beside the factor (levels.FACTOR)."""
 
 
 def tables_of(format: str, slots: int) -> int:

@@ -110,6 +110,11 @@ def contiguous(planes: Planes) -> Planes:
     return Planes(*(None if part is None else part.contiguous() for part in planes))  # type: ignore[arg-type]
 
 
+def planes_of(kind: Leveled, matrix: Planes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Words, bits of `low` (any tensor, where nothing is read), scales, and the levels of all matrices."""
+    return matrix.words, matrix.words if matrix.low is None else matrix.low, matrix.scale, kind.levels
+
+
 def rescaling(top: int) -> float:
     """What sums of a matrix with the window top `top` are multiplied with, beside 2 ** 63 (decode.rescale)."""
     return 2.0 ** (layout.low(top) - 96)

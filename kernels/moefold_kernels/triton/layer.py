@@ -15,7 +15,7 @@ from moefold_kernels import layout, layout_pairs
 from moefold_kernels.triton import by_entry_launch, e4m3_launch, joined, leveled_launch, plans, project
 from moefold_kernels.triton.configs import Shape, choose
 from moefold_kernels.triton.e4m3_launch import Terms
-from moefold_kernels.triton.plans import Plan, Tile
+from moefold_kernels.triton.plans import STREAMED, Plan, Tile
 from moefold_kernels.triton.portability import Target, blocks, launch, power_of_two
 from moefold_kernels.triton.routing import Rows, Tables, Tiles, route
 from moefold_kernels.triton.weights import (
@@ -187,22 +187,54 @@ def both(
         assert kind.gate is not None
         bias, below = (None, None) if biases is None else (biases.gate, biases.down)
         programs = _programs(table, mode) * (blocks(inner, tile.rows) + blocks(hidden, 2 * tile.rows))
+        operands = (
+            x, kind.gate, between, kind.down, parts, tables.order, tables.offsets, table, tables.ready,
+            weights.experts, top_k_weights.contiguous(), bias, below,
+        )  # fmt: skip
+        shared = {
+            "hidden": hidden, "inner": inner, "top_k": top_k_weights.shape[1], "capacity": table.shape[1],
+            "x_row": x.stride(0), "w_unit": kind.gate.stride(0), "w_row": kind.gate.stride(1),
+            "w_up": elements_between(kind.gate, kind.up), "down_unit": kind.down.stride(0),
+            "down_row": kind.down.stride(1), "gate_shift": rescaling(kind.tops[0]), "up_shift": rescaling(kind.tops[1]),
+            "down_shift": rescaling(kind.tops[2]), "bias_expert": stride_of(bias, 0), "bias_row": stride_of(bias, 1),
+            "bias_up": 0 if biases is None else elements_between(biases.gate, biases.up),
+            "down_bias_expert": stride_of(below, 0), "down_bias_row": stride_of(below, 1), "limit": activation.limit,
+            "alpha": activation.alpha, "ACTIVATION": ACTIVATIONS[activation.name],
+        }  # fmt: skip
+        if tile.mode == STREAMED and mode == project.PAIR.value and _streams(kind, target, x, between):
+            from moefold_kernels.triton import streamed
+
+            grid = (min(programs, processors(x.device)),)
+            cut = {name: value for name, value in _cut(tile, target).items() if name != "GROUP"}
+            launch(streamed.project, grid, *operands, **shared, **cut, PLACES=tile.stages, REGISTERS=COPY_REGISTERS)
+            continue
+        tile = replace(tile, mode="pair", stages=min(tile.stages, SHALLOW)) if tile.mode == STREAMED else tile
         launch(
-            joined.project, (programs,), x, kind.gate, between, kind.down, parts, tables.order, tables.offsets, table,
-            tables.ready, weights.experts, top_k_weights.contiguous(), bias, below, hidden, inner, first=first,
-            top_k=top_k_weights.shape[1], units=len(kind.up), capacity=table.shape[1], x_row=x.stride(0),
-            w_unit=kind.gate.stride(0), w_row=kind.gate.stride(1), w_up=elements_between(kind.gate, kind.up),
-            down_unit=kind.down.stride(0), down_row=kind.down.stride(1),
-            gate_shift=rescaling(kind.tops[0]), up_shift=rescaling(kind.tops[1]), down_shift=rescaling(kind.tops[2]),
-            bias_expert=stride_of(bias, 0), bias_row=stride_of(bias, 1),
-            bias_up=0 if biases is None else elements_between(biases.gate, biases.up),
-            down_bias_expert=stride_of(below, 0), down_bias_row=stride_of(below, 1), limit=activation.limit,
-            alpha=activation.alpha, MODE=mode, ACTIVATION=ACTIVATIONS[activation.name], ASM=target.assembly,
-            UPCAST=target.upcast, CHAIN=target.chain, LINES=_lines(tile, min(hidden, inner)),
-            GUESS=target.chain and _guess(len(tables.order), len(weights.places), tile),
-            num_stages=tile.stages, **_cut(tile, target),
+            joined.project, (programs,), *operands, **shared, first=first, units=len(kind.up), MODE=mode,
+            ASM=target.assembly, UPCAST=target.upcast, CHAIN=target.chain, LINES=_lines(tile, min(hidden, inner)),
+            GUESS=target.chain and _guess(len(tables.order), len(weights.places), tile), num_stages=tile.stages,
+            **_cut(tile, target),
         )  # fmt: skip
     return parts
+
+
+def _streams(kind: Projections, target: Target, x: Tensor, between: Tensor) -> bool:
+    """Whether streamed.py takes this: copies of 16 bytes, and rows that 32 bits find, of a unit and of a batch."""
+    matrices = [matrix for matrix in (kind.gate, kind.up, kind.down) if matrix is not None]
+    strides = [stride for matrix in matrices for stride in matrix.stride()[:2]] + [x.stride(0)]
+    lengths = [matrix.shape[1] * matrix.stride(1) for matrix in matrices] + [len(x) * x.stride(0), between.numel()]
+    return (
+        target.overlap
+        and all(stride % 8 == 0 for stride in strides)
+        and all(tensor.data_ptr() % 16 == 0 for tensor in (*matrices, x))
+        and max(lengths) <= leveled_launch.LARGEST
+    )
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _terms(rows: Rows | None) -> Terms | None:

@@ -26,8 +26,8 @@ ROUNDED = 8
 """Tokens of down's tile from which on a kernel makes terms of the rows between the projections (Plan.rounded)."""
 LEAST_REGISTERS, MOST_REGISTERS = 64, 248
 """Of a thread."""
-BY_ENTRY = "entry"
-MODES = ("pair", "slot", "overlapped_pair", "overlapped", BY_ENTRY)
+BY_ENTRY, STREAMED = "entry", "streamed"
+MODES = ("pair", "slot", "overlapped_pair", "overlapped", STREAMED, BY_ENTRY)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Tile:
 
     mode: str
     """For packed experts: "pair", "slot" (project.py), or "overlapped_pair", "overlapped" (files of these names, on
-    Hopper; elsewhere "pair" and "slot"). For all, and both projections: "entry" (by_entry.py)."""
+    Hopper; elsewhere "pair" and "slot"), and joined in one launch "streamed" (likewise; elsewhere "pair"). For all, and
+    both projections: "entry" (by_entry.py)."""
     tokens: int
     """Entries of a program, for each slot: a power of two from 16 on (8 in the overlapped modes, 1 by entry), and"""
     extra: int
@@ -69,6 +70,8 @@ class Tile:
             raise FormatError(
                 f"terms is {self.terms!r}, and must be 0, or 2 in an overlapped mode (overlapped_pair: nothing extra)"
             )
+        if self.mode == STREAMED and (self.columns, self.warps % 4, self.group) != (64, 0, 1):
+            raise FormatError(f"mode {STREAMED}: write 64 for columns, a number of 4 for warps, and 1 for group")
         if self.mode == BY_ENTRY and (self.tokens, self.extra, self.group, self.splits) != (1, 0, 1, 1):
             raise FormatError(f"mode {BY_ENTRY}: write 1 for tokens, group and splits, and 0 for extra")
         least = 4 if self.terms else 8 if self.overlapped else 1 if self.mode == BY_ENTRY else 16
@@ -103,7 +106,7 @@ class Tile:
     @property
     def paired(self) -> bool:
         """Whether a program serves both slots of a pair."""
-        return self.mode.endswith("pair")
+        return self.mode.endswith("pair") or self.mode == STREAMED
 
     @property
     def overlapped(self) -> bool:
@@ -150,6 +153,8 @@ class Plan:
         able = not self.first.overlapped and self.first.splits == 1 and not self.by_entry
         if self.joined and not (able and self.second == _below(self.first)):
             raise FormatError(f"{self.first} and {self.second} cannot be joined in one launch")
+        if STREAMED in (first.mode, second.mode) and not (self.joined and 2 * first.rows >= PER_WARP * first.warps):
+            raise FormatError(f"{first} and {second}: mode {STREAMED} is for joined plans, and 16 rows a warp")
 
     @property
     def rounded(self) -> bool:
@@ -196,7 +201,11 @@ def tile_fits(tile: Tile, gated: bool, memory: int, format: str = layout.EXPONEN
     if tile.overlapped and format != layout.EXPONENT:
         return leveled_bytes(tile, gated, format) <= memory
     rows, entries = tile.rows * (2 if gated else 1), tile.entries * (2 if tile.paired else 1)
-    more = -WRITING - _apart(tile) if tile.overlapped else 16384
+    more = 16384
+    if tile.overlapped:
+        more = -WRITING - _apart(tile)
+    if tile.mode == STREAMED:
+        more = -WRITING - BARRIERS
     return 2 * (rows + entries) * tile.columns * tile.stages <= memory + more
 
 

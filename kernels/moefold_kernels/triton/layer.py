@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moefold_kernels import layout, layout_pairs
-from moefold_kernels.triton import by_entry_launch, e4m3_launch, joined, leveled_launch, plans, project
+from moefold_kernels.triton import by_entry_launch, e4m3_launch, joined, leveled_launch, plans, project, streamed_launch
 from moefold_kernels.triton.configs import Shape, choose
 from moefold_kernels.triton.e4m3_launch import Terms
 from moefold_kernels.triton.plans import STREAMED, Plan, Tile
@@ -201,40 +201,18 @@ def both(
             "down_bias_expert": stride_of(below, 0), "down_bias_row": stride_of(below, 1), "limit": activation.limit,
             "alpha": activation.alpha, "ACTIVATION": ACTIVATIONS[activation.name],
         }  # fmt: skip
-        if tile.mode == STREAMED and mode == project.PAIR.value and _streams(kind, target, x, between):
-            from moefold_kernels.triton import streamed
-
-            grid = (min(programs, processors(x.device)),)
+        guess = target.chain and _guess(len(tables.order), len(weights.places), tile)
+        if tile.mode == STREAMED and mode == project.PAIR.value and streamed_launch.takes(kind, x, between):
             cut = {name: value for name, value in _cut(tile, target).items() if name != "GROUP"}
-            launch(streamed.project, grid, *operands, **shared, **cut, PLACES=tile.stages, REGISTERS=COPY_REGISTERS)
+            streamed_launch.both(operands, shared | cut, tile, len(kind.up), len(tables.order), guess)
             continue
         tile = replace(tile, mode="pair", stages=min(tile.stages, SHALLOW)) if tile.mode == STREAMED else tile
         launch(
             joined.project, (programs,), *operands, **shared, first=first, units=len(kind.up), MODE=mode,
             ASM=target.assembly, UPCAST=target.upcast, CHAIN=target.chain, LINES=_lines(tile, min(hidden, inner)),
-            GUESS=target.chain and _guess(len(tables.order), len(weights.places), tile), num_stages=tile.stages,
-            **_cut(tile, target),
+            GUESS=guess, num_stages=tile.stages, **_cut(tile, target),
         )  # fmt: skip
     return parts
-
-
-def _streams(kind: Projections, target: Target, x: Tensor, between: Tensor) -> bool:
-    """Whether streamed.py takes this: copies of 16 bytes, and rows that 32 bits find, of a unit and of a batch."""
-    matrices = [matrix for matrix in (kind.gate, kind.up, kind.down) if matrix is not None]
-    strides = [stride for matrix in matrices for stride in matrix.stride()[:2]] + [x.stride(0)]
-    lengths = [matrix.shape[1] * matrix.stride(1) for matrix in matrices] + [len(x) * x.stride(0), between.numel()]
-    return (
-        target.overlap
-        and all(stride % 8 == 0 for stride in strides)
-        and all(tensor.data_ptr() % 16 == 0 for tensor in (*matrices, x))
-        and max(lengths) <= leveled_launch.LARGEST
-    )
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _terms(rows: Rows | None) -> Terms | None:

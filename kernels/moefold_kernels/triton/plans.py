@@ -18,6 +18,8 @@ MOST_WRITING = 8192
 """The same where they are float32, as sums of a part of the columns are; of more none go through it (overlapped.py)."""
 BARRIERS = 512
 """Bytes that warps apart take for barriers and for what they hand over, at most (252 seen)."""
+TOLD = 3
+"""Items that a program of streamed.py knows of at once: a record of 32 bytes, and eight of an entry of both slots."""
 KEPT = 8
 """Bytes of an entry that they keep to write blocks of rows in turn."""
 THINLY = 32
@@ -70,8 +72,8 @@ class Tile:
             raise FormatError(
                 f"terms is {self.terms!r}, and must be 0, or 2 in an overlapped mode (overlapped_pair: nothing extra)"
             )
-        if self.mode == STREAMED and (self.columns, self.warps % 4, self.group) != (64, 0, 1):
-            raise FormatError(f"mode {STREAMED}: write 64 for columns, a number of 4 for warps, and 1 for group")
+        if self.mode == STREAMED and (self.columns not in (64, 128) or self.warps % 4 or self.group != 1):
+            raise FormatError(f"mode {STREAMED}: write 64 or 128 for columns, a number of 4 for warps, 1 for group")
         if self.mode == BY_ENTRY and (self.tokens, self.extra, self.group, self.splits) != (1, 0, 1, 1):
             raise FormatError(f"mode {BY_ENTRY}: write 1 for tokens, group and splits, and 0 for extra")
         least = 4 if self.terms else 8 if self.overlapped else 1 if self.mode == BY_ENTRY else 16
@@ -205,7 +207,7 @@ def tile_fits(tile: Tile, gated: bool, memory: int, format: str = layout.EXPONEN
     if tile.overlapped:
         more = -WRITING - _apart(tile)
     if tile.mode == STREAMED:
-        more = -WRITING - BARRIERS
+        more = -WRITING - BARRIERS - TOLD * (32 + 16 * (tile.tokens + max(tile.extra, 16)))
     return 2 * (rows + entries) * tile.columns * tile.stages <= memory + more
 
 

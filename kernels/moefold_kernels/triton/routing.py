@@ -55,7 +55,7 @@ class Tables(NamedTuple):
     offsets: Tensor  # [places + 2] int32; the last two are the same unless the router named experts that do not exist
     first: Tiles
     second: Tiles  # the same tensors where both projections cut alike
-    ready: Tensor  # for joined.py, else empty: int32 [4 + 2 * tiles], how many tiles there are, then from 4 on zeros
+    ready: Tensor  # for joined plans, else empty: int32 [4 + 2 * tiles], how many tiles there are, then zeros
     rows: Rows | None = None
     """Tokens that were rewritten on the way, for the first projection."""
 

@@ -72,8 +72,8 @@ def _plan(
         tiles += 2 * (packed2 + alone2)
         number = tl.sum((pairs + TOKENS1 - 1) // TOKENS1, 0) + tl.sum((alone + TOKENS1 - 1) // TOKENS1, 0)
         tl.store(tiles, number)
-        for start in range(0, zeros, PLACES):
-            tl.store(tiles + 4 + start + place, 0, mask=start + place < zeros)
+        for start in range(1, 4 + zeros, PLACES):
+            tl.store(tiles + start + place, 0, mask=start + place < 4 + zeros)
 
 
 @triton.jit(

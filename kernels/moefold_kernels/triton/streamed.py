@@ -10,9 +10,6 @@ Blocks of down wait until the first projection has written all blocks of their t
 wait for each other, so all must run at once: one a processor, never more than there are.
 """
 
-# mypy: disable-error-code=assignment
-# (tuples that grow)
-
 from __future__ import annotations
 
 import triton.experimental.gluon as gluon
@@ -32,15 +29,22 @@ from moefold_kernels.triton.overlapped import (
     after_the_one_before,
     barrier,
     copy_layout,
-    entries_at,
-    gates_of,
     product_layout,
+    store_layout,
     write_inner,
     write_outer,
 )
 
-PART = gl.constexpr(32)
-"""Columns of one set of operands (overlapped_apart.py)."""
+RING = gl.constexpr(2)
+"""Items that are told of at once: one is multiplied, one copied."""
+ASKING = gl.constexpr(384)
+"""Columns of an item that are yet to be copied when the next one is asked for: copied while it is looked up."""
+FIELDS = gl.constexpr(8)
+"""Of a record."""
+MOST_IN_TWO = gl.constexpr(80)
+"""Entries of a slot, at most, beside whose sums there are registers for operands of half a step."""
+LOOKING = gl.constexpr(40)
+"""Registers of a thread that looks ahead."""
 
 
 @gluon.jit
@@ -54,54 +58,166 @@ def _operands(words):
 @gluon.jit
 def _places(ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr):
     """Words, each slot's tokens and extra ones of PLACES steps, and two barriers of each: `come`, `free` (apart.py)."""
-    turned: gl.constexpr = gl.NVMMASharedLayout(2 * COLUMNS, 16, 2)
+    turned: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     words = gl.allocate_shared_memory(gl.int16, [PLACES, ROWS, COLUMNS], turned)
     tokens0 = gl.allocate_shared_memory(gl.bfloat16, [PLACES, TOKENS, COLUMNS], turned)
     tokens1 = gl.allocate_shared_memory(gl.bfloat16, [PLACES, TOKENS, COLUMNS], turned)
     more0 = gl.allocate_shared_memory(gl.bfloat16, [PLACES if EXTRA else 1, max(EXTRA, 8), COLUMNS], turned)
     more1 = gl.allocate_shared_memory(gl.bfloat16, [PLACES if EXTRA else 1, max(EXTRA, 8), COLUMNS], turned)
-    come = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    for place in gl.static_range(PLACES):
-        mbarrier.init(come.index(place), count=32 * COPYING)
-        mbarrier.init(free.index(place), count=32 * gl.num_warps())
+    come, free = _barriers(PLACES, 32 * COPYING, 32 * gl.num_warps())
     return words, tokens0, tokens1, more0, more1, come, free
 
 
 @gluon.jit
-def _tile(tables, item, n_blocks, TOKENS: gl.constexpr, EXTRA: gl.constexpr):
-    """Of an item, which is one of a tile's `n_blocks` blocks of rows: tile, block, unit and its slots' entries."""
-    _, offsets, tiles, capacity = tables
-    tile = item // n_blocks
-    unit = gl.load(tiles + tile)
-    skipped = gl.load(tiles + capacity + tile) * (TOKENS + EXTRA)
-    begin0, middle = gl.load(offsets + 2 * unit) + skipped, gl.load(offsets + 2 * unit + 1)
-    return tile, item % n_blocks, unit, begin0, middle, middle + skipped, gl.load(offsets + 2 * unit + 2)
+def _ring(TOKENS: gl.constexpr, EXTRA: gl.constexpr):
+    """What is told of the next items: a record, the numbers and gate weights of entries, and two barriers of each.
+
+    A record is: the projection (0, 1, or -1 behind the last item), the block of rows, the unit, where the slots'
+    entries begin and end, and the tile.
+    """
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    records = gl.allocate_shared_memory(gl.int32, [RING, FIELDS], flat)
+    rest: gl.constexpr = max(EXTRA, 16)
+    of0, of1, more0, more1 = _entries(TOKENS), _entries(TOKENS), _entries(rest), _entries(rest)
+    numbers, gates = (of0[0], of1[0], more0[0], more1[0]), (of0[1], of1[1], more0[1], more1[1])
+    told, heard = _barriers(RING, 1, 2)
+    asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(asked, count=1)
+    return records, numbers, gates, told, heard, asked
 
 
 @gluon.jit
-def _next(item, programs, first):
-    """The smallest item from `first` on that is `item` and a number of `programs` more."""
-    return item + gl.cdiv(gl.maximum(first - item, 0), programs) * programs
+def _entries(N: gl.constexpr):
+    """Room for N entries' numbers and gate weights of each item of the ring."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    numbers = gl.allocate_shared_memory(gl.int32, [RING, N], flat)
+    return numbers, gl.allocate_shared_memory(gl.float32, [RING, N], flat)
 
 
 @gluon.jit
-def _rows(order, begin, end, top_k, row, COLUMNS: gl.constexpr, N: gl.constexpr, SECOND: gl.constexpr):
-    """Where N entries' tokens are, or (SECOND) their activations: offsets [N, COLUMNS], and which are there [N, 1]."""
+def _barriers(N: gl.constexpr, FIRST: gl.constexpr, SECOND: gl.constexpr):
+    """Two barriers of each of N, which so many threads arrive at."""
+    one = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    other = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for number in gl.static_range(N):
+        mbarrier.init(one.index(number), count=FIRST)
+        mbarrier.init(other.index(number), count=SECOND)
+    return one, other
+
+
+@gluon.jit
+def _after(place, phase, N: gl.constexpr):
+    """The next of N places, and its phase."""
+    last = place == N - 1
+    return gl.where(last, 0, place + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def _until(ready, wanted):
+    """Wait until `ready` says so many blocks; what others wrote before they counted can be read then."""
+    while gl.load(ready, volatile=True) < wanted:
+        pass
+    gl.inline_asm_elementwise("fence.acq_rel.gpu; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _tell(numbers, gates, slot, order, weights, begin, end, top_k, second, N: gl.constexpr):
+    """Of N entries from `begin` on: their tokens, or for down (second) their numbers and gate weights."""
+    n = begin + gl.arange(0, N, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    entry = gl.load(order + n, mask=n < end, other=0)
+    if second:
+        gates.index(slot).store(gl.load(weights + entry).to(gl.float32))
+    numbers.index(slot).store(entry if second else entry // top_k)
+
+
+@gluon.jit
+def _in_order(item, firsts, early, late):
+    """Whether an item is one of down's, and its number among those of its projection.
+
+    All of gate and up but the `late` ones come first, then `early` ones of down, the late ones, and the rest.
+    """
+    begin = firsts - late
+    second = (item >= begin) & ((item < begin + early) | (item >= firsts + early))
+    number = gl.where(item < begin, item, gl.where(item < begin + early, item - begin, item - early))
+    return second, gl.where(item >= firsts + early, item - firsts, number)
+
+
+@gluon.jit
+def _schedule(
+    ring, order, offsets, tiles, capacity, ready, weights, hidden, inner, top_k, early, late,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr,
+):  # fmt: skip
+    """The warp that looks ahead: it takes items in their order, and tells the others of them."""
+    after_the_one_before()
+    records, numbers, gates, told, heard, asked = ring
+    programs, n_tiles = gl.num_programs(0), gl.load(ready)
+    n_in, n_out = gl.cdiv(inner, ROWS), gl.cdiv(hidden, 2 * ROWS)
+    firsts = n_tiles * n_in
+    late = gl.minimum(late, firsts)
+    early = gl.minimum(early, (firsts - late) // n_in * n_out)  # of tiles that are before them: nobody waits for itself
+    field = gl.arange(0, FIELDS, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    item = gl.program_id(0)
+    slot, phase, again = 0, 0, 0
+    while item < firsts + n_tiles * n_out:
+        second, number = _in_order(item, firsts, early, late)
+        n_blocks = gl.where(second, n_out, n_in)
+        tile = number // n_blocks
+        unit = gl.load(tiles + tile)
+        skipped = gl.load(tiles + capacity + tile) * (TOKENS + EXTRA)
+        begin0, middle = gl.load(offsets + 2 * unit) + skipped, gl.load(offsets + 2 * unit + 1)
+        begin1, end1 = middle + skipped, gl.load(offsets + 2 * unit + 2)
+        record = gl.where(field == 0, second.to(gl.int32), number % n_blocks)
+        record = gl.where(field == 2, unit, record)
+        record = gl.where(field == 3, begin0, record)
+        record = gl.where(field == 4, middle, record)
+        record = gl.where(field == 5, begin1, record)
+        record = gl.where(field == 6, end1, record)
+        record = gl.where(field == 7, tile, record)
+        mbarrier.wait(heard.index(slot), phase ^ 1)
+        records.index(slot).store(record)
+        _tell(numbers[0], gates[0], slot, order, weights, begin0, middle, top_k, second, TOKENS)
+        _tell(numbers[1], gates[1], slot, order, weights, begin1, end1, top_k, second, TOKENS)
+        if EXTRA:
+            _tell(numbers[2], gates[2], slot, order, weights, begin0 + TOKENS, middle, top_k, second, EXTRA)
+            _tell(numbers[3], gates[3], slot, order, weights, begin1 + TOKENS, end1, top_k, second, EXTRA)
+        if second:
+            _until(ready + 4 + tile, n_in)
+        barrier()
+        mbarrier.arrive(told.index(slot), count=1)
+        slot, phase = _after(slot, phase, RING)
+        mbarrier.wait(asked, again)
+        again ^= 1
+        item = programs + gl.atomic_add(ready + 1, 1, sem="relaxed")
+    mbarrier.wait(heard.index(slot), phase ^ 1)
+    records.index(slot).store(gl.where(field == 0, -1, 0))
+    barrier()
+    mbarrier.arrive(told.index(slot), count=1)
+
+
+@gluon.jit
+def _field(records, slot, FIELD: gl.constexpr):
+    """One number of a record."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.sum(records.index(slot).slice(FIELD, 1).load(layout), 0)
+
+
+@gluon.jit
+def _rows(numbers, slot, begin, end, second, row, COLUMNS: gl.constexpr, N: gl.constexpr):
+    """Where N entries' tokens are, or (second) their activations: offsets [N, COLUMNS], and which are there [N, 1]."""
     layout: gl.constexpr = copy_layout(COLUMNS, gl.num_warps())
     n = begin + gl.arange(0, N, gl.SliceLayout(1, layout))
     live = n < end
-    at = gl.where(live, n, 0) if SECOND else gl.load(order + n, mask=live, other=0) // top_k
+    at = gl.where(second, gl.where(live, n, 0), numbers.index(slot).load(gl.SliceLayout(1, layout)))
     offset = gl.multiple_of(at * row, 8)[:, None] + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
     return offset, live[:, None]
 
 
 @gluon.jit
-def _stream(
+def _bring(
     places, w, offsets, x, tokens, steps, place, phase,
     COLUMNS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
-    """Bring one item's words from `w` and its tokens from `x`, as places become free; the next place and its phase."""
+    """Copy words from `w` and tokens from `x` for some steps, as places become free; what is behind them."""
     words, tokens0, tokens1, more0, more1, come, free = places
     own0, own1, rest0, rest1 = tokens
     for _ in range(steps):
@@ -115,62 +231,76 @@ def _stream(
         async_copy.mbarrier_arrive(come.index(place), increment_count=False)
         w += COLUMNS
         x += COLUMNS
-        last = place == PLACES - 1
-        phase = gl.where(last, phase ^ 1, phase)
-        place = gl.where(last, 0, place + 1)
-    return place, phase
+        place, phase = _after(place, phase, PLACES)
+    return w, x, place, phase
 
 
 @gluon.jit
-def _until(ready, wanted):
-    """Wait until `ready` says so many blocks; what others wrote before they counted can be read then."""
-    while gl.load(ready, volatile=True) < wanted:
-        pass
-    gl.inline_asm_elementwise("fence.acq_rel.gpu; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+def _prefetch(lines):
+    """Ask L2 for cache lines."""
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // $0", "=r,l", [lines], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
 
 
 @gluon.jit
 def _copy(
-    places, tables, x, words, between, down, ready, hidden, inner, top_k, x_row, w_unit, w_row, w_up, down_unit,
-    down_row,
+    places, ring, x, words, between, down, hidden, inner, x_row, w_unit, w_row, w_up, down_unit, down_row, units,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
+    GUESS: gl.constexpr,
 ):  # fmt: skip
-    """Copying warps' part."""
+    """Copying warps' part: each item's words and tokens, as places become free."""
+    if GUESS:
+        n_in = gl.cdiv(inner, ROWS)
+        tile = gl.program_id(0) // n_in
+        if tile < units:
+            flat = gl.arange(0, 2 * ROWS, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+            first = gl.program_id(0) % n_in * ROWS
+            lines = words + tile.to(gl.int64) * w_unit + gl.where(flat % 16 >= 8, w_up, 0)
+            lines += (first + flat // 16 * 8 + flat % 8) % inner * w_row
+            for line in gl.static_range(PLACES * COLUMNS // 64):
+                _prefetch(lines + 64 * line)
     after_the_one_before()
-    order = tables[0]
+    records, numbers, _gates, told, heard, asked = ring
     rest: gl.constexpr = max(EXTRA, 16)
     layout: gl.constexpr = copy_layout(COLUMNS, gl.num_warps())
     k = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
     stacked = gl.arange(0, 2 * ROWS, gl.SliceLayout(1, layout))
-    programs, n_tiles = gl.num_programs(0), gl.load(ready)
-    n_in, n_out = gl.cdiv(inner, ROWS), gl.cdiv(hidden, 2 * ROWS)
-    firsts = n_tiles * n_in
     place, phase = 0, 0
-    for item in range(gl.program_id(0), firsts, programs):
-        _, block, unit, begin0, end0, begin1, end1 = _tile(tables, item, n_in, TOKENS, EXTRA)
-        row = (block * ROWS + stacked // 16 * 8 + stacked % 8) % inner
-        base = words + unit.to(gl.int64) * w_unit + gl.where(stacked % 16 >= 8, w_up, 0)[:, None]
-        offsets = gl.multiple_of(row * w_row, 8)[:, None] + k
-        own0 = _rows(order, begin0, end0, top_k, x_row, COLUMNS, TOKENS, False)
-        own1 = _rows(order, begin1, end1, top_k, x_row, COLUMNS, TOKENS, False)
-        rest0 = _rows(order, begin0 + TOKENS, end0, top_k, x_row, COLUMNS, rest, False)
-        rest1 = _rows(order, begin1 + TOKENS, end1, top_k, x_row, COLUMNS, rest, False)
-        tokens = own0, own1, rest0, rest1
-        steps = hidden // COLUMNS
-        place, phase = _stream(places, base, offsets, x, tokens, steps, place, phase, COLUMNS, EXTRA, PLACES)
-    for item in range(_next(gl.program_id(0), programs, firsts) - firsts, n_tiles * n_out, programs):
-        tile, block, unit, begin0, end0, begin1, end1 = _tile(tables, item, n_out, TOKENS, EXTRA)
-        row = (block * (2 * ROWS) + stacked) % hidden
-        base = down + unit.to(gl.int64) * down_unit
-        offsets = gl.multiple_of(row * down_row, 8)[:, None] + k
-        own0 = _rows(order, begin0, end0, top_k, inner, COLUMNS, TOKENS, True)
-        own1 = _rows(order, begin1, end1, top_k, inner, COLUMNS, TOKENS, True)
-        rest0 = _rows(order, begin0 + TOKENS, end0, top_k, inner, COLUMNS, rest, True)
-        rest1 = _rows(order, begin1 + TOKENS, end1, top_k, inner, COLUMNS, rest, True)
-        tokens = own0, own1, rest0, rest1
-        steps = inner // COLUMNS
-        _until(ready + 4 + tile, n_in)
-        place, phase = _stream(places, base, offsets, between, tokens, steps, place, phase, COLUMNS, EXTRA, PLACES)
+    slot, turn = 0, 0
+    mbarrier.wait(told.index(slot), turn)
+    kind = _field(records, slot, 0)
+    while kind >= 0:
+        second = kind > 0
+        block, unit = _field(records, slot, 1), _field(records, slot, 2).to(gl.int64)
+        begin0, end0 = _field(records, slot, 3), _field(records, slot, 4)
+        begin1, end1 = _field(records, slot, 5), _field(records, slot, 6)
+        if second:
+            w = down + unit * down_unit + 0 * stacked[:, None]
+            offset = gl.multiple_of((block * (2 * ROWS) + stacked) % hidden * down_row, 8)
+            source, row, steps = between, inner, inner // COLUMNS
+        else:
+            w = words + unit * w_unit + gl.where(stacked % 16 >= 8, w_up, 0)[:, None]
+            offset = gl.multiple_of((block * ROWS + stacked // 16 * 8 + stacked % 8) % inner * w_row, 8)
+            source, row, steps = x, x_row, hidden // COLUMNS
+        offsets = offset[:, None] + k
+        own0, live0 = _rows(numbers[0], slot, begin0, end0, second, row, COLUMNS, TOKENS)
+        own1, live1 = _rows(numbers[1], slot, begin1, end1, second, row, COLUMNS, TOKENS)
+        rest0, more_live0 = _rows(numbers[2], slot, begin0 + TOKENS, end0, second, row, COLUMNS, rest)
+        rest1, more_live1 = _rows(numbers[3], slot, begin1 + TOKENS, end1, second, row, COLUMNS, rest)
+        barrier()
+        mbarrier.arrive(heard.index(slot), count=1)
+        tokens = (own0, live0), (own1, live1), (rest0, more_live0), (rest1, more_live1)
+        last = gl.minimum(ASKING // COLUMNS, steps)
+        w, source, place, phase = _bring(
+            places, w, offsets, source, tokens, steps - last, place, phase, COLUMNS, EXTRA, PLACES
+        )
+        barrier()
+        mbarrier.arrive(asked, count=1)
+        w, source, place, phase = _bring(places, w, offsets, source, tokens, last, place, phase, COLUMNS, EXTRA, PLACES)
+        slot, turn = _after(slot, turn, RING)
+        mbarrier.wait(told.index(slot), turn)
+        kind = _field(records, slot, 0)
     async_copy.wait_group(0)
 
 
@@ -192,6 +322,8 @@ def _products(
     """
     gl.assume(steps > 0)
     words, tokens0, tokens1, more0, more1, come, free = places
+    parts: gl.constexpr = 4 if TOKENS + EXTRA > MOST_IN_TWO else 2
+    columns: gl.constexpr = COLUMNS // parts  # of one set of operands (overlapped_apart.py)
     rest: gl.constexpr = max(EXTRA, 16)
     mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
     mma_extra: gl.constexpr = product_layout(rest, gl.num_warps())
@@ -204,18 +336,18 @@ def _products(
     for step in range(steps):
         mbarrier.wait(come.index(place), phase)
         fence_async_shared()
-        for part in gl.static_range(COLUMNS // PART):
-            own, other = _operands(words.index(place).slice(PART * part, PART, 1).load(left))
-            right = tokens0.index(place).slice(PART * part, PART, 1).permute((1, 0))
+        for part in gl.static_range(parts):
+            own, other = _operands(words.index(place).slice(columns * part, columns, 1).load(left))
+            right = tokens0.index(place).slice(columns * part, columns, 1).permute((1, 0))
             sums0 = warpgroup_mma(own, right, sums0, is_async=True)
-            right = tokens1.index(place).slice(PART * part, PART, 1).permute((1, 0))
+            right = tokens1.index(place).slice(columns * part, columns, 1).permute((1, 0))
             sums1 = warpgroup_mma(other, right, sums1, is_async=True)
             if USED:
                 own = gl.convert_layout(own, left_extra, assert_trivial=True)
                 other = gl.convert_layout(other, left_extra, assert_trivial=True)
-                right = more0.index(place).slice(PART * part, PART, 1).permute((1, 0))
+                right = more0.index(place).slice(columns * part, columns, 1).permute((1, 0))
                 extra0 = warpgroup_mma(own, right, extra0, is_async=True)
-                right = more1.index(place).slice(PART * part, PART, 1).permute((1, 0))
+                right = more1.index(place).slice(columns * part, columns, 1).permute((1, 0))
                 extra1 = warpgroup_mma(other, right, extra1, is_async=True)
                 sums0, sums1, extra0, extra1 = warpgroup_mma_wait(4, deps=(sums0, sums1, extra0, extra1))
                 extra0, extra1 = warpgroup_mma_init(extra0), warpgroup_mma_init(extra1)
@@ -224,9 +356,7 @@ def _products(
             sums0, sums1 = warpgroup_mma_init(sums0), warpgroup_mma_init(sums1)
             if part == 0 and step > 0:  # so nobody of this thread's reads the step before
                 async_copy.mbarrier_arrive(free.index(_before(place, PLACES)), increment_count=False)
-        last = place == PLACES - 1
-        phase = gl.where(last, phase ^ 1, phase)
-        place = gl.where(last, 0, place + 1)
+        place, phase = _after(place, phase, PLACES)
     sums0, sums1, extra0, extra1 = warpgroup_mma_wait(0, deps=(sums0, sums1, extra0, extra1))
     async_copy.mbarrier_arrive(free.index(_before(place, PLACES)), increment_count=False)
     return sums0, sums1, extra0, extra1, place, phase
@@ -234,45 +364,52 @@ def _products(
 
 @gluon.jit
 def _multiply(
-    places, tables, between, parts, experts, weights, ready, hidden, inner, for_inner, for_outer,
+    places, ring, between, parts, experts, ready, hidden, inner, for_inner, for_outer,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
     ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """Multiplying warps' part."""
     after_the_one_before()
-    programs, n_tiles = gl.num_programs(0), gl.load(ready)
-    n_in, n_out = gl.cdiv(inner, ROWS), gl.cdiv(hidden, 2 * ROWS)
-    firsts = n_tiles * n_in
+    records, _numbers, _gates, told, heard, _asked = ring
     place, phase = 0, 0
-    for item in range(gl.program_id(0), firsts, programs):
-        tile, block, unit, begin0, end0, begin1, end1 = _tile(tables, item, n_in, TOKENS, EXTRA)
-        about = block * ROWS, gl.load(experts + 2 * unit), gl.load(experts + 2 * unit + 1), begin0, end0, begin1, end1
-        if EXTRA and gl.maximum(end0 - begin0, end1 - begin1) > TOKENS:
-            place, phase = _in(
-                places, place, phase, between, hidden, inner, about, for_inner,
-                ROWS, COLUMNS, TOKENS, EXTRA, True, PLACES, ACTIVATION,
-            )  # fmt: skip
+    slot, turn = 0, 0
+    mbarrier.wait(told.index(slot), turn)
+    kind = _field(records, slot, 0)
+    while kind >= 0:
+        unit, tile = _field(records, slot, 2), _field(records, slot, 7)
+        begin0, end0 = _field(records, slot, 3), _field(records, slot, 4)
+        begin1, end1 = _field(records, slot, 5), _field(records, slot, 6)
+        expert0, expert1 = gl.load(experts + 2 * unit), gl.load(experts + 2 * unit + 1)
+        about = _field(records, slot, 1), expert0, expert1, begin0, end0, begin1, end1
+        if kind > 0:
+            if EXTRA and gl.maximum(end0 - begin0, end1 - begin1) > TOKENS:
+                place, phase = _out(
+                    places, ring, slot, place, phase, parts, hidden, inner, about, for_outer,
+                    ROWS, COLUMNS, TOKENS, EXTRA, True, PLACES,
+                )  # fmt: skip
+            else:
+                place, phase = _out(
+                    places, ring, slot, place, phase, parts, hidden, inner, about, for_outer,
+                    ROWS, COLUMNS, TOKENS, EXTRA, False, PLACES,
+                )  # fmt: skip
         else:
-            place, phase = _in(
-                places, place, phase, between, hidden, inner, about, for_inner,
-                ROWS, COLUMNS, TOKENS, EXTRA, False, PLACES, ACTIVATION,
-            )  # fmt: skip
-        barrier()  # all threads have written; what one thread then releases is the whole block's
-        gl.atomic_add(ready + 4 + tile, 1, sem="release")
-    for item in range(_next(gl.program_id(0), programs, firsts) - firsts, n_tiles * n_out, programs):
-        tile, block, unit, begin0, end0, begin1, end1 = _tile(tables, item, n_out, TOKENS, EXTRA)
-        first_row = block * (2 * ROWS)
-        about = first_row, gl.load(experts + 2 * unit), gl.load(experts + 2 * unit + 1), begin0, end0, begin1, end1
-        if EXTRA and gl.maximum(end0 - begin0, end1 - begin1) > TOKENS:
-            place, phase = _out(
-                places, place, phase, parts, tables[0], weights, hidden, inner, about, for_outer,
-                ROWS, COLUMNS, TOKENS, EXTRA, True, PLACES,
-            )  # fmt: skip
-        else:
-            place, phase = _out(
-                places, place, phase, parts, tables[0], weights, hidden, inner, about, for_outer,
-                ROWS, COLUMNS, TOKENS, EXTRA, False, PLACES,
-            )  # fmt: skip
+            if EXTRA and gl.maximum(end0 - begin0, end1 - begin1) > TOKENS:
+                place, phase = _in(
+                    places, place, phase, between, hidden, inner, about, for_inner,
+                    ROWS, COLUMNS, TOKENS, EXTRA, True, PLACES, ACTIVATION,
+                )  # fmt: skip
+            else:
+                place, phase = _in(
+                    places, place, phase, between, hidden, inner, about, for_inner,
+                    ROWS, COLUMNS, TOKENS, EXTRA, False, PLACES, ACTIVATION,
+                )  # fmt: skip
+            barrier()  # all threads have written; what one thread then releases is the whole block's
+            gl.atomic_add(ready + 4 + tile, 1, sem="release")
+        barrier()
+        mbarrier.arrive(heard.index(slot), count=1)
+        slot, turn = _after(slot, turn, RING)
+        mbarrier.wait(told.index(slot), turn)
+        kind = _field(records, slot, 0)
 
 
 @gluon.jit
@@ -282,7 +419,8 @@ def _in(
     PLACES: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """Multiply and write one item of gate and up."""
-    first_row, expert0, expert1, begin0, end0, begin1, end1 = about
+    block, expert0, expert1, begin0, end0, begin1, end1 = about
+    first_row = block * ROWS
     gate_shift, up_shift, bias, bias_expert, bias_row, bias_up, limit, alpha = given
     sums0, sums1, extra0, extra1, place, phase = _products(
         places, hidden // COLUMNS, place, phase, 2 * ROWS, COLUMNS, TOKENS, EXTRA, USED, PLACES
@@ -309,72 +447,73 @@ def _in(
 
 @gluon.jit
 def _out(
-    places, place, phase, out, order, weights, hidden, inner, about, given,
+    places, ring, slot, place, phase, out, hidden, inner, about, given,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, USED: gl.constexpr,
     PLACES: gl.constexpr,
 ):  # fmt: skip
     """Multiply and write one item of down."""
-    first_row, expert0, expert1, begin0, end0, begin1, end1 = about
+    block, expert0, expert1, begin0, end0, begin1, end1 = about
     shift, bias, bias_expert, bias_row = given
-    rest: gl.constexpr = max(EXTRA, 16)
-    entries0 = gates_of(entries_at(order, begin0, end0, TOKENS), weights)
-    entries1 = gates_of(entries_at(order, begin1, end1, TOKENS), weights)
+    to = out, block * (2 * ROWS), hidden, shift, bias, bias_expert, bias_row
     sums0, sums1, extra0, extra1, place, phase = _products(
         places, inner // COLUMNS, place, phase, 2 * ROWS, COLUMNS, TOKENS, EXTRA, USED, PLACES
     )
-    write_outer(
-        sums0, out, entries0, begin0, end0, first_row, hidden, shift, expert0, bias, bias_expert, bias_row,
-        2 * ROWS, TOKENS,
-    )  # fmt: skip
-    write_outer(
-        sums1, out, entries1, begin1, end1, first_row, hidden, shift, expert1, bias, bias_expert, bias_row,
-        2 * ROWS, TOKENS,
-    )  # fmt: skip
+    _write(sums0, ring, slot, 0, begin0, end0, expert0, to, 2 * ROWS, TOKENS)
+    _write(sums1, ring, slot, 1, begin1, end1, expert1, to, 2 * ROWS, TOKENS)
     if USED:
-        rest0 = gates_of(entries_at(order, begin0 + TOKENS, end0, rest), weights)
-        rest1 = gates_of(entries_at(order, begin1 + TOKENS, end1, rest), weights)
-        write_outer(
-            extra0, out, rest0, begin0 + TOKENS, end0, first_row, hidden, shift, expert0, bias, bias_expert, bias_row,
-            2 * ROWS, EXTRA,
-        )  # fmt: skip
-        write_outer(
-            extra1, out, rest1, begin1 + TOKENS, end1, first_row, hidden, shift, expert1, bias, bias_expert, bias_row,
-            2 * ROWS, EXTRA,
-        )  # fmt: skip
+        _write(extra0, ring, slot, 2, begin0 + TOKENS, end0, expert0, to, 2 * ROWS, EXTRA)
+        _write(extra1, ring, slot, 3, begin1 + TOKENS, end1, expert1, to, 2 * ROWS, EXTRA)
     return place, phase
+
+
+@gluon.jit
+def _write(
+    sums, ring, slot, GROUP: gl.constexpr, begin, end, expert, to, ROWS: gl.constexpr, N: gl.constexpr
+):  # fmt: skip
+    """overlapped.write_outer of the entries that the ring has of a group: of a slot, or extra ones of it."""
+    out, first_row, hidden, shift, bias, bias_expert, bias_row = to
+    _records, numbers, gates, _told, _heard, _asked = ring
+    entry = numbers[GROUP].index(slot).load(gl.SliceLayout(0, store_layout(ROWS, gl.num_warps())))
+    weights = gates[GROUP].index(slot).load(gl.SliceLayout(0, product_layout(N, gl.num_warps())))
+    write_outer(
+        sums, out, (entry, weights), begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row, ROWS, N
+    )
 
 
 @gluon.jit(
     do_not_specialize=[
-        "top_k", "capacity", "bias_expert", "bias_row", "bias_up", "down_bias_expert", "down_bias_row", "limit",
-        "alpha",
+        "top_k", "capacity", "units", "early", "late", "bias_expert", "bias_row", "bias_up", "down_bias_expert",
+        "down_bias_row", "limit", "alpha",
     ]
 )  # fmt: skip
 def project(
     x, words, between, down, parts, order, offsets, tiles, ready, experts, weights, bias, down_bias,
-    hidden, inner, top_k, capacity, x_row, w_unit, w_row, w_up, down_unit, down_row,
+    hidden, inner, top_k, capacity, units, early, late, x_row, w_unit, w_row, w_up, down_unit, down_row,
     gate_shift, up_shift, down_shift, bias_expert, bias_row, bias_up, down_bias_expert, down_bias_row, limit, alpha,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
-    ACTIVATION: gl.constexpr, REGISTERS: gl.constexpr,
+    ACTIVATION: gl.constexpr, REGISTERS: gl.constexpr, GUESS: gl.constexpr,
 ):  # fmt: skip
     """joined.project for pairs; copying warps have so many REGISTERS a thread.
 
     `hidden` and `inner` are whole numbers of COLUMNS; `ready` is Tables.ready.
     """
-    places = _places(2 * ROWS, COLUMNS, TOKENS, EXTRA, PLACES)
-    tables = order, offsets, tiles, capacity
+    places, ring = _places(2 * ROWS, COLUMNS, TOKENS, EXTRA, PLACES), _ring(TOKENS, EXTRA)
     for_inner = gate_shift, up_shift, bias, bias_expert, bias_row, bias_up, limit, alpha
     for_outer = down_shift, down_bias, down_bias_expert, down_bias_row
     gl.warp_specialize(
         [
             (_multiply, (
-                places, tables, between, parts, experts, weights, ready, hidden, inner, for_inner, for_outer,
+                places, ring, between, parts, experts, ready, hidden, inner, for_inner, for_outer,
                 ROWS, COLUMNS, TOKENS, EXTRA, PLACES, ACTIVATION,
             )),
             (_copy, (
-                places, tables, x, words, between, down, ready, hidden, inner, top_k, x_row, w_unit, w_row, w_up,
-                down_unit, down_row, ROWS, COLUMNS, TOKENS, EXTRA, PLACES,
+                places, ring, x, words, between, down, hidden, inner, x_row, w_unit, w_row, w_up, down_unit, down_row,
+                units, ROWS, COLUMNS, TOKENS, EXTRA, PLACES, GUESS,
+            )),
+            (_schedule, (
+                ring, order, offsets, tiles, capacity, ready, weights, hidden, inner, top_k, early, late,
+                ROWS, TOKENS, EXTRA,
             )),
         ],
-        [COPYING], [REGISTERS],
+        [COPYING, 1], [REGISTERS, LOOKING],
     )  # fmt: skip

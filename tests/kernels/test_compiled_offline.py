@@ -90,7 +90,9 @@ for arch, columns in ((80, 0), (90, 0), (90, 2048)):
 
 HOPPER = """
 from triton.experimental.gluon._runtime import GluonASTSource
-from moefold_kernels.triton import e4m3, leveled, leveled_apart, overlapped, overlapped_apart, overlapped_pair
+from moefold_kernels.triton import (
+    e4m3, leveled, leveled_apart, overlapped, overlapped_apart, overlapped_pair, streamed,
+)
 
 terms = dict(x="*fp8e4nv", scale="*i32", weights="*bf16")
 given = dict(bias=None, GROUP=1, EXTRA=0, ACTIVATION=1)
@@ -113,12 +115,19 @@ WHOLE += ("x_row",)
 words = dict(words="*i16", weights="*bf16")
 one = given | dict(ROWS=128, COLUMNS=64, TOKENS=256, EXTRA=32, PLACES=4, BLOCKS=2, REGISTERS=112)
 build(GluonASTSource, overlapped_apart.project_out, one, words, 90, num_warps=8)
+WHOLE += ("down_unit", "down_row")
+FLOATS += ("down_shift",)
+POINTERS |= {"between": "*bf16", "down": "*i16", "parts": "*bf16", "ready": "*i32"}
+stream = dict(bias=None, down_bias=None, ACTIVATION=1, ROWS=64, PLACES=4, REGISTERS=80, GUESS=True)
+for tokens, extra, columns in ((16, 0, 128), (64, 32, 64)):
+    given = stream | dict(TOKENS=tokens, EXTRA=extra, COLUMNS=columns)
+    build(GluonASTSource, streamed.project, given, words, 90, num_warps=8)
 """
 
 
 @pytest.mark.parametrize(
     ("code", "count"),
-    [(PLAIN, 12), (ENTRY, 8), (SORTING, 9), (HOPPER, 11)],
+    [(PLAIN, 12), (ENTRY, 8), (SORTING, 9), (HOPPER, 13)],
     ids=["plain", "by entry", "sorting", "Hopper's"],
 )
 def test_kernels_compile_without_a_gpu(code, count, tmp_path):

@@ -345,6 +345,9 @@ def test_a_broken_table_is_named(text, folder):
         ({"mode": "overlapped", "terms": 2, "blocks": 2}, "blocks is 2"),
         ({"mode": "overlapped", "blocks": 0}, "blocks is 0, and must be a whole number, at least 1"),
         ({"mode": "overlapped", "tokens": 4}, "tokens is 4, and must be a power of two, at least 8"),
+        ({"mode": "streamed", "columns": 32}, "mode streamed: write 64 or 128 for columns, a number of 4 for warps"),
+        ({"mode": "streamed", "columns": 64, "warps": 2}, "mode streamed: write 64 or 128 for columns"),
+        ({"mode": "streamed", "columns": 64, "group": 2}, "and 1 for group"),
     ],
 )
 def test_a_tile_that_no_kernel_takes_cannot_be_made(change, message):
@@ -360,6 +363,35 @@ def test_what_cannot_be_joined():
             join(tile)
     with pytest.raises(FormatError, match="cannot be joined in one launch"):
         Plan(first, first, joined=True)
+
+
+def test_one_stream_and_its_projections_apart():
+    tile = Tile("streamed", 64, 32, 64, 64, 8, 5)
+    plan = join(tile)
+    assert tile.paired
+    assert not tile.overlapped
+    separate = plan.separate()
+    assert [str(one) for one in separate.tiles] == [
+        "overlapped_pair 64+32 64x64 w8 s4",
+        "overlapped_pair 64+32 128x64 w8 s4",
+    ]
+    narrow = join(Tile("streamed", 16, 0, 64, 128, 8, 4)).separate()
+    assert [str(one) for one in narrow.tiles] == ["pair 16 64x128 w8 s3", "pair 16 128x128 w8 s3"]
+    assert not separate.joined
+    assert not narrow.joined
+    for first, second in ((tile, replace(tile, rows=128)), (replace(tile, mode="pair"), replace(tile, rows=128))):
+        with pytest.raises(FormatError, match="mode streamed is for joined plans"):
+            Plan(first, second)
+    with pytest.raises(FormatError, match="16 rows a warp"):
+        join(replace(tile, rows=32))
+
+
+def test_the_memory_of_one_stream():
+    """As compiled for 9.0: 212228 bytes of 64 and 32 entries in five places, 205340 of those of 32 in steps of 128."""
+    assert fits(join(Tile("streamed", 64, 32, 64, 64, 8, 5)), 232448)
+    assert not fits(join(Tile("streamed", 64, 32, 64, 64, 8, 6)), 232448)
+    assert tile_fits(Tile("streamed", 64, 32, 64, 64, 8, 5), True, 5 * 128 * 320 + 4096 + 512 + 2 * (32 + 16 * 96))
+    assert not tile_fits(Tile("streamed", 64, 32, 64, 64, 8, 5), True, 212228 - 1)
 
 
 def test_plans_in_words():

@@ -55,6 +55,16 @@ HOPPERS = {
 }
 
 
+STREAMS = {
+    "16, nine places": join(Tile("streamed", 16, 0, 64, 64, 8, 9)),
+    "16 and 16, six places": join(Tile("streamed", 16, 16, 64, 64, 8, 6)),
+    "32, 128 columns": join(Tile("streamed", 32, 0, 64, 128, 8, 3)),
+    "64 and 16, five places": join(Tile("streamed", 64, 16, 64, 64, 8, 5)),
+    "64 and 32, four places": join(Tile("streamed", 64, 32, 64, 64, 8, 4)),
+    "16, four warps": join(Tile("streamed", 16, 0, 32, 64, 4, 4)),
+}
+
+
 @pytest.fixture(autouse=True)
 def poisoned():
     """Memory that nobody writes holds NaN, and the largest integers."""
@@ -301,6 +311,37 @@ def test_hoppers_kernels(plan, device, monkeypatch):
         arguments = batch(tokens, hidden, 2, 6, skew=skew)
         found = run(layer, *arguments, device, activation=activation, plan=HOPPERS[plan])
         assert_near(found, expected(layer, *arguments, clamped_gate if biased else silu))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", STREAMS)
+def test_both_projections_as_one_stream(plan, device, monkeypatch):
+    """More blocks than programs and fewer, rows behind the last, steps that are no number of places."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("for compute capability 9.0")
+    for module, name in ((kernels.joined, "project"), (kernels, "gate_up")):
+        monkeypatch.delattr(module, name)
+    for experts, hidden, inner, top_k in ((6, 640, 384, 2), (64, 896, 384, 4)):
+        biased = experts == 6 and "and" in plan
+        layer = random_layer(experts, hidden, inner, biased=biased)
+        activation = kernels.Activation("clamped", 1.5, 1.702) if biased else kernels.SILU
+        for tokens, skew in ((0, 0.0), (1, 0.0), (7, 0.0), (150, 0.0), (150, 9.0), (500, 9.0)):
+            arguments = batch(tokens, hidden, top_k, experts, skew=skew)
+            found = run(layer, *arguments, device, activation=activation, plan=STREAMS[plan])
+            again = run(layer, *arguments, device, activation=activation, plan=STREAMS[plan])
+            assert torch.equal(found, again)  # whoever takes which block
+            assert_near(found, expected(layer, *arguments, clamped_gate if biased else silu))
+
+
+@pytest.mark.parametrize(("alone", "inner"), [(0, 64), (1, 64), (5, 64), (0, 96)])
+@pytest.mark.parametrize("tokens", [16, 32])
+def test_a_plan_of_one_stream_where_it_is_none(tokens, alone, inner, device):
+    """Joined plain kernels where the device has no others, and a launch each where layers are not for one."""
+    plan = join(Tile("streamed", tokens, 0, 16, 64, 4, 4)) if tokens == 16 else STREAMS["32, 128 columns"]
+    plan = replace(plan, first=replace(plan.first, rows=32), second=replace(plan.second, rows=64))
+    layer = random_layer(5, 128, inner, alone)
+    arguments = batch(9, 128, 2, 5)
+    assert_near(run(layer, *arguments, device, plan=plan), expected(layer, *arguments))
 
 
 @pytest.mark.parametrize(

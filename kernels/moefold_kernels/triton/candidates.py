@@ -12,7 +12,7 @@ from torch import Tensor
 from moefold_kernels import layout
 from moefold_kernels.triton import layer, leveled_launch, plans
 from moefold_kernels.triton.configs import Shape
-from moefold_kernels.triton.plans import STEP, Plan, Tile, leveled_bytes, tile_fits
+from moefold_kernels.triton.plans import STEP, Plan, Tile, fits, join, leveled_bytes, tile_fits
 from moefold_kernels.triton.portability import Target
 from moefold_kernels.triton.regimes import (
     BY_ENTRY,
@@ -29,6 +29,8 @@ from moefold_kernels.triton.regimes import (
     OVERLAPPED_PAIR,
     REGIMES,
     REGISTERS_SHARED,
+    STREAMED,
+    STREAMED_CUTS,
     Cut,
     Kind,
 )
@@ -84,6 +86,20 @@ def by_entry(shape: Shape) -> list[Plan]:
     cuts = BY_ENTRY if shape.dense or shape.format == layout.EXPONENT else BY_ENTRY_LEVELED
     firsts, seconds = ([Tile(plans.BY_ENTRY, 1, 0, *cut) for cut in side] for side in cuts)
     return [Plan(first, second) for first in firsts for second in seconds]
+
+
+def streamed(shape: Shape, room: Room) -> list[Plan]:
+    """The plans to try with both projections as one stream of packed pairs (streamed.py)."""
+    if shape.dense or shape.format != layout.EXPONENT or not room.overlap or shape.tokens <= FEW_TOKENS:
+        return []
+    kinds: Iterable[tuple[int, int]] = next((kinds for load, kinds in STREAMED if shape.load <= load), ())
+    cuts = [cut for cut in STREAMED_CUTS if shape.hidden % cut[0] == 0 and shape.inner % cut[0] == 0]
+    tiles = [
+        Tile(plans.STREAMED, tokens, extra, 64, columns, 8, stages)
+        for tokens, extra in kinds
+        for columns, stages in cuts
+    ]
+    return [plan for plan in map(join, tiles) if fits(plan, room.memory)]
 
 
 def _tiles(shape: Shape, room: Room, side: int) -> Iterator[Tile]:

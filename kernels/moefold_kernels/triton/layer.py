@@ -90,7 +90,7 @@ def forward(
     if plan.by_entry:
         gates, kind = top_k_weights.contiguous(), ACTIVATIONS[activation.name]
         return by_entry_launch.forward(weights, x, top_k_index, gates, plan, activation, kind, dtype or hidden.dtype)
-    plan = plan if joins(weights, activation, plan.first) else replace(plan, joined=False)
+    plan = plan if joins(weights, activation, plan.first) else plan.separate()
     plan = able(weights, plan, activation.name in ACTIVATIONS)
     tables = route_for(weights, top_k_index, plan, x if fused else None)
     if plan.joined:
@@ -119,7 +119,7 @@ def joins(weights: Weights, activation: Activation, tile: Tile) -> bool:
 def apart(weights: Weights, tokens: int, top_k: int) -> Plan:
     """A plan with a launch for each projection, bf16 rows between them in their order, and no activation fused."""
     plan = sorted_first(weights, plan_for(weights, tokens, top_k), tokens, top_k, False)
-    return able(weights, replace(plan, joined=False), False)
+    return able(weights, plan.separate(), False)
 
 
 def able(weights: Weights, plan: Plan, fused: bool) -> Plan:
@@ -204,9 +204,10 @@ def both(
         guess = target.chain and _guess(len(tables.order), len(weights.places), tile)
         if tile.mode == STREAMED and mode == project.PAIR.value and streamed_launch.takes(kind, x, between):
             cut = {name: value for name, value in _cut(tile, target).items() if name != "GROUP"}
-            streamed_launch.both(operands, shared | cut, tile, len(kind.up), len(tables.order), guess)
+            streamed_launch.both(operands, shared | cut, tile, len(kind.up), guess)
             continue
-        tile = replace(tile, mode="pair", stages=min(tile.stages, SHALLOW)) if tile.mode == STREAMED else tile
+        if tile.mode == STREAMED:
+            tile = replace(tile, mode="pair", stages=min(tile.stages, SHALLOW))
         launch(
             joined.project, (programs,), *operands, **shared, first=first, units=len(kind.up), MODE=mode,
             ASM=target.assembly, UPCAST=target.upcast, CHAIN=target.chain, LINES=_lines(tile, min(hidden, inner)),

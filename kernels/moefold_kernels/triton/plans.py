@@ -18,7 +18,7 @@ MOST_WRITING = 8192
 """The same where they are float32, as sums of a part of the columns are; of more none go through it (overlapped.py)."""
 BARRIERS = 512
 """Bytes that warps apart take for barriers and for what they hand over, at most (252 seen)."""
-TOLD = 3
+TOLD = 2
 """Items that a program of streamed.py knows of at once: a record of 32 bytes, and eight of an entry of both slots."""
 KEPT = 8
 """Bytes of an entry that they keep to write blocks of rows in turn."""
@@ -28,6 +28,8 @@ ROUNDED = 8
 """Tokens of down's tile from which on a kernel makes terms of the rows between the projections (Plan.rounded)."""
 LEAST_REGISTERS, MOST_REGISTERS = 64, 248
 """Of a thread."""
+OVERLAP = 32
+"""Entries of a slot from which on decoding and multiplying had better run at the same time."""
 BY_ENTRY, STREAMED = "entry", "streamed"
 MODES = ("pair", "slot", "overlapped_pair", "overlapped", STREAMED, BY_ENTRY)
 
@@ -73,7 +75,7 @@ class Tile:
                 f"terms is {self.terms!r}, and must be 0, or 2 in an overlapped mode (overlapped_pair: nothing extra)"
             )
         if self.mode == STREAMED and (self.columns not in (64, 128) or self.warps % 4 or self.group != 1):
-            raise FormatError(f"mode {STREAMED}: write 64 or 128 for columns, a number of 4 for warps, 1 for group")
+            raise FormatError(f"mode {STREAMED}: write 64 or 128 for columns, a number of 4 for warps, and 1 for group")
         if self.mode == BY_ENTRY and (self.tokens, self.extra, self.group, self.splits) != (1, 0, 1, 1):
             raise FormatError(f"mode {BY_ENTRY}: write 1 for tokens, group and splits, and 0 for extra")
         least = 4 if self.terms else 8 if self.overlapped else 1 if self.mode == BY_ENTRY else 16
@@ -114,6 +116,14 @@ class Tile:
     def overlapped(self) -> bool:
         """Whether products run while the next words are decoded."""
         return self.mode.startswith("overlapped")
+
+    def unstreamed(self) -> Tile:
+        """The tile itself, or for one of streamed.py what does the same of one projection."""
+        if self.mode != STREAMED:
+            return self
+        if self.tokens >= OVERLAP:
+            return replace(self, mode="overlapped_pair", columns=64, stages=min(self.stages, 4))
+        return replace(self, mode="pair", stages=min(self.stages, 3))
 
     @property
     def entries(self) -> int:
@@ -171,6 +181,11 @@ class Plan:
     def by_entry(self) -> bool:
         """Whether by_entry.py runs the layer: nothing is sorted."""
         return self.first.mode == BY_ENTRY
+
+    def separate(self) -> Plan:
+        """The plan with a launch for each projection."""
+        first, second = (tile.unstreamed() for tile in self.tiles)
+        return replace(self, first=first, second=second, joined=False)
 
     @property
     def tiles(self) -> tuple[Tile, Tile]:

@@ -46,7 +46,13 @@ def plain_because(device: torch.device) -> str:
 @functools.cache
 def _no_gluon() -> str:
     try:
-        from moefold_kernels.triton import e4m3, leveled_apart, overlapped_apart, overlapped_pair  # noqa: F401
+        from moefold_kernels.triton import (  # noqa: F401
+            e4m3,
+            leveled_apart,
+            overlapped_apart,
+            overlapped_pair,
+            streamed,
+        )
     except (ImportError, AttributeError) as error:  # experimental in Triton: it may move
         return f"triton {triton.__version__} has no Gluon as they know it ({error})"
     return ""

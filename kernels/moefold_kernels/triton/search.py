@@ -21,9 +21,9 @@ from moefold_kernels.bench.routing import Batch
 from moefold_kernels.errors import BenchmarkError, WrongResultError
 from moefold_kernels.reference import PackedExperts
 from moefold_kernels.triton import by_entry_launch, configs, e4m3_launch, layer, leveled_launch
-from moefold_kernels.triton.candidates import Room, by_entry, candidates
+from moefold_kernels.triton.candidates import Room, by_entry, candidates, streamed
 from moefold_kernels.triton.compilation import Compiler, Job, Part, reason
-from moefold_kernels.triton.plans import Plan, Tile, alone, join
+from moefold_kernels.triton.plans import STREAMED, Plan, Tile, alone, join
 from moefold_kernels.triton.portability import Target
 from moefold_kernels.triton.routing import Tables, by_work
 from moefold_kernels.triton.weights import Weights
@@ -118,6 +118,8 @@ class Search:
             for first, second in itertools.product(_best_of(firsts, terms), _best_of(seconds, terms))
         ]
         plans += self._joined(firsts)
+        one_stream = streamed(self.shape, Room.of(self.ground.weights.places))
+        plans += [plan for plan in one_stream if layer.joins(self.ground.weights, layer.SILU, plan.first)]
         able, weights = by_entry_launch.takes, self.ground.weights
         plans += [plan for plan in by_entry(self.shape) if able(weights, plan, self.tokens, self.shape.top_k)]
         times = self._times(list(dict.fromkeys([*plans, self.before])), "whole")
@@ -227,7 +229,10 @@ class Search:
         """The plan with other numbers of cache lines asked for ahead, in one projection at a time."""
         target = Target.of(self.ground.weights.places)
         if (
-            plan.by_entry or not target.chain or (self.shape.format != layout.EXPONENT and target.overlap)
+            plan.by_entry
+            or plan.first.mode == STREAMED
+            or not target.chain
+            or (self.shape.format != layout.EXPONENT and target.overlap)
         ):  # leveled.py asks for none
             return []
         if plan.joined:

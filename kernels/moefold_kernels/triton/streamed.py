@@ -1,13 +1,15 @@
-"""Both projections as one stream on Hopper: as many programs as processors, whose copies run ahead over ends of tiles.
+"""Both projections as one stream on Hopper: programs that take block after block, and whose copies run ahead of it.
 
 joined.py starts a program for each block of rows: each looks up its tile, fetches its first words, and writes, and
-meanwhile reads nothing. Here a program takes every n-th block, of gate and up and then of down, and warps of its own
-copy (apart.py): they go on to the next block's words and tokens while this one's sums are written, as far as places
-reach. Nothing but barriers in memory joins both kinds of warps, which go through the same blocks in the same order; a
-place is a step of COLUMNS columns, of words and of both slots' tokens.
+reads nothing meanwhile. Here there is one program a multiprocessor, with warps of three kinds. One warp looks ahead: it
+takes the next item (a block of rows of a tile, of gate and up first, then of down), finds out what belongs to it, and
+tells the others, in a ring of two. Four warps copy, to places: a step of COLUMNS columns of words and of both slots'
+tokens each. They go on to the next item while sums of the one before are multiplied and written. Eight warps multiply.
+Nothing but barriers in memory joins them (apart.py).
 
-Blocks of down wait until the first projection has written all blocks of their tile (`ready`, as in joined.py). Programs
-wait for each other, so all must run at once: one a processor, never more than there are.
+Items are taken in their order, by whoever asks first. An item of down waits until all blocks of gate and up of its tile
+are written (`ready` counts them, as in joined.py): those were taken before it, by programs that run, so somebody always
+gets on.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from moefold_kernels.triton.overlapped import (
 RING = gl.constexpr(2)
 """Items that are told of at once: one is multiplied, one copied."""
 ASKING = gl.constexpr(384)
-"""Columns of an item that are yet to be copied when the next one is asked for: copied while it is looked up."""
+"""Columns of an item that are yet to be copied when the next one is taken: later, and copies would wait for it."""
 FIELDS = gl.constexpr(8)
 """Of a record."""
 MOST_IN_TWO = gl.constexpr(80)
@@ -131,35 +133,22 @@ def _tell(numbers, gates, slot, order, weights, begin, end, top_k, second, N: gl
 
 
 @gluon.jit
-def _in_order(item, firsts, early, late):
-    """Whether an item is one of down's, and its number among those of its projection.
-
-    All of gate and up but the `late` ones come first, then `early` ones of down, the late ones, and the rest.
-    """
-    begin = firsts - late
-    second = (item >= begin) & ((item < begin + early) | (item >= firsts + early))
-    number = gl.where(item < begin, item, gl.where(item < begin + early, item - begin, item - early))
-    return second, gl.where(item >= firsts + early, item - firsts, number)
-
-
-@gluon.jit
 def _schedule(
-    ring, order, offsets, tiles, capacity, ready, weights, hidden, inner, top_k, early, late,
+    ring, order, offsets, tiles, capacity, ready, weights, hidden, inner, top_k,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr,
 ):  # fmt: skip
     """The warp that looks ahead: it takes items in their order, and tells the others of them."""
     after_the_one_before()
     records, numbers, gates, told, heard, asked = ring
-    programs, n_tiles = gl.num_programs(0), gl.load(ready)
+    item = gl.atomic_add(ready + 1, 1, sem="relaxed")
+    n_tiles = gl.load(ready)
     n_in, n_out = gl.cdiv(inner, ROWS), gl.cdiv(hidden, 2 * ROWS)
     firsts = n_tiles * n_in
-    late = gl.minimum(late, firsts)
-    early = gl.minimum(early, (firsts - late) // n_in * n_out)  # of tiles that are before them: nobody waits for itself
     field = gl.arange(0, FIELDS, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    item = gl.program_id(0)
     slot, phase, again = 0, 0, 0
     while item < firsts + n_tiles * n_out:
-        second, number = _in_order(item, firsts, early, late)
+        second = item >= firsts
+        number = gl.where(second, item - firsts, item)
         n_blocks = gl.where(second, n_out, n_in)
         tile = number // n_blocks
         unit = gl.load(tiles + tile)
@@ -187,7 +176,7 @@ def _schedule(
         slot, phase = _after(slot, phase, RING)
         mbarrier.wait(asked, again)
         again ^= 1
-        item = programs + gl.atomic_add(ready + 1, 1, sem="relaxed")
+        item = gl.atomic_add(ready + 1, 1, sem="relaxed")
     mbarrier.wait(heard.index(slot), phase ^ 1)
     records.index(slot).store(gl.where(field == 0, -1, 0))
     barrier()
@@ -250,7 +239,7 @@ def _copy(
     GUESS: gl.constexpr,
 ):  # fmt: skip
     """Copying warps' part: each item's words and tokens, as places become free."""
-    if GUESS:
+    if GUESS:  # nearly every unit has entries, and one tile: then these are words of items that are taken first
         n_in = gl.cdiv(inner, ROWS)
         tile = gl.program_id(0) // n_in
         if tile < units:
@@ -482,13 +471,13 @@ def _write(
 
 @gluon.jit(
     do_not_specialize=[
-        "top_k", "capacity", "units", "early", "late", "bias_expert", "bias_row", "bias_up", "down_bias_expert",
+        "top_k", "capacity", "units", "bias_expert", "bias_row", "bias_up", "down_bias_expert",
         "down_bias_row", "limit", "alpha",
     ]
 )  # fmt: skip
 def project(
     x, words, between, down, parts, order, offsets, tiles, ready, experts, weights, bias, down_bias,
-    hidden, inner, top_k, capacity, units, early, late, x_row, w_unit, w_row, w_up, down_unit, down_row,
+    hidden, inner, top_k, capacity, units, x_row, w_unit, w_row, w_up, down_unit, down_row,
     gate_shift, up_shift, down_shift, bias_expert, bias_row, bias_up, down_bias_expert, down_bias_row, limit, alpha,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
     ACTIVATION: gl.constexpr, REGISTERS: gl.constexpr, GUESS: gl.constexpr,
@@ -511,7 +500,7 @@ def project(
                 units, ROWS, COLUMNS, TOKENS, EXTRA, PLACES, GUESS,
             )),
             (_schedule, (
-                ring, order, offsets, tiles, capacity, ready, weights, hidden, inner, top_k, early, late,
+                ring, order, offsets, tiles, capacity, ready, weights, hidden, inner, top_k,
                 ROWS, TOKENS, EXTRA,
             )),
         ],

@@ -253,6 +253,8 @@ def test_plans_that_get_other_kernels_than_they_want_are_named(folder, monkeypat
     assert configs.overlapped(GPU) == plain + "no Gluon here"
     monkeypatch.setattr(portability, "_no_gluon", lambda: "")
     assert configs.overlapped(GPU) == "2 of them overlap decoding with products, where sizes are multiples of 128"
+    ship(folder, {SHAPE._replace(tokens=67): join(Tile("streamed", 16, 0, 64, 64, 8, 4))})
+    assert configs.overlapped(GPU) == "3 of them overlap decoding with products, where sizes are multiples of 128"
 
 
 def test_plans_that_do_not_fit_are_passed_over(folder):

@@ -13,9 +13,9 @@ pytest.importorskip("triton", reason="needs triton")
 from moefold_kernels import errors, layout_pairs
 from moefold_kernels.bench import Shape
 from moefold_kernels.triton import compilation, configs, layer, portability, search, tune
-from moefold_kernels.triton.candidates import Room, candidates
+from moefold_kernels.triton.candidates import Room, candidates, streamed
 from moefold_kernels.triton.compilation import Compiler, Job
-from moefold_kernels.triton.plans import Plan, Tile, alone, join, leveled_bytes, tile_fits
+from moefold_kernels.triton.plans import Plan, Tile, alone, fits, join, leveled_bytes, tile_fits
 
 FOREVER = float("inf")
 SMALL = Shape("small", experts=4, hidden=32, inner=48, top_k=2)
@@ -374,3 +374,18 @@ def test_tuning_on_a_gpu(device, tmp_path, monkeypatch):
     path = configs.cache() / tune.table_name(device)
     configs.write_table(path, tune.about(device), [tune.entry(found)])
     assert configs.choose(found.shape, device) == found.plan
+
+
+def test_one_stream_is_tried_where_it_can_be():
+    room = Room(232448, 132, overlap=True)
+    shape = configs.Shape(2048, 1408, 64, 6, False, 128)
+    tried = streamed(shape, room)
+    assert {(plan.first.mode, plan.first.rows, plan.first.columns) for plan in tried} == {
+        ("streamed", 64, 64), ("streamed", 64, 128),
+    }  # fmt: skip
+    assert {plan.first.entries for plan in tried} == {32}
+    assert all(plan.joined and fits(plan, room.memory) for plan in tried)
+    assert {plan.first.columns for plan in streamed(shape._replace(inner=1408 - 64), room)} == {64}
+    for change in ({"dense": True}, {"format": "pair8"}, {"tokens": 4}, {"tokens": 4096}, {"inner": 1400}):
+        assert not streamed(shape._replace(**change), room)
+    assert not streamed(shape, room._replace(overlap=False))

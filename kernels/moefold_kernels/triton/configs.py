@@ -158,9 +158,9 @@ def overlapped(device: torch.device) -> str:
     """What becomes of the plans for this device that overlap decoding with products, in words; nothing if none do."""
     known = _identity(device)
     steps = [
-        [STEP if shape.format != layout.EXPONENT else 2 * tile.columns for tile in plan.tiles if tile.overlapped]
+        [STEP if shape.format != layout.EXPONENT else tile.step for tile in plan.tiles if tile.hoppers]
         for shape, plan in _measured(known).items()
-        if fits(plan, known.memory, shape.format) and any(tile.overlapped for tile in plan.tiles)
+        if fits(plan, known.memory, shape.format) and any(tile.hoppers for tile in plan.tiles)
     ]
     if not steps:
         return ""

@@ -117,6 +117,16 @@ class Tile:
         """Whether products run while the next words are decoded."""
         return self.mode.startswith("overlapped")
 
+    @property
+    def hoppers(self) -> bool:
+        """Whether it is for Hopper's kernels, elsewhere replaced."""
+        return self.overlapped or self.mode == STREAMED
+
+    @property
+    def step(self) -> int:
+        """Of a 16-bit format's tile of those: the number of columns of which there must be a whole number."""
+        return self.columns if self.mode == STREAMED else 2 * self.columns
+
     def unstreamed(self) -> Tile:
         """The tile itself, or for one of streamed.py what does the same of one projection."""
         if self.mode != STREAMED:

@@ -43,7 +43,7 @@ LOOKS = (
     Look("entry 1 2x512 w1 s1 / entry 1 2x256 w1 s2", (BANDS, MIXED, RAGGED), 3, FEW),
     Look("pair 16 32x64 w4 s3 / pair 16 64x64 w4 s3 k2", (BANDS, RAGGED), 9, ("packed", "dense")),
     Look("joined pair 16 32x64 w4 s3", (BANDS,), 9, ("packed", "dense")),
-    Look("joined streamed 16 64x64 w8 s8", (BANDS,), 30, ("packed",)),
+    Look("joined streamed 16 64x64 w8 s8", (BANDS, MIXED), 30, ("packed",)),
     Look("joined streamed 16+16 64x128 w8 s2", (BANDS,), 50, ("packed",)),
     Look("overlapped_pair 32 32x64 w4 s4 / overlapped_pair 32 64x64 w4 s4", (BANDS,), 40, ("packed",)),
     Look("overlapped 64 64x64 w8 s4 / overlapped 64 128x64 w8 s4", (BANDS,), 100, ("packed",)),

@@ -31,15 +31,16 @@ def one_thread() -> Iterator[None]:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """What is launched as on Hopper, which nothing runs: (name, module, grid, arguments, options) of each kernel."""
     pytest.importorskip("moefold_kernels.triton.e4m3", reason="needs a Triton that has Gluon")
-    from moefold_kernels.triton import e4m3_launch, layer, leveled_launch, routing
+    from moefold_kernels.triton import e4m3_launch, layer, leveled_launch, routing, streamed_launch
 
     seen: list[tuple] = []
 
     def launch(kernel, grid, *given, **options) -> None:
         seen.append((kernel.fn.__name__, kernel.fn.__module__, grid, given, options))
 
-    for module in (layer, e4m3_launch, leveled_launch, routing):
+    for module in (layer, e4m3_launch, leveled_launch, routing, streamed_launch):
         monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(streamed_launch, "processors", lambda device: 132)
     target = layer.Target(assembly=True, upcast=False, overlap=True, chain=True)
     monkeypatch.setattr(layer.Target, "of", lambda tensor: target)
     return seen

@@ -92,6 +92,7 @@ HOPPER = """
 from triton.experimental.gluon._runtime import GluonASTSource
 from moefold_kernels.triton import (
     e4m3, leveled, leveled_apart, overlapped, overlapped_apart, overlapped_pair, streamed,
+    streamed_launch,
 )
 
 terms = dict(x="*fp8e4nv", scale="*i32", weights="*bf16")
@@ -118,9 +119,9 @@ build(GluonASTSource, overlapped_apart.project_out, one, words, 90, num_warps=8)
 WHOLE += ("down_unit", "down_row")
 FLOATS += ("down_shift",)
 POINTERS |= {"between": "*bf16", "down": "*i16", "parts": "*bf16", "ready": "*i32"}
-stream = dict(bias=None, down_bias=None, ACTIVATION=1, ROWS=64, PLACES=4, REGISTERS=80, GUESS=True)
+stream = dict(bias=None, down_bias=None, ACTIVATION=1, ROWS=64, PLACES=4, GUESS=True)
 for tokens, extra, columns in ((16, 0, 128), (64, 32, 64)):
-    given = stream | dict(TOKENS=tokens, EXTRA=extra, COLUMNS=columns)
+    given = stream | dict(TOKENS=tokens, EXTRA=extra, COLUMNS=columns, REGISTERS=streamed_launch.REGISTERS[columns])
     build(GluonASTSource, streamed.project, given, words, 90, num_warps=8)
 """
 

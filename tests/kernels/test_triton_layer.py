@@ -62,6 +62,7 @@ STREAMS = {
     "64 and 16, five places": join(Tile("streamed", 64, 16, 64, 64, 8, 5)),
     "64 and 32, four places": join(Tile("streamed", 64, 32, 64, 64, 8, 4)),
     "16, four warps": join(Tile("streamed", 16, 0, 32, 64, 4, 4)),
+    "16, large blocks": join(Tile("streamed", 16, 0, 128, 64, 8, 4)),
 }
 
 
@@ -321,7 +322,8 @@ def test_both_projections_as_one_stream(plan, device, monkeypatch):
         pytest.skip("for compute capability 9.0")
     for module, name in ((kernels.joined, "project"), (kernels, "gate_up")):
         monkeypatch.delattr(module, name)
-    for experts, hidden, inner, top_k in ((6, 640, 384, 2), (40, 896, 256, 4)):
+    whole = STREAMS[plan].first.columns == 128
+    for experts, hidden, inner, top_k in ((6, 640 if whole else 704, 384 if whole else 320, 2), (40, 896, 256, 4)):
         biased = experts == 6 and "and" in plan
         layer = random_layer(experts, hidden, inner, biased=biased)
         activation = kernels.Activation("clamped", 1.5, 1.702) if biased else kernels.SILU
@@ -333,10 +335,33 @@ def test_both_projections_as_one_stream(plan, device, monkeypatch):
             assert_near(found, expected(layer, *arguments, clamped_gate if biased else silu))
 
 
+@pytest.mark.parametrize(
+    ("alone", "inner", "view", "kernels_run"),
+    [
+        (0, 128, False, ["streamed"]), (0, 128, True, ["joined"]), (1, 128, False, ["overlapped_pair", "project"] * 2),
+        (6, 128, False, ["joined"]), (0, 96, False, ["overlapped_pair", "project"]),
+    ],
+)  # fmt: skip
+def test_what_is_launched_for_one_stream(alone, inner, view, kernels_run, launched):
+    """Not for rows that 16 bytes do not divide, nor where pairs are beside experts alone, or steps are not whole."""
+    layer = random_layer(6 + alone % 2, 128, inner, alone)
+    made = weights_of(operands(layer))
+    x, index, weights = batch(40, 128, 2, 6 + alone % 2)
+    x = torch.cat([x, x[:, :1]], 1)[:, :128].to(torch.bfloat16) if view else x
+    kernels.forward(made, x, index, weights, plan=join(Tile("streamed", 32, 0, 64, 64, 8, 4)))
+    files = [file.rpartition(".")[2] for name, file, *_ in launched if name.startswith("project")]
+    assert files == kernels_run
+    if kernels_run == ["streamed"]:
+        (one,) = (one for one in launched if one[0] == "project")
+        assert one[2] == (
+            min(132, (2 + 1) * len(one[3][7][0])),
+        )  # no more programs than items: two blocks and one of a tile
+
+
 @pytest.mark.parametrize(("alone", "inner"), [(0, 64), (1, 64), (6, 64), (0, 96)])
 @pytest.mark.parametrize("tokens", [16, 32])
-def test_a_plan_of_one_stream_where_it_is_none(tokens, alone, inner, device):
-    """Joined plain kernels where the device has no others, and a launch each where layers are not for one."""
+def test_a_plan_of_one_stream_is_right_everywhere(tokens, alone, inner, device):
+    """As such on Hopper; joined plain kernels elsewhere, and a launch each where layers are not for one."""
     plan = join(Tile("streamed", tokens, 0, 32, 64, 4, 4))
     layer = random_layer(6 + alone % 2, 128, inner, alone)
     arguments = batch(9, 128, 2, 6 + alone % 2)

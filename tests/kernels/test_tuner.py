@@ -389,3 +389,13 @@ def test_one_stream_is_tried_where_it_can_be():
     for change in ({"dense": True}, {"format": "pair8"}, {"tokens": 4}, {"tokens": 4096}, {"inner": 1400}):
         assert not streamed(shape._replace(**change), room)
     assert not streamed(shape, room._replace(overlap=False))
+
+
+def test_one_stream_is_timed_and_chosen(few, device, monkeypatch, unchecked):
+    """Whole, beside the other plans, where the layer can be one stream."""
+    monkeypatch.setattr(search.Room, "of", lambda places: Room(232448, 132, overlap=True))
+    few.cost = lambda plan, part: 5.0 if plan.first.mode == "streamed" else 10.0
+    for inner, chosen in ((64, True), (48, False)):
+        (found,) = tune.Tuner(replace(SMALL, hidden=64, inner=inner), device, workers=0, timer=few).run([8])
+        assert (found.plan.first.mode == "streamed") == chosen
+        assert found.plan.joined == chosen

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moefold_kernels.triton.plans import Plan, Tile
+from moefold_kernels.triton.plans import STREAMED, Plan, Tile, join
 
 if TYPE_CHECKING:
     from moefold_kernels.triton.configs import Shape
@@ -25,6 +25,9 @@ PROGRAMS = 4
 
 def fitted(plan: Plan, known: Shape, shape: Shape, processors: int) -> Plan:
     """The plan that was measured for `known`, in about as many programs for `shape`; the same where nothing differs."""
+    if plan.first.mode == STREAMED and (shape.hidden % plan.first.columns or shape.inner % plan.first.columns):
+        tile = plan.first  # of half as many columns at twice as many places
+        return join(replace(tile, columns=64, stages=tile.stages * tile.columns // 64))
     if plan.joined or known == shape:
         return plan
     first, second = (_fitted(tile, known, shape, processors, down) for down, tile in enumerate(plan.tiles))

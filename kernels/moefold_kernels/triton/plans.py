@@ -74,8 +74,8 @@ class Tile:
             raise FormatError(
                 f"terms is {self.terms!r}, and must be 0, or 2 in an overlapped mode (overlapped_pair: nothing extra)"
             )
-        if self.mode == STREAMED and (self.columns not in (64, 128) or self.warps % 4 or self.group != 1):
-            raise FormatError(f"mode {STREAMED}: write 64 or 128 for columns, a number of 4 for warps, and 1 for group")
+        if self.mode == STREAMED and (self.columns not in (64, 128) or self.warps not in (4, 8) or self.group != 1):
+            raise FormatError(f"mode {STREAMED}: write 64 or 128 for columns, 4 or 8 for warps, and 1 for group")
         if self.mode == BY_ENTRY and (self.tokens, self.extra, self.group, self.splits) != (1, 0, 1, 1):
             raise FormatError(f"mode {BY_ENTRY}: write 1 for tokens, group and splits, and 0 for extra")
         least = 4 if self.terms else 8 if self.overlapped else 1 if self.mode == BY_ENTRY else 16
@@ -86,7 +86,7 @@ class Tile:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least or value & (value - 1):
                 raise FormatError(f"{name} is {value!r}, and must be a power of two, at least {least}")
-        for name, least in {"stages": 2 if self.overlapped else 1, "group": 1, "splits": 1, "blocks": 1}.items():
+        for name, least in {"stages": 2 if self.hoppers else 1, "group": 1, "splits": 1, "blocks": 1}.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise FormatError(f"{name} is {value!r}, and must be a whole number, at least {least}")
@@ -128,12 +128,15 @@ class Tile:
         return self.columns if self.mode == STREAMED else 2 * self.columns
 
     def unstreamed(self) -> Tile:
-        """The tile itself, or for one of streamed.py what does the same of one projection."""
+        """The tile itself, or for one of streamed.py what does the same of one projection, of as many programs' size.
+
+        As those were that had been measured before (docs/kernels.md): of four warps, and at most 16 extra entries.
+        """
         if self.mode != STREAMED:
             return self
-        if self.tokens >= OVERLAP:
-            return replace(self, mode="overlapped_pair", columns=64, stages=min(self.stages, 4))
-        return replace(self, mode="pair", stages=min(self.stages, 3))
+        mode, stages, ahead = ("overlapped_pair", 4, 4) if self.tokens >= OVERLAP else ("pair", 5, 1)
+        rows, extra = 4 * self.rows // self.warps, min(self.extra, 16)
+        return replace(self, mode=mode, extra=extra, rows=rows, columns=64, warps=4, stages=stages, ahead=ahead)
 
     @property
     def entries(self) -> int:

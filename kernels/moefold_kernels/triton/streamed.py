@@ -248,7 +248,8 @@ def _copy(
             lines = words + tile.to(gl.int64) * w_unit + gl.where(flat % 16 >= 8, w_up, 0)
             lines += (first + flat // 16 * 8 + flat % 8) % inner * w_row
             for line in gl.static_range(PLACES * COLUMNS // 64):
-                _prefetch(lines + 64 * line)
+                if 64 * line < hidden:
+                    _prefetch(lines + 64 * line)
     after_the_one_before()
     records, numbers, _gates, told, heard, asked = ring
     rest: gl.constexpr = max(EXTRA, 16)
@@ -290,7 +291,7 @@ def _copy(
         slot, turn = _after(slot, turn, RING)
         mbarrier.wait(told.index(slot), turn)
         kind = _field(records, slot, 0)
-    async_copy.wait_group(0)
+    async_copy.wait_group(0)  # nothing is left: all has been waited for, to be multiplied
 
 
 @gluon.jit

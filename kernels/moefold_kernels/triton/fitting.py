@@ -24,7 +24,10 @@ PROGRAMS = 4
 
 
 def fitted(plan: Plan, known: Shape, shape: Shape, processors: int) -> Plan:
-    """The plan that was measured for `known`, in about as many programs for `shape`; the same where nothing differs."""
+    """The plan that was measured for `known`, in about as many programs for `shape`; the same where nothing differs.
+
+    One stream has steps of 64 columns where those of 128 are not whole.
+    """
     if plan.first.mode == STREAMED and (shape.hidden % plan.first.columns or shape.inner % plan.first.columns):
         tile = plan.first  # of half as many columns at twice as many places
         return join(replace(tile, columns=64, stages=tile.stages * tile.columns // 64))

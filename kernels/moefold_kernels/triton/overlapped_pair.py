@@ -26,8 +26,8 @@ from moefold_kernels.triton.overlapped import (
     tokens_at,
     words_in,
     words_out,
-    write_inner,
     write_outer,
+    write_slot_inner,
 )
 from moefold_kernels.triton.overlapped_stage import (
     begin_words,
@@ -42,7 +42,7 @@ from moefold_kernels.triton.overlapped_stage import (
 
 
 @gluon.jit
-def _operands(words):
+def operands_of(words):
     """decode.decode_both."""
     return gl.inline_asm_elementwise(
         BOTH,
@@ -93,7 +93,7 @@ def _products(
     for first in range(0, steps, unrolled(PLACES)):
         for number in gl.static_range(unrolled(PLACES)):
             nothing = first >> 30  # which the compiler does not know
-            own, other = _operands(read)
+            own, other = operands_of(read)
             right = buffers[tokens_of(number % PLACES, 2, 0)].index(nothing).slice(0, TOKENS, 0).permute((1, 0))
             sums0 = warpgroup_mma(own, right, sums0, is_async=True)
             right = buffers[tokens_of(number % PLACES, 2, 1)].index(nothing).slice(0, TOKENS, 0).permute((1, 0))
@@ -190,23 +190,14 @@ def _in(
     live = live0, live1, more0, more1
     at = _begin_tokens(buffers, (a0, a1, b0, b1), live, steps, COLUMNS, TOKENS, EXTRA, PLACES)
     sums0, sums1, extra0, extra1 = _products(buffers, w, at, live, steps, 2 * ROWS, COLUMNS, TOKENS, EXTRA, PLACES)
-    write_inner(
-        sums0, out, begin0, end0, first_row, inner, gate_shift, up_shift, expert0, bias, bias_expert, bias_row,
-        bias_up, limit, alpha, ROWS, TOKENS, ACTIVATION,
+    write_slot_inner(
+        sums0, extra0, out, begin0, end0, first_row, inner, gate_shift, up_shift, expert0, bias, bias_expert, bias_row,
+        bias_up, limit, alpha, ROWS, TOKENS, EXTRA, ACTIVATION,
     )  # fmt: skip
-    write_inner(
-        sums1, out, begin1, end1, first_row, inner, gate_shift, up_shift, expert1, bias, bias_expert, bias_row,
-        bias_up, limit, alpha, ROWS, TOKENS, ACTIVATION,
+    write_slot_inner(
+        sums1, extra1, out, begin1, end1, first_row, inner, gate_shift, up_shift, expert1, bias, bias_expert, bias_row,
+        bias_up, limit, alpha, ROWS, TOKENS, EXTRA, ACTIVATION,
     )  # fmt: skip
-    if EXTRA:
-        write_inner(
-            extra0, out, begin0 + TOKENS, end0, first_row, inner, gate_shift, up_shift, expert0, bias, bias_expert,
-            bias_row, bias_up, limit, alpha, ROWS, EXTRA, ACTIVATION,
-        )  # fmt: skip
-        write_inner(
-            extra1, out, begin1 + TOKENS, end1, first_row, inner, gate_shift, up_shift, expert1, bias, bias_expert,
-            bias_row, bias_up, limit, alpha, ROWS, EXTRA, ACTIVATION,
-        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["capacity", "bias_expert", "bias_row"])

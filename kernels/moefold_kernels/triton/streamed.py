@@ -26,16 +26,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moefold_kernels.triton.apart import COPYING
-from moefold_kernels.triton.decode import BOTH
 from moefold_kernels.triton.overlapped import (
     after_the_one_before,
     barrier,
     copy_layout,
     product_layout,
     store_layout,
-    write_inner,
     write_outer,
+    write_slot_inner,
 )
+from moefold_kernels.triton.overlapped_pair import operands_of
 
 RING = gl.constexpr(2)
 """Items that are told of at once: one is multiplied, one copied."""
@@ -47,14 +47,6 @@ MOST_IN_TWO = gl.constexpr(80)
 """Entries of a slot, at most, beside whose sums there are registers for operands of half a step."""
 LOOKING = gl.constexpr(40)
 """Registers of a thread that looks ahead."""
-
-
-@gluon.jit
-def _operands(words):
-    """decode.decode_both."""
-    return gl.inline_asm_elementwise(
-        BOTH, "=r,=r,r", [words], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=2
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -327,7 +319,7 @@ def _products(
         mbarrier.wait(come.index(place), phase)
         fence_async_shared()
         for part in gl.static_range(parts):
-            own, other = _operands(words.index(place).slice(columns * part, columns, 1).load(left))
+            own, other = operands_of(words.index(place).slice(columns * part, columns, 1).load(left))
             right = tokens0.index(place).slice(columns * part, columns, 1).permute((1, 0))
             sums0 = warpgroup_mma(own, right, sums0, is_async=True)
             right = tokens1.index(place).slice(columns * part, columns, 1).permute((1, 0))
@@ -415,23 +407,14 @@ def _in(
     sums0, sums1, extra0, extra1, place, phase = _products(
         places, hidden // COLUMNS, place, phase, 2 * ROWS, COLUMNS, TOKENS, EXTRA, USED, PLACES
     )
-    write_inner(
-        sums0, out, begin0, end0, first_row, inner, gate_shift, up_shift, expert0, bias, bias_expert, bias_row,
-        bias_up, limit, alpha, ROWS, TOKENS, ACTIVATION,
+    write_slot_inner(
+        sums0, extra0, out, begin0, end0, first_row, inner, gate_shift, up_shift, expert0, bias, bias_expert, bias_row,
+        bias_up, limit, alpha, ROWS, TOKENS, EXTRA if USED else 0, ACTIVATION,
     )  # fmt: skip
-    write_inner(
-        sums1, out, begin1, end1, first_row, inner, gate_shift, up_shift, expert1, bias, bias_expert, bias_row,
-        bias_up, limit, alpha, ROWS, TOKENS, ACTIVATION,
+    write_slot_inner(
+        sums1, extra1, out, begin1, end1, first_row, inner, gate_shift, up_shift, expert1, bias, bias_expert, bias_row,
+        bias_up, limit, alpha, ROWS, TOKENS, EXTRA if USED else 0, ACTIVATION,
     )  # fmt: skip
-    if USED:
-        write_inner(
-            extra0, out, begin0 + TOKENS, end0, first_row, inner, gate_shift, up_shift, expert0, bias, bias_expert,
-            bias_row, bias_up, limit, alpha, ROWS, EXTRA, ACTIVATION,
-        )  # fmt: skip
-        write_inner(
-            extra1, out, begin1 + TOKENS, end1, first_row, inner, gate_shift, up_shift, expert1, bias, bias_expert,
-            bias_row, bias_up, limit, alpha, ROWS, EXTRA, ACTIVATION,
-        )  # fmt: skip
     return place, phase
 
 

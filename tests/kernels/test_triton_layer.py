@@ -59,6 +59,7 @@ STREAMS = {
     "16, nine places": join(Tile("streamed", 16, 0, 64, 64, 8, 9)),
     "16 and 16, six places": join(Tile("streamed", 16, 16, 64, 64, 8, 6)),
     "32, 128 columns": join(Tile("streamed", 32, 0, 64, 128, 8, 3)),
+    "16 and 16, 128 columns": join(Tile("streamed", 16, 16, 64, 128, 8, 3)),
     "64 and 16, five places": join(Tile("streamed", 64, 16, 64, 64, 8, 5)),
     "64 and 32, four places": join(Tile("streamed", 64, 32, 64, 64, 8, 4)),
     "16, four warps": join(Tile("streamed", 16, 0, 32, 64, 4, 4)),
@@ -335,6 +336,29 @@ def test_both_projections_as_one_stream(plan, device, monkeypatch):
             assert_near(found, expected(layer, *arguments, clamped_gate if biased else silu))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("early", [(1, 1), (30, 1), (32, 0)])
+def test_whichever_programs_of_a_stream_go_on_to_down_early(early, device, monkeypatch):
+    """The same bits, also where a unit has several tiles, and nobody waits for ever.
+
+    With 32 programs, 20 tiles of 8 and 4 items: down's first may be taken early once 136 of the 160 before have been.
+    """
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("for compute capability 9.0")
+    monkeypatch.setattr(kernels.streamed_launch, "processors", lambda device: 32)
+    layer = random_layer(40, 512, 512)
+    plan = STREAMS["16 and 16, six places"]
+    for tokens, skew in ((90, 0.0), (90, 9.0), (200, 9.0)):
+        arguments = batch(tokens, 512, 4, 40, skew=skew)
+        plain = run(layer, *arguments, device, plan=plan)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels.streamed_launch, "early", lambda *_: early)
+            patch.setattr(kernels.streamed_launch, "tiles", lambda entries, units: units)
+            found = [run(layer, *arguments, device, plan=plan) for _ in range(3)]
+        assert all(torch.equal(plain, one) for one in found)
+        assert_near(plain, expected(layer, *arguments, silu))
+
+
 @pytest.mark.parametrize(
     ("alone", "inner", "view", "kernels_run"),
     [
@@ -354,7 +378,7 @@ def test_what_is_launched_for_one_stream(alone, inner, view, kernels_run, launch
     if kernels_run == ["streamed"]:
         (one,) = (one for one in launched if one[0] == "project")
         assert one[2] == (
-            min(132, (2 + 1) * len(one[3][7][0])),
+            min(132, (2 + 1) * len(one[3][6]) // 8),
         )  # no more programs than items: two blocks and one of a tile
 
 

@@ -12,6 +12,7 @@ from moefold_kernels.places import tables as places_of
 routing = pytest.importorskip("moefold_kernels.triton.routing", reason="needs triton")
 from moefold_kernels.triton import e4m3_launch  # noqa: E402
 from moefold_kernels.triton.plans import Plan, Tile, join  # noqa: E402
+from moefold_kernels.triton.sorting import FIELDS, READY  # noqa: E402
 
 
 def tile(entries: int, group: int = 1) -> Tile:
@@ -78,11 +79,32 @@ def test_one_launch_for_both_projections_counts_from_zero(few, device, monkeypat
     try:
         assert not routing.route(index, places, 3, 1, Plan(tile(16), tile(16))).ready.numel()
         found = routing.route(index, places, 3, 1, join(tile(16)))
-        assert found.ready.numel() == 4 + 2 * sum(table.shape[1] for table in found.first)
+        assert found.ready.numel() == READY.value + 2 * sum(table.shape[1] for table in found.first)
         assert found.ready[0] == sum((table[0] >= 0).sum() for table in found.first)
-        assert not found.ready[4:].any()
+        assert not found.ready[1:].any()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("few", [routing.FEW, 0], ids=["few", "many"])
+@pytest.mark.parametrize(("tokens", "top_k", "alone"), [(30, 3, 1), (200, 2, 0), (1, 1, 2)])
+def test_records_of_pairs(tokens, top_k, alone, few, device, monkeypatch):
+    """What a stream reads says the same as tiles and offsets: unit, where slots' entries begin and end, tile."""
+    monkeypatch.setattr(routing, "FEW", few)
+    index = torch.randint(-1, 9, (tokens, top_k), generator=torch.Generator().manual_seed(tokens), device="cpu")
+    index[: tokens // 2] = 2  # more tiles than one
+    places, index = torch.arange(8, dtype=torch.int32, device=device), index.to(device)
+    plan = join(Tile("streamed", 16, 0, 64, 64, 8, 4))
+    assert not routing.route(index, places, (8 - alone) // 2, alone + alone % 2, join(tile(16))).items.numel()
+    found = routing.route(index, places, (8 - alone) // 2, alone + alone % 2, plan)
+    units, numbers = (row.tolist() for row in found.first.packed)
+    offsets, records = found.offsets.tolist(), found.items.view(-1, FIELDS.value).tolist()
+    there = [(unit, number) for unit, number in zip(units, numbers, strict=True) if unit >= 0]
+    assert len(there) > 0
+    for tile_number, (unit, number) in enumerate(there):
+        begin, middle, end = offsets[2 * unit : 2 * unit + 3]
+        wanted = [unit, begin + 16 * number, middle, middle + 16 * number, end, tile_number]
+        assert records[tile_number][2:] == wanted
 
 
 def test_no_entry(device):

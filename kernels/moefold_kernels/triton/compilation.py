@@ -144,7 +144,7 @@ def _run(job: Job) -> None:
     tables = layer.route_for(weights, index, plan, x if job.part == "whole" else None)  # as search.py calls it
     for table in (*tables.first, *tables.second):
         table.fill_(-1)
-    for table in (tables.order, tables.offsets, tables.ready):
+    for table in (tables.order, tables.offsets, tables.ready, tables.items):
         table.zero_()
     if plan.joined:
         parts = layer.both(weights, x, scales, tables, plan.first)

@@ -28,6 +28,7 @@ from moefold_kernels.triton.project import (
     write_inner,
     write_outer,
 )
+from moefold_kernels.triton.sorting import READY
 
 
 @triton.jit
@@ -55,18 +56,18 @@ def _wait(ready, wanted, words, LINES: tl.constexpr, ASM: tl.constexpr):
 def _write(
     sums, between, parts, order, weights, begin, end, block, second, hidden, inner, expert, gate_shift, up_shift,
     down_shift, bias, bias_expert, bias_row, bias_up, down_bias, down_bias_expert, down_bias_row, limit, alpha,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, MODE: tl.constexpr, ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, MODE: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """One slot's sums, as either projection has them."""
     if second:
         write_outer(
             sums, parts, order, weights, begin, end, block, hidden, expert, down_shift,
-            down_bias, down_bias_expert, down_bias_row, 2 * ROWS, TOKENS, MODE,
+            down_bias, down_bias_expert, down_bias_row, 2 * ROWS, TOKENS, MODE, KEEP,
         )  # fmt: skip
     else:
         write_inner(
             sums, between, begin, end, block, inner, expert, gate_shift, up_shift,
-            bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS, TOKENS, MODE, True, ACTIVATION,
+            bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS, TOKENS, MODE, True, ACTIVATION, KEEP,
         )  # fmt: skip
 
 
@@ -82,11 +83,11 @@ def project(
     gate_shift, up_shift, down_shift, bias_expert, bias_row, bias_up, down_bias_expert, down_bias_row, limit, alpha,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, EXTRA: tl.constexpr, GROUP: tl.constexpr,
     MODE: tl.constexpr, ACTIVATION: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr, CHAIN: tl.constexpr,
-    LINES: tl.constexpr, GUESS: tl.constexpr,
+    LINES: tl.constexpr, GUESS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """project_in, writing `between` [entry in order, inner], and project_out, writing `parts` [entry, hidden].
 
-    `hidden` and `inner` are whole numbers of COLUMNS; `ready` is Tables.ready.
+    `hidden` and `inner` are whole numbers of COLUMNS; `ready` is Tables.ready. KEEP: what is written stays in L2.
     """
     height: tl.constexpr = 2 * ROWS
     n_first = tl.cdiv(inner, ROWS)
@@ -118,7 +119,7 @@ def project(
         return
     k = tl.arange(0, COLUMNS)
     w += unit * w_unit
-    ready += 4 + (2 * tile + slot if MODE == SLOT else tile)
+    ready += READY + (2 * tile + slot if MODE == SLOT else tile)
     if second:
         _wait(ready, n_first, w, LINES, ASM)
     w += k[None, :]
@@ -142,13 +143,13 @@ def project(
         _write(
             sums1, between, parts, order, weights, begin1, end1, block, second, hidden, inner, other, gate_shift,
             up_shift, down_shift, bias, bias_expert, bias_row, bias_up, down_bias, down_bias_expert, down_bias_row,
-            limit, alpha, ROWS, TOKENS, MODE, ACTIVATION,
+            limit, alpha, ROWS, TOKENS, MODE, ACTIVATION, KEEP,
         )  # fmt: skip
         if EXTRA:
             _write(
                 extra1, between, parts, order, weights, begin1 + TOKENS, end1, block, second, hidden, inner, other,
                 gate_shift, up_shift, down_shift, bias, bias_expert, bias_row, bias_up, down_bias, down_bias_expert,
-                down_bias_row, limit, alpha, ROWS, EXTRA, MODE, ACTIVATION,
+                down_bias_row, limit, alpha, ROWS, EXTRA, MODE, ACTIVATION, KEEP,
             )  # fmt: skip
     else:
         sums, extra = one_slot(
@@ -159,13 +160,13 @@ def project(
     _write(
         sums, between, parts, order, weights, begin, end, block, second, hidden, inner, expert, gate_shift,
         up_shift, down_shift, bias, bias_expert, bias_row, bias_up, down_bias, down_bias_expert, down_bias_row,
-        limit, alpha, ROWS, TOKENS, MODE, ACTIVATION,
+        limit, alpha, ROWS, TOKENS, MODE, ACTIVATION, KEEP,
     )  # fmt: skip
     if EXTRA:
         _write(
             extra, between, parts, order, weights, begin + TOKENS, end, block, second, hidden, inner, expert,
             gate_shift, up_shift, down_shift, bias, bias_expert, bias_row, bias_up, down_bias, down_bias_expert,
-            down_bias_row, limit, alpha, ROWS, EXTRA, MODE, ACTIVATION,
+            down_bias_row, limit, alpha, ROWS, EXTRA, MODE, ACTIVATION, KEEP,
         )  # fmt: skip
     if not second:
         tl.debug_barrier()  # all threads have written; what one thread then releases is the whole block's

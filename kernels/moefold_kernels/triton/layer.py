@@ -51,6 +51,13 @@ NARROW, SHALLOW = 32, 3
 a block's memory then (compiled for Hopper; a tile of 64 x 256 took up to 459)."""
 COPY_REGISTERS = 112
 """Of a thread that copies for overlapped_apart.py."""
+KEPT = 24 * 2**20
+"""Bytes of activations and of experts' outputs that are to stay in L2 while words go through it, at most: half of an
+H200's. They are read again when far more words than L2 holds have been read. Reckoned as if each expert filled a tile:
+by the batch, some would have kernels compiled anew."""
+SUMMED = 256
+"""Columns that a warp sums, 8 a thread: with fewer, warps share a column's sum through shared memory, and the layer
+takes 8 us more (docs/kernels.md)."""
 SHORTEST = 1024
 """Columns of a row that routing's kernels rewrite, at least: four or more for each of their threads."""
 LEVELED = 2.0**-63
@@ -200,11 +207,12 @@ def both(
             "bias_up": 0 if biases is None else elements_between(biases.gate, biases.up),
             "down_bias_expert": stride_of(below, 0), "down_bias_row": stride_of(below, 1), "limit": activation.limit,
             "alpha": activation.alpha, "ACTIVATION": ACTIVATIONS[activation.name],
+            "KEEP": 2 * tile.entries * len(weights.places) * (inner + hidden) <= KEPT,
         }  # fmt: skip
         guess = target.chain and _guess(len(tables.order), len(weights.places), tile)
         if tile.mode == STREAMED and mode == project.PAIR.value and streamed_launch.takes(kind, x, between):
             cut = {name: value for name, value in _cut(tile, target).items() if name != "GROUP"}
-            streamed_launch.both(operands, shared | cut, tile, len(kind.up), guess)
+            streamed_launch.both(operands, tables.items, shared | cut, tile, len(kind.up), guess)
             continue
         if tile.mode == STREAMED:
             tile = replace(tile, mode="pair", stages=min(tile.stages, SHALLOW))
@@ -389,7 +397,8 @@ def combine(parts: Tensor, top_k_index: Tensor, experts: int, dtype: torch.dtype
         launch(
             project.combine, (tokens, blocks(hidden, columns)),
             parts, top_k_index, out, hidden, top_k, experts, parts.stride(0), out.stride(0),
-            SPLITS=splits, TOP_K=power_of_two(top_k), COLUMNS=columns, CHAIN=chain, **_chained(chain),
+            SPLITS=splits, TOP_K=power_of_two(top_k), COLUMNS=columns, CHAIN=chain,
+            num_warps=max(1, columns // SUMMED), **_chained(chain),
         )  # fmt: skip
     return out
 

@@ -241,41 +241,46 @@ def gated(
 @gluon.jit
 def write_inner(
     sums, out, begin, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up,
-    limit, alpha, ROWS: gl.constexpr, TOKENS: gl.constexpr, ACTIVATION: gl.constexpr,
+    limit, alpha, ROWS: gl.constexpr, TOKENS: gl.constexpr, ACTIVATION: gl.constexpr, KEEP: gl.constexpr = False,
 ):  # fmt: skip
     """project.write_inner for a gated layer with a fused activation: out [entry in order, inner]."""
     value = gated(
         sums, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS,
         TOKENS, ACTIVATION,
     )  # fmt: skip
-    store_inner(value, out, begin, end, first_row, inner, ROWS, TOKENS)
+    store_inner(value, out, begin, end, first_row, inner, ROWS, TOKENS, KEEP)
 
 
 @gluon.jit
-def store_inner(value, out, begin, end, first_row, inner, ROWS: gl.constexpr, TOKENS: gl.constexpr):
-    """Activations [ROWS, TOKENS] to `out` [entry in order, inner], as bfloat16."""
+def store_inner(
+    value, out, begin, end, first_row, inner, ROWS: gl.constexpr, TOKENS: gl.constexpr, KEEP: gl.constexpr = False
+):  # fmt: skip
+    """Activations [ROWS, TOKENS] to `out` [entry in order, inner], as bfloat16; KEEP: they are to stay in L2."""
     layout: gl.constexpr = store_layout(ROWS, gl.num_warps())
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     entry = begin + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
     at = out + entry[None, :].to(gl.int64) * inner + row[:, None]
     value = gl.convert_layout(value.to(gl.bfloat16), layout)
-    gl.store(at, value, mask=(row < inner)[:, None] & (entry < end)[None, :])
+    gl.store(
+        at, value, mask=(row < inner)[:, None] & (entry < end)[None, :], eviction_policy="evict_last" if KEEP else ""
+    )
 
 
 @gluon.jit
 def write_slot_inner(
     sums, extra, out, begin, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up,
     limit, alpha, ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, ACTIVATION: gl.constexpr,
+    KEEP: gl.constexpr = False,
 ):  # fmt: skip
     """write_inner of a slot's sums [ROWS, TOKENS] and of its extra ones."""
     write_inner(
         sums, out, begin, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up,
-        limit, alpha, ROWS, TOKENS, ACTIVATION,
+        limit, alpha, ROWS, TOKENS, ACTIVATION, KEEP,
     )  # fmt: skip
     if EXTRA:
         write_inner(
             extra, out, begin + TOKENS, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert,
-            bias_row, bias_up, limit, alpha, ROWS, EXTRA, ACTIVATION,
+            bias_row, bias_up, limit, alpha, ROWS, EXTRA, ACTIVATION, KEEP,
         )  # fmt: skip
 
 
@@ -381,7 +386,7 @@ def gates_of(entries, weights):
 @gluon.jit
 def write_outer(
     sums, out, entries, begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row,
-    ROWS: gl.constexpr, TOKENS: gl.constexpr,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, KEEP: gl.constexpr = False,
 ):  # fmt: skip
     """project.write_outer: bias, gate weight, out [entry, hidden]; `entries` of `gates_of`."""
     entry, gates = entries
@@ -404,7 +409,12 @@ def write_outer(
     entry = gl.convert_layout(entry, gl.SliceLayout(0, layout))
     at = out + entry[None, :].to(gl.int64) * hidden + row[:, None]
     value = gl.convert_layout(sums.to(out.dtype.element_ty), layout)
-    gl.store(at, value, mask=(row < hidden)[:, None] & (position < end)[None, :])
+    gl.store(
+        at,
+        value,
+        mask=(row < hidden)[:, None] & (position < end)[None, :],
+        eviction_policy="evict_last" if KEEP else "",
+    )
 
 
 @gluon.jit

@@ -110,3 +110,11 @@ def wait_for_the_one_before(CHAIN: tl.constexpr):
 def launch_the_next(CHAIN: tl.constexpr):
     if CHAIN:
         cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def ask(lines):
+    """Ask for cache lines in L2; nothing waits for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )

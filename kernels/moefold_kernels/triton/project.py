@@ -14,7 +14,7 @@ import triton.language as tl
 
 from moefold_kernels.triton.decode import decode_both, decode_slot, rescale
 from moefold_kernels.triton.decode_levels import TABLE, levels_both, levels_slot
-from moefold_kernels.triton.portability import after_the_one_before
+from moefold_kernels.triton.portability import after_the_one_before, ask
 
 PAIR, SLOT, DENSE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """What a unit is: a pair of experts, one packed expert, one dense expert."""
@@ -47,10 +47,7 @@ def entries_of(offsets, place, number, TOKENS: tl.constexpr):
 @triton.jit
 def prefetch(rows, LINES: tl.constexpr):
     """Ask for the first LINES cache lines (64 words each) of some rows in L2; nothing waits for them."""
-    line = rows + 64 * tl.arange(0, LINES)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [line.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
+    ask(rows + 64 * tl.arange(0, LINES)[None, :])
 
 
 @triton.jit
@@ -199,6 +196,7 @@ def write_inner(
     sums, out, begin, end, block, inner, expert, gate_shift, up_shift,
     bias, bias_expert, bias_row, bias_up, limit, alpha,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, MODE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    KEEP: tl.constexpr = False,
 ):  # fmt: skip
     """Bias, activation, and the rows of one slot's entries: out [entry in order, inner] (2 * inner, not activated)."""
     row = block * ROWS + tl.arange(0, ROWS)
@@ -227,7 +225,8 @@ def write_inner(
         tl.store(at, gate.to(out.dtype.element_ty), mask=inside)
         tl.store(at + inner, up.to(out.dtype.element_ty), mask=inside)
     else:
-        tl.store(at, activate(gate, up, limit, alpha, ACTIVATION).to(out.dtype.element_ty), mask=inside)
+        made = activate(gate, up, limit, alpha, ACTIVATION)
+        tl.store(at, made.to(out.dtype.element_ty), mask=inside, eviction_policy="evict_last" if KEEP else "")
 
 
 @triton.jit(
@@ -321,7 +320,7 @@ def project_in(
 @triton.jit
 def write_outer(
     sums, out, order, weights, begin, end, block, hidden, expert, shift, bias, bias_expert, bias_row,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, MODE: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, MODE: tl.constexpr, KEEP: tl.constexpr = False,
 ):  # fmt: skip
     """Bias (by the first split only), gate weight, and the rows of one slot's entries: out [entry, hidden]."""
     row = block * ROWS + tl.arange(0, ROWS)
@@ -335,7 +334,8 @@ def write_outer(
     entry = tl.load(order + position, mask=live, other=0)
     sums *= tl.load(weights + entry, mask=live, other=0.0).to(tl.float32)[None, :]
     at = out + entry.to(tl.int64)[None, :] * hidden + row[:, None]
-    tl.store(at, sums.to(out.dtype.element_ty), mask=(row < hidden)[:, None] & live[None, :])
+    inside = (row < hidden)[:, None] & live[None, :]
+    tl.store(at, sums.to(out.dtype.element_ty), mask=inside, eviction_policy="evict_last" if KEEP else "")
 
 
 @triton.jit(do_not_specialize=["first", "capacity", "bias_expert", "bias_row"])
@@ -427,6 +427,10 @@ def combine(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     choice = tl.arange(0, TOP_K)
     expert = tl.load(index + token * top_k + choice, mask=choice < top_k, other=-1)  # was there before `route` began
+    if CHAIN:  # addresses are looked up meanwhile
+        line = tl.minimum(tl.program_id(1) * COLUMNS + tl.arange(0, max(COLUMNS // 64, 1)) * 64, hidden - 1)
+        ask(parts + (token * top_k + tl.minimum(choice, top_k - 1))[:, None] * hidden + line[None, :])
+        ask(out + token * out_row + line)
     after_the_one_before(CHAIN)
     known = (expert >= 0) & (expert < n_experts)  # entries of no expert were never written
     at = parts + (token * top_k + choice)[:, None] * hidden + column[None, :]

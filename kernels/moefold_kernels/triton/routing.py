@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moefold_kernels.triton import sorting
-from moefold_kernels.triton.plans import Plan
+from moefold_kernels.triton.plans import STREAMED, Plan
 from moefold_kernels.triton.portability import blocks, launch, power_of_two
 
 RANK_BLOCK = 16
@@ -55,7 +55,8 @@ class Tables(NamedTuple):
     offsets: Tensor  # [places + 2] int32; the last two are the same unless the router named experts that do not exist
     first: Tiles
     second: Tiles  # the same tensors where both projections cut alike
-    ready: Tensor  # for joined plans, else empty: int32 [4 + 2 * tiles], how many tiles there are, then zeros
+    ready: Tensor  # for joined plans, else empty: int32 [READY + 2 * tiles], how many tiles there are, then zeros
+    items: Tensor  # for streams, else empty: int32 [tiles, FIELDS] of pairs, as sorting.py writes them
     rows: Rows | None = None
     """Tokens that were rewritten on the way, for the first projection."""
 
@@ -111,19 +112,23 @@ def route(
     # One allocation for all tables: this runs in front of every layer. Each begins at a multiple of 16 bytes, whatever
     # the batch: Triton compiles a kernel anew for a pointer that does not.
     zeros = 2 * sum(room) if plan.joined else 0
-    sizes = (_whole(entries), _whole(n_places + 2), 2 * sum(room), zeros + 4 * plan.joined)
-    order, offsets, tiles, ready = index.new_empty(sum(sizes), dtype=torch.int32).split(sizes)
+    items = plan.joined and first.mode == STREAMED
+    sizes = (
+        _whole(entries), _whole(n_places + 2), 2 * sum(room), zeros + sorting.READY.value * plan.joined,
+        sorting.FIELDS.value * room[0] * items,
+    )  # fmt: skip
+    order, offsets, tiles, ready, records = index.new_empty(sum(sizes), dtype=torch.int32).split(sizes)
     order, offsets = order[:entries], offsets[: n_places + 2]
     packed1, alone1, packed2, alone2 = (table.view(2, -1) for table in tiles.split([2 * size for size in room]))
     both = Tiles(packed1, alone1)
-    tables = Tables(order, offsets, both, both if alike else Tiles(packed2, alone2), ready, rows)
+    tables = Tables(order, offsets, both, both if alike else Tiles(packed2, alone2), ready, records, rows)
     if not entries:
         offsets.zero_()
         return tables
     size = max(16, power_of_two(n_places + 2))
     shape = (places.numel(), n_places)
     kind: dict[str, Any] = {"TOKENS1": first.entries, "TOKENS2": second.entries, "PLACES": size}
-    kind["BY_WORK"] = by_work(plan)
+    kind |= {"BY_WORK": by_work(plan), "ITEMS": items}
     options: dict[str, Any] = {"CHAIN": chain} | ({"launch_pdl": True} if chain else {})
     tokens, given, ends, wide = _rewriting(rows)
     if entries <= FEW:

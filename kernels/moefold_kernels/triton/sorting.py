@@ -10,8 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moefold_kernels.triton.portability import after_the_one_before
+from moefold_kernels.triton.portability import after_the_one_before, ask
 from moefold_kernels.triton.token_rows import prepare_row
+
+READY = tl.constexpr(4)
+"""Where in Tables.ready the counts of tiles begin."""
+FIELDS = tl.constexpr(8)
+"""Of a record of Tables.items."""
 
 
 @triton.jit
@@ -48,11 +53,32 @@ def _write_tiles(
 
 
 @triton.jit
+def _write_items(held, begin, n_packed, table, TOKENS: tl.constexpr, PLACES: tl.constexpr):
+    """A record of each tile of pairs: at 2 the unit, then where both slots' entries begin and end, then the tile.
+
+    `held` and `begin` [PLACES] are each place's entries, and where they begin.
+    """
+    place = tl.arange(0, PLACES)
+    held0, held1 = tl.split(tl.reshape(tl.where(place < n_packed, held, 0), (PLACES // 2, 2)))
+    begin0, begin1 = tl.split(tl.reshape(begin, (PLACES // 2, 2)))
+    tiles = (tl.maximum(held0, held1) + TOKENS - 1) // TOKENS
+    first = tl.cumsum(tiles, 0) - tiles
+    for number in range(0, tl.max(tiles, 0)):
+        record, there = table + FIELDS * (first + number), number < tiles
+        tl.store(record + 2, tl.arange(0, PLACES // 2), mask=there)
+        tl.store(record + 3, begin0 + number * TOKENS, mask=there)
+        tl.store(record + 4, begin0 + held0, mask=there)
+        tl.store(record + 5, begin1 + number * TOKENS, mask=there)
+        tl.store(record + 6, begin1 + held1, mask=there)
+        tl.store(record + 7, first + number, mask=there)
+
+
+@triton.jit
 def _plan(
     held, offsets, tiles, n_places, n_packed, packed1, alone1, packed2, alone2, zeros,
-    TOKENS1: tl.constexpr, TOKENS2: tl.constexpr, PLACES: tl.constexpr, BY_WORK: tl.constexpr,
+    TOKENS1: tl.constexpr, TOKENS2: tl.constexpr, PLACES: tl.constexpr, BY_WORK: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """Offsets and tiles of the counts `held` [PLACES]; four tables lie behind one another, then Tables.ready."""
+    """Offsets and tiles of the counts `held` [PLACES]; behind one another lie four tables, Tables.ready, .items."""
     place = tl.arange(0, PLACES)
     tl.store(offsets + place + 1, tl.cumsum(held, 0), mask=place <= n_places)
     tl.store(offsets, 0)
@@ -72,8 +98,10 @@ def _plan(
         tiles += 2 * (packed2 + alone2)
         number = tl.sum((pairs + TOKENS1 - 1) // TOKENS1, 0) + tl.sum((alone + TOKENS1 - 1) // TOKENS1, 0)
         tl.store(tiles, number)
-        for start in range(1, 4 + zeros, PLACES):
-            tl.store(tiles + start + place, 0, mask=start + place < 4 + zeros)
+        for start in range(1, zeros + READY, PLACES):
+            tl.store(tiles + start + place, 0, mask=start + place < zeros + READY)
+        if ITEMS and packed1 > 0:
+            _write_items(held, tl.cumsum(held, 0) - held, n_packed, tiles + zeros + READY, TOKENS1, PLACES)
 
 
 @triton.jit(
@@ -93,9 +121,13 @@ def route_few(
     index, places, order, offsets, tiles, x, rows, factors,
     entries, n_experts, n_places, n_packed, packed1, alone1, packed2, alone2, zeros, columns, x_row,
     TOKENS1: tl.constexpr, TOKENS2: tl.constexpr, PLACES: tl.constexpr, BY_WORK: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, COUNT_STEP: tl.constexpr, CHAIN: tl.constexpr,
+    ITEMS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, COUNT_STEP: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Program 0 counts and plans; others find the rank of `BLOCK` entries each, among all; the rest rewrite tokens."""
+    if CHAIN:  # these come from memory meanwhile
+        ask(index + tl.minimum(16 * tl.arange(0, max(STEP // 16, 1)), entries - 1))
+        ask(places + tl.minimum(32 * tl.arange(0, PLACES // 16), n_experts - 1))
     after_the_one_before(CHAIN)
     program = tl.program_id(0)
     if program == 0:
@@ -105,7 +137,7 @@ def route_few(
             held += tl.histogram(other, PLACES)
         _plan(
             held, offsets, tiles, n_places, n_packed, packed1, alone1, packed2, alone2, zeros,
-            TOKENS1, TOKENS2, PLACES, BY_WORK,
+            TOKENS1, TOKENS2, PLACES, BY_WORK, ITEMS,
         )  # fmt: skip
     elif program <= tl.cdiv(entries, BLOCK):
         entry = (program - 1) * BLOCK + tl.arange(0, BLOCK)
@@ -146,7 +178,7 @@ def place_chunks(
     chunks, keys, order, offsets, tiles, x, rows, factors,
     entries, n_chunks, n_places, n_packed, packed1, alone1, packed2, alone2, zeros, columns, x_row,
     TOKENS1: tl.constexpr, TOKENS2: tl.constexpr, PLACES: tl.constexpr, BY_WORK: tl.constexpr, CHUNK: tl.constexpr,
-    STEP: tl.constexpr, COLUMNS: tl.constexpr, CHAIN: tl.constexpr,
+    ITEMS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Write each entry's number where it belongs, a chunk a program; one in front plans, the rest rewrite tokens.
 
@@ -167,7 +199,7 @@ def place_chunks(
         if program == 0:
             _plan(
                 held, offsets, tiles, n_places, n_packed, packed1, alone1, packed2, alone2, zeros,
-                TOKENS1, TOKENS2, PLACES, BY_WORK,
+                TOKENS1, TOKENS2, PLACES, BY_WORK, ITEMS,
             )  # fmt: skip
         else:
             chunk, number = program - 1, tl.arange(0, CHUNK)

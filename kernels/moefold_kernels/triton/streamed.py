@@ -7,9 +7,9 @@ tells the others, in a ring of two. Four warps copy, to places: a step of COLUMN
 tokens each. They go on to the next item while sums of the one before are multiplied and written. Eight warps multiply.
 Nothing but barriers in memory joins them (apart.py).
 
-Items are taken in their order, by whoever asks first. An item of down waits until all blocks of gate and up of its tile
-are written (`ready` counts them, as in joined.py): those were taken before it, by programs that run, so somebody always
-gets on.
+Items are taken in their order, by whoever asks first, those of down when none of gate and up are left, or by some
+programs earlier (streamed_launch.early). An item of down waits until all blocks of gate and up of its tile are written
+(`ready` counts them, as in joined.py): those were taken before it, by programs that run, so somebody always gets on.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from moefold_kernels.triton.overlapped import (
     write_slot_inner,
 )
 from moefold_kernels.triton.overlapped_pair import operands_of
+from moefold_kernels.triton.sorting import FIELDS, READY
 
 RING = gl.constexpr(2)
 """Items that are told of at once: one is multiplied, one copied."""
 ASKING = gl.constexpr(384)
 """Columns of an item that are yet to be copied when the next one is taken: later, and copies would wait for it."""
-FIELDS = gl.constexpr(8)
-"""Of a record."""
 MOST_IN_TWO = gl.constexpr(80)
-"""Entries of a slot, at most, beside whose sums there are registers for operands of half a step."""
+"""Entries of a slot, at most, beside whose sums there are registers for operands of half a step (of 64 columns, where
+there are extra ones)."""
 LOOKING = gl.constexpr(40)
 """Registers of a thread that looks ahead."""
 
@@ -58,13 +58,13 @@ def _places(ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXT
     tokens1 = gl.allocate_shared_memory(gl.bfloat16, [PLACES, TOKENS, COLUMNS], turned)
     more0 = gl.allocate_shared_memory(gl.bfloat16, [PLACES if EXTRA else 1, max(EXTRA, 8), COLUMNS], turned)
     more1 = gl.allocate_shared_memory(gl.bfloat16, [PLACES if EXTRA else 1, max(EXTRA, 8), COLUMNS], turned)
-    come, free = _barriers(PLACES, 32 * COPYING, 32 * gl.num_warps())
+    come, free = _barriers(PLACES, 32 * COPYING), _barriers(PLACES, 32 * gl.num_warps())
     return words, tokens0, tokens1, more0, more1, come, free
 
 
 @gluon.jit
 def _ring(TOKENS: gl.constexpr, EXTRA: gl.constexpr):
-    """What is told of the next items: a record, the numbers and gate weights of entries, and two barriers of each.
+    """What is told of the next items: a record, the numbers and gate weights of entries, and three barriers of each.
 
     A record is: the projection (0, 1, or -1 behind the last item), the block of rows, the unit, where the slots'
     entries begin and end, and the tile.
@@ -74,10 +74,8 @@ def _ring(TOKENS: gl.constexpr, EXTRA: gl.constexpr):
     rest: gl.constexpr = max(EXTRA, 16)
     of0, of1, more0, more1 = _entries(TOKENS), _entries(TOKENS), _entries(rest), _entries(rest)
     numbers, gates = (of0[0], of1[0], more0[0], more1[0]), (of0[1], of1[1], more0[1], more1[1])
-    told, heard = _barriers(RING, 1, 2)
-    asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(asked, count=1)
-    return records, numbers, gates, told, heard, asked
+    told, weighed, heard = _barriers(RING, 1), _barriers(RING, 1), _barriers(RING, 2)
+    return records, numbers, gates, told, heard, weighed, _barriers(1, 1).index(0)
 
 
 @gluon.jit
@@ -89,14 +87,12 @@ def _entries(N: gl.constexpr):
 
 
 @gluon.jit
-def _barriers(N: gl.constexpr, FIRST: gl.constexpr, SECOND: gl.constexpr):
-    """Two barriers of each of N, which so many threads arrive at."""
-    one = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
-    other = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+def _barriers(N: gl.constexpr, THREADS: gl.constexpr):
+    """N barriers, which so many threads arrive at."""
+    barriers = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
     for number in gl.static_range(N):
-        mbarrier.init(one.index(number), count=FIRST)
-        mbarrier.init(other.index(number), count=SECOND)
-    return one, other
+        mbarrier.init(barriers.index(number), count=THREADS)
+    return barriers
 
 
 @gluon.jit
@@ -107,68 +103,108 @@ def _after(place, phase, N: gl.constexpr):
 
 
 @gluon.jit
-def _until(ready, wanted):
-    """Wait until `ready` says so many blocks; what others wrote before they counted can be read then."""
-    while gl.load(ready, volatile=True) < wanted:
-        pass
+def _until(ready, arrived, wanted):
+    """Wait until `ready` says so many blocks; `arrived` it has said. What others wrote before can be read then."""
+    while arrived < wanted:
+        arrived = gl.load(ready, volatile=True)
     gl.inline_asm_elementwise("fence.acq_rel.gpu; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def _tell(numbers, gates, slot, order, weights, begin, end, top_k, second, N: gl.constexpr):
-    """Of N entries from `begin` on: their tokens, or for down (second) their numbers and gate weights."""
+def _tell(numbers, slot, order, begin, end, top_k, second, N: gl.constexpr):
+    """Of N entries from `begin` on: their tokens, or for down (second) their numbers, which are returned."""
     n = begin + gl.arange(0, N, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     entry = gl.load(order + n, mask=n < end, other=0)
-    if second:
-        gates.index(slot).store(gl.load(weights + entry).to(gl.float32))
     numbers.index(slot).store(entry if second else entry // top_k)
+    return entry
+
+
+@gluon.jit
+def _counted(counter):
+    """What a counter says, to all threads of the warp the same."""
+    threads = gl.arange(0, 32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    return gl.min(gl.load(counter + 0 * threads, volatile=True), 0)
+
+
+@gluon.jit
+def _take(ready, left, early, firsts, few, n_in, n_out):
+    """The next item, whether it is one of gate and up, and whether others of those may be left.
+
+    `early`: one of down, if two rounds of items were begun since all those of its tile, even if `few` programs take one
+    at once.
+    """
+    first = left
+    if left & early:
+        begun, tile = _counted(ready + 1), (_counted(ready + 2) + few) // n_out
+        first = (begun < firsts) & ((tile + 1) * n_in + 2 * gl.num_programs(0) > begun)
+    item = firsts
+    if first:
+        item = gl.atomic_add(ready + 1, 1, sem="relaxed")
+        first = item < firsts
+        left = first
+    if first == 0:
+        item = firsts + gl.atomic_add(ready + 2, 1, sem="relaxed")
+    return item, first, left
 
 
 @gluon.jit
 def _schedule(
-    ring, order, offsets, tiles, capacity, ready, weights, hidden, inner, top_k,
+    ring, order, items, ready, weights, hidden, inner, top_k, few, most,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr,
 ):  # fmt: skip
-    """The warp that looks ahead: it takes items in their order, and tells the others of them."""
+    """The warp that looks ahead: it takes items in their order, and tells the others of them.
+
+    The first `few` programs go on to down when they had `most` items. Gate weights, which take another load, come
+    behind what else is told, as they are needed last.
+    """
     after_the_one_before()
-    records, numbers, gates, told, heard, asked = ring
-    item = gl.atomic_add(ready + 1, 1, sem="relaxed")
+    records, numbers, gates, told, heard, weighed, asked = ring
     n_tiles = gl.load(ready)
     n_in, n_out = gl.cdiv(inner, ROWS), gl.cdiv(hidden, 2 * ROWS)
     firsts = n_tiles * n_in
+    n_items = firsts + n_tiles * n_out
+    most = gl.where(gl.program_id(0) < few, most, 1 << 30)
+    item, first, left = _take(ready, gl.program_id(0) >= 0, gl.program_id(0) < 0, firsts, few, n_in, n_out)
+    taken = 1
     field = gl.arange(0, FIELDS, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     slot, phase, again = 0, 0, 0
-    while item < firsts + n_tiles * n_out:
-        second = item >= firsts
+    while item < n_items:
+        second = first == 0
         number = gl.where(second, item - firsts, item)
         n_blocks = gl.where(second, n_out, n_in)
         tile = number // n_blocks
-        unit = gl.load(tiles + tile)
-        skipped = gl.load(tiles + capacity + tile) * (TOKENS + EXTRA)
-        begin0, middle = gl.load(offsets + 2 * unit) + skipped, gl.load(offsets + 2 * unit + 1)
-        begin1, end1 = middle + skipped, gl.load(offsets + 2 * unit + 2)
-        record = gl.where(field == 0, second.to(gl.int32), number % n_blocks)
-        record = gl.where(field == 2, unit, record)
-        record = gl.where(field == 3, begin0, record)
-        record = gl.where(field == 4, middle, record)
-        record = gl.where(field == 5, begin1, record)
-        record = gl.where(field == 6, end1, record)
-        record = gl.where(field == 7, tile, record)
+        source = items + FIELDS * tile
+        record = gl.load(source + field)
+        begin0, middle = gl.load(source + 3), gl.load(source + 4)
+        begin1, end1 = gl.load(source + 5), gl.load(source + 6)
+        record = gl.where(field == 0, second.to(gl.int32), record)
+        record = gl.where(field == 1, number % n_blocks, record)
+        arrived = gl.load(ready + READY + tile, volatile=True)
         mbarrier.wait(heard.index(slot), phase ^ 1)
         records.index(slot).store(record)
-        _tell(numbers[0], gates[0], slot, order, weights, begin0, middle, top_k, second, TOKENS)
-        _tell(numbers[1], gates[1], slot, order, weights, begin1, end1, top_k, second, TOKENS)
+        entry0 = _tell(numbers[0], slot, order, begin0, middle, top_k, second, TOKENS)
+        entry1 = _tell(numbers[1], slot, order, begin1, end1, top_k, second, TOKENS)
+        more0, more1 = entry0, entry1
         if EXTRA:
-            _tell(numbers[2], gates[2], slot, order, weights, begin0 + TOKENS, middle, top_k, second, EXTRA)
-            _tell(numbers[3], gates[3], slot, order, weights, begin1 + TOKENS, end1, top_k, second, EXTRA)
+            more0 = _tell(numbers[2], slot, order, begin0 + TOKENS, middle, top_k, second, EXTRA)
+            more1 = _tell(numbers[3], slot, order, begin1 + TOKENS, end1, top_k, second, EXTRA)
         if second:
-            _until(ready + 4 + tile, n_in)
+            _until(ready + READY + tile, arrived, n_in)
         barrier()
         mbarrier.arrive(told.index(slot), count=1)
+        if second:
+            gates[0].index(slot).store(gl.load(weights + entry0).to(gl.float32))
+            gates[1].index(slot).store(gl.load(weights + entry1).to(gl.float32))
+            if EXTRA:
+                gates[2].index(slot).store(gl.load(weights + more0).to(gl.float32))
+                gates[3].index(slot).store(gl.load(weights + more1).to(gl.float32))
+            barrier()
+        mbarrier.arrive(weighed.index(slot), count=1)
         slot, phase = _after(slot, phase, RING)
         mbarrier.wait(asked, again)
         again ^= 1
-        item = gl.atomic_add(ready + 1, 1, sem="relaxed")
+        item, first, left = _take(ready, left, taken >= most, firsts, few, n_in, n_out)
+        taken += 1
     mbarrier.wait(heard.index(slot), phase ^ 1)
     records.index(slot).store(gl.where(field == 0, -1, 0))
     barrier()
@@ -243,7 +279,7 @@ def _copy(
                 if 64 * line < hidden:
                     _prefetch(lines + 64 * line)
     after_the_one_before()
-    records, numbers, _gates, told, heard, asked = ring
+    records, numbers, _gates, told, heard, _weighed, asked = ring
     rest: gl.constexpr = max(EXTRA, 16)
     layout: gl.constexpr = copy_layout(COLUMNS, gl.num_warps())
     k = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
@@ -300,17 +336,19 @@ def _products(
 ):  # fmt: skip
     """overlapped_pair._products from places: both slots' sums [ROWS, TOKENS], their extra ones; next place and phase.
 
-    USED: whether the item has extra entries.
+    USED: whether the item has extra entries. With more than 16 entries and no extra ones, operands of 64 columns are
+    made in halves, whose products come in turns.
     """
     gl.assume(steps > 0)
     words, tokens0, tokens1, more0, more1, come, free = places
-    parts: gl.constexpr = 4 if TOKENS + EXTRA > MOST_IN_TWO else 2
-    columns: gl.constexpr = COLUMNS // parts  # of one set of operands (overlapped_apart.py)
+    parts: gl.constexpr = 4 if TOKENS + EXTRA > MOST_IN_TWO or (EXTRA and COLUMNS > 64) else 2
+    pieces: gl.constexpr = 2 if COLUMNS // parts >= 64 and TOKENS > 16 and not EXTRA else 1
+    columns: gl.constexpr = COLUMNS // parts // pieces  # of one set of operands (overlapped_apart.py), or half of it
+    pending: gl.constexpr = 2 * pieces * (2 if USED else 1)
     rest: gl.constexpr = max(EXTRA, 16)
     mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
     mma_extra: gl.constexpr = product_layout(rest, gl.num_warps())
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    left_extra: gl.constexpr = gl.DotOperandLayout(0, mma_extra, 2)
     sums0 = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
     sums1 = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma))
     extra0 = warpgroup_mma_init(gl.zeros((ROWS, rest), gl.float32, mma_extra))
@@ -319,22 +357,25 @@ def _products(
         mbarrier.wait(come.index(place), phase)
         fence_async_shared()
         for part in gl.static_range(parts):
-            own, other = operands_of(words.index(place).slice(columns * part, columns, 1).load(left))
-            right = tokens0.index(place).slice(columns * part, columns, 1).permute((1, 0))
-            sums0 = warpgroup_mma(own, right, sums0, is_async=True)
-            right = tokens1.index(place).slice(columns * part, columns, 1).permute((1, 0))
-            sums1 = warpgroup_mma(other, right, sums1, is_async=True)
+            own, other = operands_of(words.index(place).slice(columns * pieces * part, columns, 1).load(left))
+            own1, other1 = own, other
+            if pieces == 2:
+                own1, other1 = operands_of(
+                    words.index(place).slice(columns * (pieces * part + 1), columns, 1).load(left)
+                )
+            right = tokens0.index(place), tokens1.index(place)
+            sums0, sums1 = _add(sums0, sums1, own, other, right, columns * pieces * part, TOKENS)
+            if pieces == 2:
+                sums0, sums1 = _add(sums0, sums1, own1, other1, right, columns * (pieces * part + 1), TOKENS)
             if USED:
-                own = gl.convert_layout(own, left_extra, assert_trivial=True)
-                other = gl.convert_layout(other, left_extra, assert_trivial=True)
-                right = more0.index(place).slice(columns * part, columns, 1).permute((1, 0))
-                extra0 = warpgroup_mma(own, right, extra0, is_async=True)
-                right = more1.index(place).slice(columns * part, columns, 1).permute((1, 0))
-                extra1 = warpgroup_mma(other, right, extra1, is_async=True)
-                sums0, sums1, extra0, extra1 = warpgroup_mma_wait(4, deps=(sums0, sums1, extra0, extra1))
+                right = more0.index(place), more1.index(place)
+                extra0, extra1 = _add(extra0, extra1, own, other, right, columns * pieces * part, rest)
+                if pieces == 2:
+                    extra0, extra1 = _add(extra0, extra1, own1, other1, right, columns * (pieces * part + 1), rest)
+                sums0, sums1, extra0, extra1 = warpgroup_mma_wait(pending, deps=(sums0, sums1, extra0, extra1))
                 extra0, extra1 = warpgroup_mma_init(extra0), warpgroup_mma_init(extra1)
             else:
-                sums0, sums1 = warpgroup_mma_wait(2, deps=(sums0, sums1))  # the other set's products have ended
+                sums0, sums1 = warpgroup_mma_wait(pending, deps=(sums0, sums1))  # the other set's products have ended
             sums0, sums1 = warpgroup_mma_init(sums0), warpgroup_mma_init(sums1)
             if part == 0 and step > 0:  # so nobody of this thread's reads the step before
                 async_copy.mbarrier_arrive(free.index(_before(place, PLACES)), increment_count=False)
@@ -345,14 +386,27 @@ def _products(
 
 
 @gluon.jit
+def _add(sums0, sums1, own, other, tokens, FIRST: gl.constexpr, N: gl.constexpr):
+    """Begin products of both slots' operands with columns from FIRST on of their N tokens."""
+    tokens0, tokens1 = tokens
+    layout: gl.constexpr = gl.DotOperandLayout(0, product_layout(N, gl.num_warps()), 2)
+    own = gl.convert_layout(own, layout, assert_trivial=True)
+    other = gl.convert_layout(other, layout, assert_trivial=True)
+    columns: gl.constexpr = own.shape[1]
+    sums0 = warpgroup_mma(own, tokens0.slice(FIRST, columns, 1).permute((1, 0)), sums0, is_async=True)
+    sums1 = warpgroup_mma(other, tokens1.slice(FIRST, columns, 1).permute((1, 0)), sums1, is_async=True)
+    return sums0, sums1
+
+
+@gluon.jit
 def _multiply(
     places, ring, between, parts, experts, ready, hidden, inner, for_inner, for_outer,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
-    ACTIVATION: gl.constexpr,
+    ACTIVATION: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """Multiplying warps' part."""
     after_the_one_before()
-    records, _numbers, _gates, told, heard, _asked = ring
+    records, _numbers, _gates, told, heard, _weighed, _asked = ring
     place, phase = 0, 0
     slot, turn = 0, 0
     mbarrier.wait(told.index(slot), turn)
@@ -366,27 +420,27 @@ def _multiply(
         if kind > 0:
             if EXTRA and gl.maximum(end0 - begin0, end1 - begin1) > TOKENS:
                 place, phase = _out(
-                    places, ring, slot, place, phase, parts, hidden, inner, about, for_outer,
-                    ROWS, COLUMNS, TOKENS, EXTRA, True, PLACES,
+                    places, ring, slot, turn, place, phase, parts, hidden, inner, about, for_outer,
+                    ROWS, COLUMNS, TOKENS, EXTRA, True, PLACES, KEEP,
                 )  # fmt: skip
             else:
                 place, phase = _out(
-                    places, ring, slot, place, phase, parts, hidden, inner, about, for_outer,
-                    ROWS, COLUMNS, TOKENS, EXTRA, False, PLACES,
+                    places, ring, slot, turn, place, phase, parts, hidden, inner, about, for_outer,
+                    ROWS, COLUMNS, TOKENS, EXTRA, False, PLACES, KEEP,
                 )  # fmt: skip
         else:
             if EXTRA and gl.maximum(end0 - begin0, end1 - begin1) > TOKENS:
                 place, phase = _in(
                     places, place, phase, between, hidden, inner, about, for_inner,
-                    ROWS, COLUMNS, TOKENS, EXTRA, True, PLACES, ACTIVATION,
+                    ROWS, COLUMNS, TOKENS, EXTRA, True, PLACES, ACTIVATION, KEEP,
                 )  # fmt: skip
             else:
                 place, phase = _in(
                     places, place, phase, between, hidden, inner, about, for_inner,
-                    ROWS, COLUMNS, TOKENS, EXTRA, False, PLACES, ACTIVATION,
+                    ROWS, COLUMNS, TOKENS, EXTRA, False, PLACES, ACTIVATION, KEEP,
                 )  # fmt: skip
             barrier()  # all threads have written; what one thread then releases is the whole block's
-            gl.atomic_add(ready + 4 + tile, 1, sem="release")
+            gl.atomic_add(ready + READY + tile, 1, sem="release")
         barrier()
         mbarrier.arrive(heard.index(slot), count=1)
         slot, turn = _after(slot, turn, RING)
@@ -398,7 +452,7 @@ def _multiply(
 def _in(
     places, place, phase, out, hidden, inner, about, given,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, USED: gl.constexpr,
-    PLACES: gl.constexpr, ACTIVATION: gl.constexpr,
+    PLACES: gl.constexpr, ACTIVATION: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """Multiply and write one item of gate and up."""
     block, expert0, expert1, begin0, end0, begin1, end1 = about
@@ -409,20 +463,20 @@ def _in(
     )
     write_slot_inner(
         sums0, extra0, out, begin0, end0, first_row, inner, gate_shift, up_shift, expert0, bias, bias_expert, bias_row,
-        bias_up, limit, alpha, ROWS, TOKENS, EXTRA if USED else 0, ACTIVATION,
+        bias_up, limit, alpha, ROWS, TOKENS, EXTRA if USED else 0, ACTIVATION, KEEP,
     )  # fmt: skip
     write_slot_inner(
         sums1, extra1, out, begin1, end1, first_row, inner, gate_shift, up_shift, expert1, bias, bias_expert, bias_row,
-        bias_up, limit, alpha, ROWS, TOKENS, EXTRA if USED else 0, ACTIVATION,
+        bias_up, limit, alpha, ROWS, TOKENS, EXTRA if USED else 0, ACTIVATION, KEEP,
     )  # fmt: skip
     return place, phase
 
 
 @gluon.jit
 def _out(
-    places, ring, slot, place, phase, out, hidden, inner, about, given,
+    places, ring, slot, turn, place, phase, out, hidden, inner, about, given,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, USED: gl.constexpr,
-    PLACES: gl.constexpr,
+    PLACES: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """Multiply and write one item of down."""
     block, expert0, expert1, begin0, end0, begin1, end1 = about
@@ -431,44 +485,49 @@ def _out(
     sums0, sums1, extra0, extra1, place, phase = _products(
         places, inner // COLUMNS, place, phase, 2 * ROWS, COLUMNS, TOKENS, EXTRA, USED, PLACES
     )
-    _write(sums0, ring, slot, 0, begin0, end0, expert0, to, 2 * ROWS, TOKENS)
-    _write(sums1, ring, slot, 1, begin1, end1, expert1, to, 2 * ROWS, TOKENS)
+    _records, _numbers, _gates, _told, _heard, weighed, _asked = ring
+    mbarrier.wait(weighed.index(slot), turn)
+    _write(sums0, ring, slot, 0, begin0, end0, expert0, to, 2 * ROWS, TOKENS, KEEP)
+    _write(sums1, ring, slot, 1, begin1, end1, expert1, to, 2 * ROWS, TOKENS, KEEP)
     if USED:
-        _write(extra0, ring, slot, 2, begin0 + TOKENS, end0, expert0, to, 2 * ROWS, EXTRA)
-        _write(extra1, ring, slot, 3, begin1 + TOKENS, end1, expert1, to, 2 * ROWS, EXTRA)
+        _write(extra0, ring, slot, 2, begin0 + TOKENS, end0, expert0, to, 2 * ROWS, EXTRA, KEEP)
+        _write(extra1, ring, slot, 3, begin1 + TOKENS, end1, expert1, to, 2 * ROWS, EXTRA, KEEP)
     return place, phase
 
 
 @gluon.jit
 def _write(
-    sums, ring, slot, GROUP: gl.constexpr, begin, end, expert, to, ROWS: gl.constexpr, N: gl.constexpr
+    sums, ring, slot, GROUP: gl.constexpr, begin, end, expert, to, ROWS: gl.constexpr, N: gl.constexpr,
+    KEEP: gl.constexpr,
 ):  # fmt: skip
     """overlapped.write_outer of the entries that the ring has of a group: of a slot, or extra ones of it."""
     out, first_row, hidden, shift, bias, bias_expert, bias_row = to
-    _records, numbers, gates, _told, _heard, _asked = ring
+    _records, numbers, gates, _told, _heard, _weighed, _asked = ring
     entry = numbers[GROUP].index(slot).load(gl.SliceLayout(0, store_layout(ROWS, gl.num_warps())))
     weights = gates[GROUP].index(slot).load(gl.SliceLayout(0, product_layout(N, gl.num_warps())))
     write_outer(
-        sums, out, (entry, weights), begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row, ROWS, N
-    )
+        sums, out, (entry, weights), begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row, ROWS, N,
+        KEEP,
+    )  # fmt: skip
 
 
 @gluon.jit(
     do_not_specialize=[
-        "top_k", "capacity", "units", "bias_expert", "bias_row", "bias_up", "down_bias_expert",
+        "top_k", "units", "few", "most", "bias_expert", "bias_row", "bias_up", "down_bias_expert",
         "down_bias_row", "limit", "alpha",
     ]
 )  # fmt: skip
 def project(
-    x, words, between, down, parts, order, offsets, tiles, ready, experts, weights, bias, down_bias,
-    hidden, inner, top_k, capacity, units, x_row, w_unit, w_row, w_up, down_unit, down_row,
+    x, words, between, down, parts, order, items, ready, experts, weights, bias, down_bias,
+    hidden, inner, top_k, units, few, most, x_row, w_unit, w_row, w_up, down_unit, down_row,
     gate_shift, up_shift, down_shift, bias_expert, bias_row, bias_up, down_bias_expert, down_bias_row, limit, alpha,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
-    ACTIVATION: gl.constexpr, REGISTERS: gl.constexpr, GUESS: gl.constexpr,
+    ACTIVATION: gl.constexpr, REGISTERS: gl.constexpr, GUESS: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """joined.project for pairs; copying warps have so many REGISTERS a thread.
 
-    `hidden` and `inner` are whole numbers of COLUMNS; `ready` is Tables.ready.
+    `hidden` and `inner` are whole numbers of COLUMNS; `items` and `ready` are Tables'; KEEP: what is written
+    is to stay in L2.
     """
     places, ring = _places(2 * ROWS, COLUMNS, TOKENS, EXTRA, PLACES), _ring(TOKENS, EXTRA)
     for_inner = gate_shift, up_shift, bias, bias_expert, bias_row, bias_up, limit, alpha
@@ -477,15 +536,14 @@ def project(
         [
             (_multiply, (
                 places, ring, between, parts, experts, ready, hidden, inner, for_inner, for_outer,
-                ROWS, COLUMNS, TOKENS, EXTRA, PLACES, ACTIVATION,
+                ROWS, COLUMNS, TOKENS, EXTRA, PLACES, ACTIVATION, KEEP,
             )),
             (_copy, (
                 places, ring, x, words, between, down, hidden, inner, x_row, w_unit, w_row, w_up, down_unit, down_row,
                 units, ROWS, COLUMNS, TOKENS, EXTRA, PLACES, GUESS,
             )),
             (_schedule, (
-                ring, order, offsets, tiles, capacity, ready, weights, hidden, inner, top_k,
-                ROWS, TOKENS, EXTRA,
+                ring, order, items, ready, weights, hidden, inner, top_k, few, most, ROWS, TOKENS, EXTRA,
             )),
         ],
         [COPYING, 1], [REGISTERS, LOOKING],

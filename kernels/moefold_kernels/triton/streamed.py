@@ -1,15 +1,11 @@
 """Both projections as one stream on Hopper: programs that take block after block, and whose copies run ahead of it.
 
 joined.py starts a program for each block of rows: each looks up its tile, fetches its first words, and writes, and
-reads nothing meanwhile. Here there is one program a multiprocessor, with warps of three kinds. One warp looks ahead: it
-takes the next item (a block of rows of a tile, of gate and up first, then of down), finds out what belongs to it, and
-tells the others, in a ring of two. Four warps copy, to places: a step of COLUMNS columns of words and of both slots'
-tokens each. They go on to the next item while sums of the one before are multiplied and written. Eight warps multiply.
-Nothing but barriers in memory joins them (apart.py).
-
-Items are taken in their order, by whoever asks first, those of down when none of gate and up are left, or by some
-programs earlier (streamed_launch.early). An item of down waits until all blocks of gate and up of its tile are written
-(`ready` counts them, as in joined.py): those were taken before it, by programs that run, so somebody always gets on.
+reads nothing meanwhile. Here there is one program a multiprocessor, with warps of three kinds. One warp looks ahead
+(streamed_ahead.py): it takes the next item (a block of rows of a tile, of gate and up first, then of down), finds out
+what belongs to it, and tells the others, in a ring of two. Four warps copy, to places: a step of COLUMNS columns of
+words and of both slots' tokens each. They go on to the next item while sums of the one before are multiplied and
+written. Eight warps multiply. Nothing but barriers in memory joins them (apart.py).
 """
 
 from __future__ import annotations
@@ -36,17 +32,14 @@ from moefold_kernels.triton.overlapped import (
     write_slot_inner,
 )
 from moefold_kernels.triton.overlapped_pair import operands_of
-from moefold_kernels.triton.sorting import FIELDS, READY
+from moefold_kernels.triton.sorting import READY
+from moefold_kernels.triton.streamed_ahead import LOOKING, RING, after, barriers, field_of, look_ahead, ring_of
 
-RING = gl.constexpr(2)
-"""Items that are told of at once: one is multiplied, one copied."""
 ASKING = gl.constexpr(384)
 """Columns of an item that are yet to be copied when the next one is taken: later, and copies would wait for it."""
 MOST_IN_TWO = gl.constexpr(80)
 """Entries of a slot, at most, beside whose sums there are registers for operands of half a step (of 64 columns, where
 there are extra ones)."""
-LOOKING = gl.constexpr(40)
-"""Registers of a thread that looks ahead."""
 
 
 @gluon.jit
@@ -58,164 +51,8 @@ def _places(ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXT
     tokens1 = gl.allocate_shared_memory(gl.bfloat16, [PLACES, TOKENS, COLUMNS], turned)
     more0 = gl.allocate_shared_memory(gl.bfloat16, [PLACES if EXTRA else 1, max(EXTRA, 8), COLUMNS], turned)
     more1 = gl.allocate_shared_memory(gl.bfloat16, [PLACES if EXTRA else 1, max(EXTRA, 8), COLUMNS], turned)
-    come, free = _barriers(PLACES, 32 * COPYING), _barriers(PLACES, 32 * gl.num_warps())
+    come, free = barriers(PLACES, 32 * COPYING), barriers(PLACES, 32 * gl.num_warps())
     return words, tokens0, tokens1, more0, more1, come, free
-
-
-@gluon.jit
-def _ring(TOKENS: gl.constexpr, EXTRA: gl.constexpr):
-    """What is told of the next items: a record, the numbers and gate weights of entries, and three barriers of each.
-
-    A record is: the projection (0, 1, or -1 behind the last item), the block of rows, the unit, where the slots'
-    entries begin and end, and the tile.
-    """
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    records = gl.allocate_shared_memory(gl.int32, [RING, FIELDS], flat)
-    rest: gl.constexpr = max(EXTRA, 16)
-    of0, of1, more0, more1 = _entries(TOKENS), _entries(TOKENS), _entries(rest), _entries(rest)
-    numbers, gates = (of0[0], of1[0], more0[0], more1[0]), (of0[1], of1[1], more0[1], more1[1])
-    told, weighed, heard = _barriers(RING, 1), _barriers(RING, 1), _barriers(RING, 2)
-    return records, numbers, gates, told, heard, weighed, _barriers(1, 1).index(0)
-
-
-@gluon.jit
-def _entries(N: gl.constexpr):
-    """Room for N entries' numbers and gate weights of each item of the ring."""
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    numbers = gl.allocate_shared_memory(gl.int32, [RING, N], flat)
-    return numbers, gl.allocate_shared_memory(gl.float32, [RING, N], flat)
-
-
-@gluon.jit
-def _barriers(N: gl.constexpr, THREADS: gl.constexpr):
-    """N barriers, which so many threads arrive at."""
-    barriers = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
-    for number in gl.static_range(N):
-        mbarrier.init(barriers.index(number), count=THREADS)
-    return barriers
-
-
-@gluon.jit
-def _after(place, phase, N: gl.constexpr):
-    """The next of N places, and its phase."""
-    last = place == N - 1
-    return gl.where(last, 0, place + 1), gl.where(last, phase ^ 1, phase)
-
-
-@gluon.jit
-def _until(ready, arrived, wanted):
-    """Wait until `ready` says so many blocks; `arrived` it has said. What others wrote before can be read then."""
-    while arrived < wanted:
-        arrived = gl.load(ready, volatile=True)
-    gl.inline_asm_elementwise("fence.acq_rel.gpu; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _tell(numbers, slot, order, begin, end, top_k, second, N: gl.constexpr):
-    """Of N entries from `begin` on: their tokens, or for down (second) their numbers, which are returned."""
-    n = begin + gl.arange(0, N, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    entry = gl.load(order + n, mask=n < end, other=0)
-    numbers.index(slot).store(entry if second else entry // top_k)
-    return entry
-
-
-@gluon.jit
-def _counted(counter):
-    """What a counter says, to all threads of the warp the same."""
-    threads = gl.arange(0, 32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    return gl.min(gl.load(counter + 0 * threads, volatile=True), 0)
-
-
-@gluon.jit
-def _take(ready, left, early, firsts, few, n_in, n_out):
-    """The next item, whether it is one of gate and up, and whether others of those may be left.
-
-    `early`: one of down, if two rounds of items were begun since all those of its tile, even if `few` programs take one
-    at once.
-    """
-    first = left
-    if left & early:
-        begun, tile = _counted(ready + 1), (_counted(ready + 2) + few) // n_out
-        first = (begun < firsts) & ((tile + 1) * n_in + 2 * gl.num_programs(0) > begun)
-    item = firsts
-    if first:
-        item = gl.atomic_add(ready + 1, 1, sem="relaxed")
-        first = item < firsts
-        left = first
-    if first == 0:
-        item = firsts + gl.atomic_add(ready + 2, 1, sem="relaxed")
-    return item, first, left
-
-
-@gluon.jit
-def _schedule(
-    ring, order, items, ready, weights, hidden, inner, top_k, few, most,
-    ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr,
-):  # fmt: skip
-    """The warp that looks ahead: it takes items in their order, and tells the others of them.
-
-    The first `few` programs go on to down when they had `most` items. Gate weights, which take another load, come
-    behind what else is told, as they are needed last.
-    """
-    after_the_one_before()
-    records, numbers, gates, told, heard, weighed, asked = ring
-    n_tiles = gl.load(ready)
-    n_in, n_out = gl.cdiv(inner, ROWS), gl.cdiv(hidden, 2 * ROWS)
-    firsts = n_tiles * n_in
-    n_items = firsts + n_tiles * n_out
-    most = gl.where(gl.program_id(0) < few, most, 1 << 30)
-    item, first, left = _take(ready, gl.program_id(0) >= 0, gl.program_id(0) < 0, firsts, few, n_in, n_out)
-    taken = 1
-    field = gl.arange(0, FIELDS, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    slot, phase, again = 0, 0, 0
-    while item < n_items:
-        second = first == 0
-        number = gl.where(second, item - firsts, item)
-        n_blocks = gl.where(second, n_out, n_in)
-        tile = number // n_blocks
-        source = items + FIELDS * tile
-        record = gl.load(source + field)
-        begin0, middle = gl.load(source + 3), gl.load(source + 4)
-        begin1, end1 = gl.load(source + 5), gl.load(source + 6)
-        record = gl.where(field == 0, second.to(gl.int32), record)
-        record = gl.where(field == 1, number % n_blocks, record)
-        arrived = gl.load(ready + READY + tile, volatile=True)
-        mbarrier.wait(heard.index(slot), phase ^ 1)
-        records.index(slot).store(record)
-        entry0 = _tell(numbers[0], slot, order, begin0, middle, top_k, second, TOKENS)
-        entry1 = _tell(numbers[1], slot, order, begin1, end1, top_k, second, TOKENS)
-        more0, more1 = entry0, entry1
-        if EXTRA:
-            more0 = _tell(numbers[2], slot, order, begin0 + TOKENS, middle, top_k, second, EXTRA)
-            more1 = _tell(numbers[3], slot, order, begin1 + TOKENS, end1, top_k, second, EXTRA)
-        if second:
-            _until(ready + READY + tile, arrived, n_in)
-        barrier()
-        mbarrier.arrive(told.index(slot), count=1)
-        if second:
-            gates[0].index(slot).store(gl.load(weights + entry0).to(gl.float32))
-            gates[1].index(slot).store(gl.load(weights + entry1).to(gl.float32))
-            if EXTRA:
-                gates[2].index(slot).store(gl.load(weights + more0).to(gl.float32))
-                gates[3].index(slot).store(gl.load(weights + more1).to(gl.float32))
-            barrier()
-        mbarrier.arrive(weighed.index(slot), count=1)
-        slot, phase = _after(slot, phase, RING)
-        mbarrier.wait(asked, again)
-        again ^= 1
-        item, first, left = _take(ready, left, taken >= most, firsts, few, n_in, n_out)
-        taken += 1
-    mbarrier.wait(heard.index(slot), phase ^ 1)
-    records.index(slot).store(gl.where(field == 0, -1, 0))
-    barrier()
-    mbarrier.arrive(told.index(slot), count=1)
-
-
-@gluon.jit
-def _field(records, slot, FIELD: gl.constexpr):
-    """One number of a record."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    return gl.sum(records.index(slot).slice(FIELD, 1).load(layout), 0)
 
 
 @gluon.jit
@@ -248,7 +85,7 @@ def _bring(
         async_copy.mbarrier_arrive(come.index(place), increment_count=False)
         w += COLUMNS
         x += COLUMNS
-        place, phase = _after(place, phase, PLACES)
+        place, phase = after(place, phase, PLACES)
     return w, x, place, phase
 
 
@@ -287,12 +124,12 @@ def _copy(
     place, phase = 0, 0
     slot, turn = 0, 0
     mbarrier.wait(told.index(slot), turn)
-    kind = _field(records, slot, 0)
+    kind = field_of(records, slot, 0)
     while kind >= 0:
         second = kind > 0
-        block, unit = _field(records, slot, 1), _field(records, slot, 2).to(gl.int64)
-        begin0, end0 = _field(records, slot, 3), _field(records, slot, 4)
-        begin1, end1 = _field(records, slot, 5), _field(records, slot, 6)
+        block, unit = field_of(records, slot, 1), field_of(records, slot, 2).to(gl.int64)
+        begin0, end0 = field_of(records, slot, 3), field_of(records, slot, 4)
+        begin1, end1 = field_of(records, slot, 5), field_of(records, slot, 6)
         if second:
             w = down + unit * down_unit + 0 * stacked[:, None]
             offset = gl.multiple_of((block * (2 * ROWS) + stacked) % hidden * down_row, 8)
@@ -316,9 +153,9 @@ def _copy(
         barrier()
         mbarrier.arrive(asked, count=1)
         w, source, place, phase = _bring(places, w, offsets, source, tokens, last, place, phase, COLUMNS, EXTRA, PLACES)
-        slot, turn = _after(slot, turn, RING)
+        slot, turn = after(slot, turn, RING)
         mbarrier.wait(told.index(slot), turn)
-        kind = _field(records, slot, 0)
+        kind = field_of(records, slot, 0)
     async_copy.wait_group(0)  # nothing is left: all has been waited for, to be multiplied
 
 
@@ -379,7 +216,7 @@ def _products(
             sums0, sums1 = warpgroup_mma_init(sums0), warpgroup_mma_init(sums1)
             if part == 0 and step > 0:  # so nobody of this thread's reads the step before
                 async_copy.mbarrier_arrive(free.index(_before(place, PLACES)), increment_count=False)
-        place, phase = _after(place, phase, PLACES)
+        place, phase = after(place, phase, PLACES)
     sums0, sums1, extra0, extra1 = warpgroup_mma_wait(0, deps=(sums0, sums1, extra0, extra1))
     async_copy.mbarrier_arrive(free.index(_before(place, PLACES)), increment_count=False)
     return sums0, sums1, extra0, extra1, place, phase
@@ -410,13 +247,13 @@ def _multiply(
     place, phase = 0, 0
     slot, turn = 0, 0
     mbarrier.wait(told.index(slot), turn)
-    kind = _field(records, slot, 0)
+    kind = field_of(records, slot, 0)
     while kind >= 0:
-        unit, tile = _field(records, slot, 2), _field(records, slot, 7)
-        begin0, end0 = _field(records, slot, 3), _field(records, slot, 4)
-        begin1, end1 = _field(records, slot, 5), _field(records, slot, 6)
+        unit, tile = field_of(records, slot, 2), field_of(records, slot, 7)
+        begin0, end0 = field_of(records, slot, 3), field_of(records, slot, 4)
+        begin1, end1 = field_of(records, slot, 5), field_of(records, slot, 6)
         expert0, expert1 = gl.load(experts + 2 * unit), gl.load(experts + 2 * unit + 1)
-        about = _field(records, slot, 1), expert0, expert1, begin0, end0, begin1, end1
+        about = field_of(records, slot, 1), expert0, expert1, begin0, end0, begin1, end1
         if kind > 0:
             if EXTRA and gl.maximum(end0 - begin0, end1 - begin1) > TOKENS:
                 place, phase = _out(
@@ -443,9 +280,9 @@ def _multiply(
             gl.atomic_add(ready + READY + tile, 1, sem="release")
         barrier()
         mbarrier.arrive(heard.index(slot), count=1)
-        slot, turn = _after(slot, turn, RING)
+        slot, turn = after(slot, turn, RING)
         mbarrier.wait(told.index(slot), turn)
-        kind = _field(records, slot, 0)
+        kind = field_of(records, slot, 0)
 
 
 @gluon.jit
@@ -529,7 +366,7 @@ def project(
     `hidden` and `inner` are whole numbers of COLUMNS; `items` and `ready` are Tables'; KEEP: what is written
     is to stay in L2.
     """
-    places, ring = _places(2 * ROWS, COLUMNS, TOKENS, EXTRA, PLACES), _ring(TOKENS, EXTRA)
+    places, ring = _places(2 * ROWS, COLUMNS, TOKENS, EXTRA, PLACES), ring_of(TOKENS, EXTRA)
     for_inner = gate_shift, up_shift, bias, bias_expert, bias_row, bias_up, limit, alpha
     for_outer = down_shift, down_bias, down_bias_expert, down_bias_row
     gl.warp_specialize(
@@ -542,7 +379,7 @@ def project(
                 places, ring, x, words, between, down, hidden, inner, x_row, w_unit, w_row, w_up, down_unit, down_row,
                 units, ROWS, COLUMNS, TOKENS, EXTRA, PLACES, GUESS,
             )),
-            (_schedule, (
+            (look_ahead, (
                 ring, order, items, ready, weights, hidden, inner, top_k, few, most, ROWS, TOKENS, EXTRA,
             )),
         ],

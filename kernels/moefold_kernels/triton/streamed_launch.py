@@ -1,4 +1,4 @@
-"""Launches of streamed.py for a layer's pairs, and which layers it takes."""
+"""Launches of streamed.py for a layer's pairs: which layers it takes, and which programs go on to down early."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moefold_kernels.triton.weights import Projections
 MOST_ROUNDS, STRIDE, LEAST = 20, 6, 0.995
 """`early` looks at layers of up to so many items a program, at every so many programs, for half a percent at least,"""
 MARGIN = 2
-"""after so many rounds of items since a tile's last (streamed.py),"""
+"""after so many rounds of items since a tile's last (streamed_ahead.py asks for it, too),"""
 DRAWS, SPREAD = 6, 0.04
 """in so many draws, of items that last so much more or less (DeepSeek's, by the clock: 13 to 17 us)."""
 REGISTERS = {64: 80, 128: 104}
@@ -55,7 +55,7 @@ def both(
     steps = hidden // tile.columns, inner // tile.columns
     few, most = early(programs, units, of_tile, steps) if tiles(entries, units) == units else (0, 0)
     launch(
-        streamed.project, (programs,), *operands[:6], items, *operands[8:], **shared,
+        streamed.project, (programs,), *operands[:6], items, *operands[8:], **shared,  # not offsets and tiles
         units=units, few=few, most=most, PLACES=tile.stages, REGISTERS=REGISTERS[tile.columns], GUESS=guess,
     )  # fmt: skip
 
@@ -93,7 +93,7 @@ def ends(
 ) -> float:
     """When the last program ends, in steps, on average over some draws of how long items last; `given` is few, most.
 
-    A program may go on to down early when streamed.py lets it.
+    A program may go on to down early when streamed_ahead.py lets it.
     """
     few, most = given
     firsts, seconds = (n_tiles * count for count in of_tile)

@@ -96,8 +96,8 @@ def test_plans_by_entry_are_for_as_many_tokens_as_they_were_measured_with(folder
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"tokens": 2}, "mode entry: write 1 for tokens, group and splits, and 0 for extra"),
-        ({"splits": 2}, "mode entry"),
+        ({"tokens": 2}, "mode entry: write 1 for tokens and group, 1 or 2 for splits, and 0 for extra"),
+        ({"splits": 3}, "mode entry"),
         ({"rows": 3}, "rows is 3, and must be a power of two, at least 1"),
         ({"columns": 32}, "columns is 32, and must be a power of two, at least 64"),
     ],
@@ -109,6 +109,8 @@ def test_tiles_by_entry_that_are_refused(change, said):
         Tile(**good | change)
     with pytest.raises(FormatError, match="by entry are both or neither"):
         Plan(tile, Tile("slot", 16, 0, 32, 64, 4, 3))
+    with pytest.raises(FormatError, match="by entry splits are of down"):
+        Plan(Tile(**good | {"splits": 2}), tile)
 
 
 QWEN, MIXTRAL = Shape(2048, 768, 128, 8, False, 1), Shape(4096, 14336, 8, 2, False, 1)
@@ -123,6 +125,8 @@ def test_a_plan_of_the_same_shape_stays_as_it_is():
     assert fitted(known, QWEN, QWEN, 132) is known
     one = join(Tile("pair", 16, 0, 32, 64, 4, 3, splits=1))
     assert fitted(one, QWEN, MIXTRAL, 132) is one
+    entry = Plan(Tile("entry", 1, 0, 2, 512, 1, 2), Tile("entry", 1, 0, 4, 512, 4, 1, splits=2))
+    assert fitted(entry, QWEN, Shape(2048, 512, 8, 2, False, 1), 132) is entry
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ PLANS = {
     "slot, extra, groups": Plan(Tile("slot", 16, 16, **SMALL, group=2), Tile("slot", 16, 16, **SMALL, group=4)),
     "splits": Plan(Tile("pair", 16, 0, **SMALL), Tile("slot", 32, 0, 32, 16, 4, 2, group=2, splits=3)),
     "entry": Plan(Tile("entry", 1, 0, 16, 64, 4, 1), Tile("entry", 1, 0, 32, 64, 4, 1)),
-    "entry, places": Plan(Tile("entry", 1, 0, 32, 64, 4, 2), Tile("entry", 1, 0, 16, 64, 4, 3)),
+    "entry, places": Plan(Tile("entry", 1, 0, 32, 64, 4, 2), Tile("entry", 1, 0, 16, 64, 4, 3, splits=2)),
     "joined": join(Tile("pair", 16, 0, 16, 32, 4, 2)),
     "joined, slot, extra, groups": join(Tile("slot", 16, 16, 32, 16, 4, 2, group=2)),
 }

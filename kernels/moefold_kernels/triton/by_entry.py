@@ -1,9 +1,11 @@
 """A packed (or dense) experts layer for one token, or very few: each (token, choice) by itself, without routing tables.
 
 With so few entries hardly two want the same words, so there is nothing to sort. A program of the first kernel looks up
-where its entry's expert is and makes a few rows of gate and up, with the activation; one of the second makes a few rows
-of the output, of all of a token's experts, weighted and added in one order. So a layer is two launches instead
-of four, each with as many programs of as few rows as fill the device evenly. Products are no tensor cores' (cells.py).
+where its entry's expert is and makes a few rows of gate and up, with the activation and times the gate weight; one of
+the second makes a few rows of the output, of all of a token's experts, added in one order. So a layer is two launches
+instead of four, each with as many programs of as few rows as fill the device evenly. Products are no tensor cores'
+(cells.py). Gate weights are the first kernel's, as down has no registers for them and for sums of each choice: DeepSeek's
+programs of 2 rows then take 147, so that those of a layer run in two waves, and 128 without.
 
 What is under way has PLACES, by which loops are unrolled, so that registers that were read are loaded anew and nothing
 is moved. Of gate and up a place has the token's values, too. Masks are of each cell: with one for all cells, where rows
@@ -49,29 +51,35 @@ def _both(
 
 @triton.jit(do_not_specialize=["top_k", "first", "last", "limit", "alpha", "bias_expert", "bias_row", "bias_up"])
 def gate_up(
-    x, words, low, scale, levels, out, index, places, bias,
+    x, words, low, scale, levels, out, index, places, weights, bias,
     hidden, inner, width, top_k, n_experts, first, last, x_row, w_unit, w_row, w_up,
     gate_shift, up_shift, bias_expert, bias_row, bias_up, limit, alpha,
     ROWS: tl.constexpr, CELLS: tl.constexpr, EXPERTS: tl.constexpr, DENSE: tl.constexpr, LOW: tl.constexpr,
     BANDS: tl.constexpr, WHOLE: tl.constexpr, PLACES: tl.constexpr, ACTIVATION: tl.constexpr, ASM: tl.constexpr,
     CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """Gate and up with their activation: out [entry, width], of entries whose expert's place is `first` to `last` - 1.
+    """Gate and up with their activation, times the entry's gate weight, so that down only adds: out [entry, width].
+
+    Of entries whose expert's place is `first` to `last` - 1.
 
     `x` [token, hidden / 2] and `words` [unit, row, columns / 2] are integers of two numbers each, up rows `w_up` of
     them behind gate rows. In few-bit formats (LOW) `words`, `low` and `scale` are planes of 2 * inner rows, `levels` is
-    of gate, then up, and `out` lies as `place_of` says. `index` [entry] are experts, `places` [expert] where they are.
-    WHOLE: `hidden` is a number of 64.
+    of gate, then up, and `out` lies as `place_of` says. `index` [entry] are experts, `places` [expert] where they are,
+    `weights` [entry] are the router's. WHOLE: `hidden` is a number of 64. Side by side are programs of all entries, in
+    few bits those of an entry, whose rows lie in bands.
     """
-    entry, expert = tl.program_id(1), tl.arange(0, EXPERTS)
+    entry, block = tl.program_id(0), tl.program_id(1)
+    if LOW >= 0:
+        block, entry = entry, block
+    expert = tl.arange(0, EXPERTS)
     home = tl.load(
         places + expert, mask=expert < n_experts, other=-1
     )  # before the wait: a parameter, which no kernel writes
-    row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), inner - 1)[:, None]  # twice, rather than masked
+    row = tl.minimum(block * ROWS + tl.arange(0, ROWS), inner - 1)[:, None]  # twice, rather than masked
     cell, cells = tl.arange(0, CELLS)[None, :], cells_of(hidden, LOW)
     offsets = offsets_of(row, cell, hidden, w_row, LOW, BANDS)
     after_the_one_before(CHAIN)
-    own = tl.load(index + entry)
+    own, weight = tl.load(index + entry), tl.load(weights + entry).to(tl.float32)
     home = tl.max(tl.where(expert == own, home, -1), 0)  # not another load behind that of the index
     if home < first or home >= last:
         return
@@ -111,12 +119,12 @@ def gate_up(
         gate, up = gate * numbers(levels, LOW, ASM), up * numbers(other_levels, LOW, ASM)
     elif not DENSE:
         gate, up = rescale(gate, gate_shift), rescale(up, up_shift)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = block * ROWS + tl.arange(0, ROWS)
     if bias is not None:
         at = bias + own * bias_expert + row * bias_row
         gate += tl.load(at, mask=row < inner, other=0.0)
         up += tl.load(at + bias_up, mask=row < inner, other=0.0)
-    made = activate(gate, up, limit, alpha, ACTIVATION)
+    made = activate(gate, up, limit, alpha, ACTIVATION) * weight
     out += entry.to(tl.int64) * width
     tl.store(out + (place_of(row) if LOW >= 0 else row), made.to(out.dtype.element_ty), mask=row < inner)
 
@@ -153,16 +161,19 @@ def _values(rows, there, start, cell, zeros, cells, inner, TOP_K: tl.constexpr, 
 
 @triton.jit
 def _summed(
-    x, words, low, scale, levels, index, places, weights, entry, row, cell,
+    x, words, low, scale, levels, index, places, entry, row, cell,
     inner, width, hidden, n_experts, first, last, w_unit, w_row,
     ROWS: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, DENSE: tl.constexpr, LOW: tl.constexpr,
-    BANDS: tl.constexpr, PLACES: tl.constexpr, ASM: tl.constexpr, CHAIN: tl.constexpr,
+    BANDS: tl.constexpr, PLACES: tl.constexpr, SPLITS: tl.constexpr, ASM: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """A token's weighted sum [ROWS] over those choices whose places are `first` to `last` - 1, before `rescale`."""
+    """A token's sum [ROWS] over those choices whose places are `first` to `last` - 1, before `rescale`.
+
+    SPLITS: 2 for choices of even and of odd number apart, which wait for each other's sums less, and take registers.
+    """
     offsets = offsets_of(row, cell, inner, w_row, LOW, BANDS)
     cells = cells_of(inner, LOW)
-    # Indices and weights are of kernels before the one in front, which has waited for them.
-    planes, slots, there, gates, tables, rows = (), (), (), (), (), ()
+    # Indices are of kernels before the one in front, which has waited for them.
+    planes, slots, there, tables, rows = (), (), (), (), ()
     for k in tl.static_range(TOP_K):
         _, place = _choice(index, places, entry + k, n_experts)
         live = (place >= first) & (place < last)
@@ -173,7 +184,6 @@ def _summed(
         planes += (planes_of(words, low, scale, unit, hidden, 0, inner, w_unit, w_row, LOW),)
         slots += (slot,)
         there += (live,)
-        gates += (tl.where(live, tl.load(weights + entry + k).to(tl.float32), 0.0),)
         rows += (x + (entry + k).to(tl.int64) * (width // 2),)
         tables += (tables_of(levels, slot, LOW) if LOW >= 0 and ASM else (),)
     zeros = row * 0
@@ -181,20 +191,21 @@ def _summed(
     for place in tl.static_range(PLACES):
         held += (_cells(planes, there, offsets, place * CELLS, cell + zeros, cells, TOP_K, LOW, BANDS),)
     after_the_one_before(CHAIN)
-    sums = tl.zeros((ROWS, CELLS), tl.float32)
+    sums, others = tl.zeros((ROWS, CELLS), tl.float32), tl.zeros((ROWS, CELLS), tl.float32)
     for start in tl.range(0, cells, PLACES * CELLS):
         following = ()
         for place in tl.static_range(PLACES):
             values = _values(rows, there, start + place * CELLS, cell, zeros, cells, inner, TOP_K, LOW)
             for k in tl.static_range(TOP_K):
-                own = tl.zeros((ROWS, CELLS), tl.float32)
-                given = held[place][k], values[k], cell, levels, tables[k], slots[k]
-                own = multiplied(own, given[0], given[1], given[2], given[3], given[4], given[5], DENSE, LOW, ASM)
-                sums += own * gates[k]
+                given = held[place][k], values[k], tables[k], slots[k]
+                if k % SPLITS == 0:
+                    sums = multiplied(sums, given[0], given[1], cell, levels, given[2], given[3], DENSE, LOW, ASM)
+                else:
+                    others = multiplied(others, given[0], given[1], cell, levels, given[2], given[3], DENSE, LOW, ASM)
             at = start + (PLACES + place) * CELLS
             following += (_cells(planes, there, offsets, at, cell + zeros, cells, TOP_K, LOW, BANDS),)
         held = following
-    return tl.sum(sums, 1)
+    return tl.sum(sums if SPLITS == 1 else sums + others, 1)
 
 
 @triton.jit(do_not_specialize=["n_packed", "out_row", "bias_expert", "bias_row"])
@@ -203,13 +214,14 @@ def down(
     inner, width, hidden, n_experts, n_packed, w_unit, w_row, dense_unit, dense_row, out_row, shift, bias_expert,
     bias_row,
     ROWS: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, PACKED: tl.constexpr, ALONE: tl.constexpr,
-    LOW: tl.constexpr, BANDS: tl.constexpr, PLACES: tl.constexpr, ASM: tl.constexpr, CHAIN: tl.constexpr,
+    LOW: tl.constexpr, BANDS: tl.constexpr, PLACES: tl.constexpr, SPLITS: tl.constexpr, ASM: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """The output [token, hidden]: down times gate weights, a token's choices added in float32 and in their order.
+    """The output [token, hidden]: down, a token's choices added in float32 and in their order.
 
-    With both kinds of experts those in pairs come first. `x` [entry, width / 2] is what `gate_up` wrote; `weights`
-    [entry] are the router's. Experts whose places are below `n_packed` are in `words` (with LOW in planes), others in
-    `dense`, as far as there are PACKED or ALONE ones.
+    With both kinds of experts those in pairs come first. `x` [entry, width / 2] is what `gate_up` wrote, times gate
+    weights; `weights` [entry], the router's, are for biases. Experts whose places are below `n_packed` are in `words`
+    (with LOW in planes), others in `dense`, as far as there are PACKED or ALONE ones.
     """
     token = tl.program_id(1)
     entry = token * TOP_K
@@ -221,15 +233,16 @@ def down(
         if LOW >= 0:
             matrix = levels + 2 * TABLE
         found = _summed(
-            x, words, low, scale, matrix, index, places, weights, entry, row, cell, inner, width, hidden, n_experts,
-            0, n_packed, w_unit, w_row, ROWS, CELLS, TOP_K, False, LOW, BANDS, PLACES, ASM, CHAIN,
+            x, words, low, scale, matrix, index, places, entry, row, cell, inner, width, hidden, n_experts,
+            0, n_packed, w_unit, w_row, ROWS, CELLS, TOP_K, False, LOW, BANDS, PLACES, SPLITS, ASM,
+            CHAIN,
         )  # fmt: skip
         sums += rescale(found, shift) if LOW < 0 else found * numbers(matrix, LOW, ASM)
     if ALONE:
         sums += _summed(
-            x, dense, None, None, None, index, places, weights, entry, row, cell, inner, width, hidden,
+            x, dense, None, None, None, index, places, entry, row, cell, inner, width, hidden,
             n_experts, n_packed, n_experts, dense_unit, dense_row, ROWS, CELLS, TOP_K, True, -1, False, PLACES,
-            ASM, CHAIN and not PACKED,
+            SPLITS, ASM, CHAIN and not PACKED,
         )  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if bias is not None:

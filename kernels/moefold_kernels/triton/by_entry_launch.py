@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from moefold_kernels.triton.layer import Activation
 
 MOST = 65535
-"""Programs along a grid's second axis: entries."""
+"""Programs along a grid's second axis: entries, or blocks of rows."""
 CHOICES = 8
 """Of a token, at most: down's program holds words of all of them at once, and of 16 its registers are spilled."""
 LARGEST = 2**31
@@ -38,6 +38,8 @@ PER_CELL = layout_pairs.WORD // layout_pairs.NIBBLE
 def takes(weights: Weights, plan: Plan, tokens: int, top_k: int) -> bool:
     """Whether by_entry.py does a layer of gated experts: a plan of its mode, and numbers that are two an integer."""
     if not plan.by_entry or tokens * top_k > MOST or top_k > CHOICES:
+        return False
+    if blocks(weights.any.inner, plan.first.rows) > MOST:
         return False
     return all(map(_in_cells, (weights.packed, weights.alone)))
 
@@ -72,7 +74,7 @@ def forward(
     make = x.new_empty if whole == inner else x.new_zeros  # nobody writes a group's further columns
     between = make((index.numel(), whole), dtype=torch.bfloat16)
     for kind, first, last in _kinds(weights):
-        _gate_up(weights, kind, first, last, x, index, between, plan.first, activation, fused)
+        _gate_up(weights, kind, first, last, x, index, gates, between, plan.first, activation, fused)
     return _down(weights, _cells(between), index, gates, plan.second, dtype)
 
 
@@ -84,8 +86,8 @@ def _kinds(weights: Weights) -> list[tuple[Projections | Leveled, int, int]]:
 
 
 def _gate_up(
-    weights: Weights, kind: Projections | Leveled, first: int, last: int, x: Tensor, index: Tensor, out: Tensor,
-    tile: Tile, activation: Activation, fused: int,
+    weights: Weights, kind: Projections | Leveled, first: int, last: int, x: Tensor, index: Tensor, gates: Tensor,
+    out: Tensor, tile: Tile, activation: Activation, fused: int,
 ) -> None:  # fmt: skip
     target, bias, n_experts = Target.of(x), weights.biases, len(weights.places)
     hidden, inner = weights.any.hidden, weights.any.inner
@@ -102,8 +104,11 @@ def _gate_up(
         shifts = {"gate_shift": rescaling(kind.tops[0]), "up_shift": rescaling(kind.tops[1])}
     gate_bias = None if bias is None else bias.gate
     assert bias is None or gate_bias is not None
+    grid = index.numel(), blocks(inner, tile.rows)
+    if isinstance(kind, Leveled):
+        grid = grid[::-1]
     launch(
-        by_entry.gate_up, (blocks(inner, tile.rows), index.numel()), x, *planes, out, index, weights.places, gate_bias,
+        by_entry.gate_up, grid, x, *planes, out, index, weights.places, gates, gate_bias,
         hidden, inner, out.shape[1], index.shape[1], n_experts, first, last, x.stride(0), *strides, up, **shifts,
         bias_expert=stride_of(gate_bias, 0), bias_row=stride_of(gate_bias, 1),
         bias_up=0 if bias is None else elements_between(gate_bias, bias.up),
@@ -134,7 +139,7 @@ def _down(weights: Weights, x: Tensor, index: Tensor, gates: Tensor, tile: Tile,
         inner, 2 * x.shape[1], hidden, n_experts, layout.SLOTS * weights.pairs, *strides,
         *((0, 0) if dense is None else dense.stride()[:2]), out.stride(0), shift=shift,
         bias_expert=stride_of(bias, 0), bias_row=stride_of(bias, 1),
-        TOP_K=top_k, PACKED=packed is not None, ALONE=alone is not None,
+        TOP_K=top_k, PACKED=packed is not None, ALONE=alone is not None, SPLITS=tile.splits,
         **_cut(packed, tile, hidden, inner, target),
     )  # fmt: skip
     return out

@@ -85,7 +85,8 @@ def by_entry(shape: Shape) -> list[Plan]:
         return []
     cuts = BY_ENTRY if shape.dense or shape.format == layout.EXPONENT else BY_ENTRY_LEVELED
     firsts, seconds = ([Tile(plans.BY_ENTRY, 1, 0, *cut) for cut in side] for side in cuts)
-    return [Plan(first, second) for first in firsts for second in seconds]
+    splits = (1, 2) if cuts is BY_ENTRY else (1,)
+    return [Plan(first, replace(second, splits=n)) for first in firsts for second in seconds for n in splits]
 
 
 def streamed(shape: Shape, room: Room) -> list[Plan]:

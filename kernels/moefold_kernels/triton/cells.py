@@ -77,7 +77,8 @@ def read(planes, offsets, start, inside, LOW: tl.constexpr, BANDS: tl.constexpr)
     words, low, scale = planes
     rows: tl.constexpr = BAND if BANDS else 1  # that lie between a row's columns
     if LOW < 0:
-        word = tl.load(words + start + of_words, mask=inside, other=0)
+        # of no use once read: tokens and activations had better stay near
+        word = tl.load(words + start + of_words, mask=inside, other=0, eviction_policy="evict_first")
         return word, word, word
     else:
         word = tl.load(words + start * rows + of_words, mask=inside, other=0)

@@ -31,7 +31,7 @@ def fitted(plan: Plan, known: Shape, shape: Shape, processors: int) -> Plan:
     if plan.first.mode == STREAMED and (shape.hidden % plan.first.columns or shape.inner % plan.first.columns):
         tile = plan.first  # of half as many columns at twice as many places
         return join(replace(tile, columns=64, stages=tile.stages * tile.columns // 64))
-    if plan.joined or known == shape:
+    if plan.joined or plan.by_entry or known == shape:
         return plan
     first, second = (_fitted(tile, known, shape, processors, down) for down, tile in enumerate(plan.tiles))
     return replace(plan, first=first, second=second)

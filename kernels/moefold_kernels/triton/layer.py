@@ -83,9 +83,9 @@ def forward(
     """The routed experts' output [token, hidden], in `dtype` (default that of `hidden`).
 
     `hidden` [token, hidden] is computed with as bfloat16, whatever its dtype; `top_k_index` and `top_k_weights` are
-    [token, top_k]. Sums are float32; activations, and each expert's output where `combine` adds no splits (not by
-    entry), are rounded to bfloat16 once. Entries whose expert does not exist contribute nothing. `plan` is for
-    measuring.
+    [token, top_k]. Sums are float32; activations (by entry times their gate weights), and each expert's output where
+    `combine` adds no splits (not by entry), are rounded to bfloat16 once. Entries whose expert does not exist
+    contribute nothing. `plan` is for measuring.
     """
     tokens, top_k = top_k_index.shape
     plan = plan or plan_for(weights, tokens, top_k)

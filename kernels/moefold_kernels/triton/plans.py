@@ -54,7 +54,8 @@ class Tile:
     group: int = 1
     """Tiles of entries that run side by side on one block of rows."""
     splits: int = 1
-    """Programs that share the columns of a block (down projection only); their sums are added by `combine`."""
+    """Programs that share the columns of a block (down projection only); their sums are added by `combine`. By entry, 2
+    for choices of even and of odd number that are summed apart (by_entry.py)."""
     ahead: int = 4
     """Cache lines of each row of words that a program asks for while the kernel before it ends (project.py)."""
     terms: int = 0
@@ -76,8 +77,8 @@ class Tile:
             )
         if self.mode == STREAMED and (self.columns not in (64, 128) or self.warps not in (4, 8) or self.group != 1):
             raise FormatError(f"mode {STREAMED}: write 64 or 128 for columns, 4 or 8 for warps, and 1 for group")
-        if self.mode == BY_ENTRY and (self.tokens, self.extra, self.group, self.splits) != (1, 0, 1, 1):
-            raise FormatError(f"mode {BY_ENTRY}: write 1 for tokens, group and splits, and 0 for extra")
+        if self.mode == BY_ENTRY and ((self.tokens, self.extra, self.group) != (1, 0, 1) or self.splits not in (1, 2)):
+            raise FormatError(f"mode {BY_ENTRY}: write 1 for tokens and group, 1 or 2 for splits, and 0 for extra")
         least = 4 if self.terms else 8 if self.overlapped else 1 if self.mode == BY_ENTRY else 16
         sizes = {"tokens": least, "rows": 16, "columns": 16, "warps": 1, "ahead": 1}
         sizes |= {"rows": 1, "columns": 64} if self.mode == BY_ENTRY else {}
@@ -175,6 +176,8 @@ class Plan:
             )
         if (first.mode == BY_ENTRY) != (second.mode == BY_ENTRY):
             raise FormatError(f"{first} and {second}: by entry are both or neither")
+        if self.by_entry and first.splits != 1:
+            raise FormatError(f"{first}: by entry splits are of down, write 1 for them")
         able = not self.first.overlapped and self.first.splits == 1 and not self.by_entry
         if self.joined and not (able and self.second == _below(self.first)):
             raise FormatError(f"{self.first} and {self.second} cannot be joined in one launch")

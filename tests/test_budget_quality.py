@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 from pathlib import Path
 
 import pytest
@@ -62,9 +63,11 @@ def halves(bench: Bench, seeds: range) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_a_budget_loses_less_than_any_random_half_of_the_pairs(quality_bench):
+    """And a third less than they do on average: 0.46 and 0.53 of it on one CPU, which counts (docs/methods.md)."""
     chosen, random_ones = increase(quality_bench, BUDGET), halves(quality_bench, range(4))
     for text, loss in chosen.items():
-        assert 0 < loss < 0.75 * min(found[text] for found in random_ones), text
+        others = [found[text] for found in random_ones]
+        assert 0 < loss < min(*others, 2 / 3 * statistics.mean(others)), text
 
 
 if __name__ == "__main__":

@@ -63,11 +63,12 @@ def halves(bench: Bench, seeds: range) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_a_budget_loses_less_than_any_random_half_of_the_pairs(quality_bench):
-    """And a third less than they do on average: 0.46 and 0.53 of it on one CPU, which counts (docs/methods.md)."""
+    """Over both texts three quarters of the best, at most: of one it was 0.37 to 0.76, by CPU (docs/methods.md)."""
     chosen, random_ones = increase(quality_bench, BUDGET), halves(quality_bench, range(4))
     for text, loss in chosen.items():
         others = [found[text] for found in random_ones]
         assert 0 < loss < min(*others, 2 / 3 * statistics.mean(others)), text
+    assert sum(chosen.values()) < 0.75 * min(sum(found.values()) for found in random_ones)
 
 
 if __name__ == "__main__":

@@ -60,21 +60,19 @@ def gate_up(
 ):  # fmt: skip
     """Gate and up with their activation, times the entry's gate weight, so that down only adds: out [entry, width].
 
-    Of entries whose expert's place is `first` to `last` - 1.
-
-    `x` [token, hidden / 2] and `words` [unit, row, columns / 2] are integers of two numbers each, up rows `w_up` of
-    them behind gate rows. In few-bit formats (LOW) `words`, `low` and `scale` are planes of 2 * inner rows, `levels` is
-    of gate, then up, and `out` lies as `place_of` says. `index` [entry] are experts, `places` [expert] where they are,
-    `weights` [entry] are the router's. WHOLE: `hidden` is a number of 64. Side by side are programs of all entries, in
-    few bits those of an entry, whose rows lie in bands.
+    Of entries whose expert's place is `first` to `last` - 1. `x` [token, hidden / 2] and `words` [unit, row,
+    columns / 2] are integers of two numbers each, up rows `w_up` of them behind gate rows. In few-bit formats (LOW)
+    `words`, `low` and `scale` are planes of 2 * inner rows, `levels` is of gate, then up, and `out` lies as `place_of`
+    says. `index` [entry] are experts, `places` [expert] where they are, `weights` [entry] are the router's. WHOLE:
+    `hidden` is a number of 64. Side by side are programs of all entries, in few bits those of an entry, whose rows lie
+    in bands.
     """
     entry, block = tl.program_id(0), tl.program_id(1)
     if LOW >= 0:
         block, entry = entry, block
     expert = tl.arange(0, EXPERTS)
-    home = tl.load(
-        places + expert, mask=expert < n_experts, other=-1
-    )  # before the wait: a parameter, which no kernel writes
+    # before the wait: a parameter, which no kernel writes
+    home = tl.load(places + expert, mask=expert < n_experts, other=-1)
     row = tl.minimum(block * ROWS + tl.arange(0, ROWS), inner - 1)[:, None]  # twice, rather than masked
     cell, cells = tl.arange(0, CELLS)[None, :], cells_of(hidden, LOW)
     offsets = offsets_of(row, cell, hidden, w_row, LOW, BANDS)
@@ -234,8 +232,7 @@ def down(
             matrix = levels + 2 * TABLE
         found = _summed(
             x, words, low, scale, matrix, index, places, entry, row, cell, inner, width, hidden, n_experts,
-            0, n_packed, w_unit, w_row, ROWS, CELLS, TOP_K, False, LOW, BANDS, PLACES, SPLITS, ASM,
-            CHAIN,
+            0, n_packed, w_unit, w_row, ROWS, CELLS, TOP_K, False, LOW, BANDS, PLACES, SPLITS, ASM, CHAIN,
         )  # fmt: skip
         sums += rescale(found, shift) if LOW < 0 else found * numbers(matrix, LOW, ASM)
     if ALONE:

@@ -68,7 +68,7 @@ from moefold_kernels.triton import by_entry
 
 WHOLE += ("width", "dense_unit", "dense_row")
 types = dict(x="*i32", index="*i64", places="*i32", dense="*i32", weights="*bf16", bias="*bf16")
-given = dict(EXPERTS=128, PLACES=2, ACTIVATION=1, PACKED=True, SPLITS=2)
+given = dict(EXPERTS=128, PLACES=2, ACTIVATION=1, PACKED=True, SPLITS=2, AHEAD=4)
 for arch, low, bands, alone in (
     (80, -1, False, True), (80, 4, True, False), (90, -1, False, False), (90, 2, True, True),
 ):

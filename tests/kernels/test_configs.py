@@ -348,7 +348,7 @@ def test_a_broken_table_is_named(text, folder):
             r"or 2 in an overlapped mode \(overlapped_pair: nothing",
         ),
         ({"mode": "overlapped", "terms": 1}, "terms is 1"),
-        ({"registers": 128}, "registers is 128, and must be 0, or with e4m3 operands a multiple of 8 from 64 to 248"),
+        ({"registers": 128}, "registers is 128, and must be 0, or with e4m3 operands or by entry a multiple of 8"),
         ({"mode": "overlapped", "terms": 2, "registers": 132}, "registers is 132"),
         ({"mode": "overlapped", "terms": 2, "registers": 256}, "registers is 256"),
         ({"mode": "overlapped", "terms": 2, "registers": 128.0}, "registers is 128.0"),

@@ -144,7 +144,7 @@ def test_a_tile_that_cannot_be_run_is_named_and_never_chosen(few, device, unchec
 
 
 def test_time_that_is_over_leaves_out_tiles_and_then_numbers_of_tokens(few, device, unchecked):
-    found = tuned(few, device, tokens=(4, 5), seconds=100)
+    found = tuned(few, device, tokens=(4, 5), seconds=200)
     assert [one.shape.tokens for one in found] == [4, 5]
     few.clock = 0.0
     (found,) = tuned(few, device, tokens=(4, 5), seconds=7)  # 4 of the first's tiles, 3 of the second's

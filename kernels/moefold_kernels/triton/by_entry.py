@@ -33,7 +33,7 @@ from moefold_kernels.triton.cells import (
 )
 from moefold_kernels.triton.decode import rescale
 from moefold_kernels.triton.decode_levels import TABLE
-from moefold_kernels.triton.portability import after_the_one_before
+from moefold_kernels.triton.portability import after_the_one_before, ask
 from moefold_kernels.triton.project import activate
 
 
@@ -162,11 +162,14 @@ def _summed(
     x, words, low, scale, levels, index, places, entry, row, cell,
     inner, width, hidden, n_experts, first, last, w_unit, w_row,
     ROWS: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, DENSE: tl.constexpr, LOW: tl.constexpr,
-    BANDS: tl.constexpr, PLACES: tl.constexpr, SPLITS: tl.constexpr, ASM: tl.constexpr, CHAIN: tl.constexpr,
+    BANDS: tl.constexpr, PLACES: tl.constexpr, SPLITS: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
     """A token's sum [ROWS] over those choices whose places are `first` to `last` - 1, before `rescale`.
 
     SPLITS: 2 for choices of even and of odd number apart, which wait for each other's sums less, and take registers.
+    AHEAD: so many cache lines of each row, behind the words that registers hold already, are asked for in L2 before the
+    wait, behind which nothing else is read until activations have come and registers have been multiplied with them.
     """
     offsets = offsets_of(row, cell, inner, w_row, LOW, BANDS)
     cells = cells_of(inner, LOW)
@@ -188,6 +191,10 @@ def _summed(
     held = ()
     for place in tl.static_range(PLACES):
         held += (_cells(planes, there, offsets, place * CELLS, cell + zeros, cells, TOP_K, LOW, BANDS),)
+    if CHAIN and ASM and LOW < 0 and AHEAD > 0:
+        line = tl.minimum(PLACES * CELLS + 32 * tl.arange(0, max(AHEAD, 1))[None, :], cells - 1)
+        for k in tl.static_range(TOP_K):
+            ask(planes[k][0] + tl.where(there[k], row * w_row + line, 0))
     after_the_one_before(CHAIN)
     sums, others = tl.zeros((ROWS, CELLS), tl.float32), tl.zeros((ROWS, CELLS), tl.float32)
     for start in tl.range(0, cells, PLACES * CELLS):
@@ -212,8 +219,8 @@ def down(
     inner, width, hidden, n_experts, n_packed, w_unit, w_row, dense_unit, dense_row, out_row, shift, bias_expert,
     bias_row,
     ROWS: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, PACKED: tl.constexpr, ALONE: tl.constexpr,
-    LOW: tl.constexpr, BANDS: tl.constexpr, PLACES: tl.constexpr, SPLITS: tl.constexpr, ASM: tl.constexpr,
-    CHAIN: tl.constexpr,
+    LOW: tl.constexpr, BANDS: tl.constexpr, PLACES: tl.constexpr, SPLITS: tl.constexpr, AHEAD: tl.constexpr,
+    ASM: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """The output [token, hidden]: down, a token's choices added in float32 and in their order.
 
@@ -232,14 +239,15 @@ def down(
             matrix = levels + 2 * TABLE
         found = _summed(
             x, words, low, scale, matrix, index, places, entry, row, cell, inner, width, hidden, n_experts,
-            0, n_packed, w_unit, w_row, ROWS, CELLS, TOP_K, False, LOW, BANDS, PLACES, SPLITS, ASM, CHAIN,
+            0, n_packed, w_unit, w_row, ROWS, CELLS, TOP_K, False, LOW, BANDS, PLACES, SPLITS, AHEAD,
+            ASM, CHAIN,
         )  # fmt: skip
         sums += rescale(found, shift) if LOW < 0 else found * numbers(matrix, LOW, ASM)
     if ALONE:
         sums += _summed(
             x, dense, None, None, None, index, places, entry, row, cell, inner, width, hidden,
             n_experts, n_packed, n_experts, dense_unit, dense_row, ROWS, CELLS, TOP_K, True, -1, False, PLACES,
-            SPLITS, ASM, CHAIN and not PACKED,
+            SPLITS, AHEAD, ASM, CHAIN and not PACKED,
         )  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if bias is not None:

@@ -139,7 +139,7 @@ def _down(weights: Weights, x: Tensor, index: Tensor, gates: Tensor, tile: Tile,
         inner, 2 * x.shape[1], hidden, n_experts, layout.SLOTS * weights.pairs, *strides,
         *((0, 0) if dense is None else dense.stride()[:2]), out.stride(0), shift=shift,
         bias_expert=stride_of(bias, 0), bias_row=stride_of(bias, 1),
-        TOP_K=top_k, PACKED=packed is not None, ALONE=alone is not None, SPLITS=tile.splits,
+        TOP_K=top_k, PACKED=packed is not None, ALONE=alone is not None, SPLITS=tile.splits, AHEAD=tile.ahead,
         **_cut(packed, tile, hidden, inner, target),
     )  # fmt: skip
     return out
@@ -155,7 +155,8 @@ def _cut(kind: Projections | Leveled | None, tile: Tile, rows: int, columns: int
         "BANDS": few and layout_pairs.banded(rows, columns), "ASM": target.assembly, "CHAIN": target.chain,
         "num_warps": tile.warps,
     }  # fmt: skip
-    return cut | ({"launch_pdl": True} if target.chain else {})
+    chained = {"launch_pdl": True} if target.chain else {}
+    return cut | chained | ({"maxnreg": tile.registers} if tile.registers and target.assembly else {})
 
 
 def _cells(matrix: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from moefold_kernels.triton.plans import STEP, Plan, Tile, fits, join, leveled_b
 from moefold_kernels.triton.portability import Target
 from moefold_kernels.triton.regimes import (
     BY_ENTRY,
+    BY_ENTRY_DOWN,
     BY_ENTRY_LEVELED,
     E4M3,
     E4M3_MANY,
@@ -84,9 +85,10 @@ def by_entry(shape: Shape) -> list[Plan]:
     if shape.tokens > FEW_TOKENS:
         return []
     cuts = BY_ENTRY if shape.dense or shape.format == layout.EXPONENT else BY_ENTRY_LEVELED
-    firsts, seconds = ([Tile(plans.BY_ENTRY, 1, 0, *cut) for cut in side] for side in cuts)
-    splits = (1, 2) if cuts is BY_ENTRY else (1,)
-    return [Plan(first, replace(second, splits=n)) for first in firsts for second in seconds for n in splits]
+    firsts, seconds = ([Tile(plans.BY_ENTRY, 1, 0, *cut, ahead=0) for cut in side] for side in cuts)
+    if cuts is BY_ENTRY:
+        seconds = [replace(second, **more) for second in seconds for more in BY_ENTRY_DOWN]
+    return [Plan(first, second) for first in firsts for second in seconds]
 
 
 def streamed(shape: Shape, room: Room) -> list[Plan]:

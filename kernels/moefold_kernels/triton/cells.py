@@ -201,7 +201,7 @@ def multiplied(
     """`sums` [rows, CELLS] and the products of cells that `read` found with `tokens`, of a slot."""
     word, bits, scales = found
     if LOW < 0:
-        return _pair(sums, word if DENSE else decode_cell(word, slot, ASM), x[0])
+        return _pair(sums, word if DENSE else decode_cell(word, slot), x[0])
     else:
         if LOW == 1 or LOW == 2:
             bits = bits >> LOW * (cell % (4 // LOW))  # cells share a word

@@ -1,14 +1,14 @@
 """Words to bf16 operands in registers: the inner step of every kernel that reads packed experts.
 
-For each slot kept, bits 15 .. 0 of an operand are: sign, 0, then the exponent field plus 33, then the fraction. So an
-operand is the weight times 2 ** (33 - low), exactly, and the accumulator is scaled back once per tile (`rescale`).
+Bits 15 .. 0 of an operand are: sign, 0, keep, 0, the exponent field, the fraction, each where the word has it (those of
+slot 1 a bit further left). The keep bit adds 64 to a bf16's exponent, so that what a slot keeps is the weight times
+2 ** (64 - low), exactly, and the accumulator is scaled back once per tile (`rescale`). What a slot does not keep is not
+zero but 2 ** -64 of what it would be: as exponents of a window are at most 31 apart, less than 2 ** -32 of the smallest
+weight that could be kept, which no sum in float32 shows beside weights that are.
 
-Why 33: with KEEP_BITS set, the low twelve bits of a word are a bf16 of exponent 96 + field. The sign and keep bit alone
-(bits 15 and 13 after a shift by the slot) are a bf16 of +-2 ** (64 - 127), or zero where the slot is not kept. Their
-product is exact (a power of two), has the sign, and is zero where it must be: two 32-bit logical operations and one
-packed multiplication a slot and two words, and the logical operations that make the magnitudes are shared by both
-slots. Masks by sign-replicating `prmt` took ten integer operations for both slots; this takes three, a shift, and two
-multiplications in a pipe that is idle otherwise (counted in the machine code for sm_90).
+Slot 0 takes one logical operation for two words, slot 1 a shift and two, of which both slots share one; a slot that a
+program learns when it runs takes a product, which has a pipe of its own, or a shift, and two. With true zeros, as the
+product of the magnitude with sign and keep bit as bf16, that was four instructions instead of three (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import triton.language as tl
 
 from moefold_kernels import layout
 
-FIELD_BIAS = tl.constexpr(33)
-"""An operand's biased exponent minus its word's exponent field."""
+FIELD_BIAS = tl.constexpr(64)
+"""A kept operand's biased exponent minus its word's exponent field."""
 
-RESTORE = tl.constexpr(2.0**63)
-"""What undoes the factor of the sign and keep bit."""
+RESTORE = tl.constexpr(2.0**32)
+"""What undoes FIELD_BIAS beyond the exponent that `rescale`'s shift is for."""
 
 
 def _twice(bits: int) -> str:
@@ -30,55 +30,41 @@ def _twice(bits: int) -> str:
     return f"0x{bits << 16 | bits:08X}"
 
 
+_OWN_BITS = 1 << layout.SIGN_SHIFT[0] | 1 << layout.KEEP_SHIFT[0]
 _MASKS = {
     "magnitude": _twice(layout.MAGNITUDE_BITS),
-    "keep": _twice(layout.KEEP_BITS),
-    "own": _twice(1 << layout.SIGN_SHIFT[0] | 1 << layout.KEEP_SHIFT[0]),
+    "own": _twice(_OWN_BITS),
+    "first": _twice(layout.MAGNITUDE_BITS | _OWN_BITS),
 }
 
 BOTH = tl.constexpr(
     """{{
-    .reg .b32 magnitude, own, other, none;
-    mov.b32 none, 0x80008000;
-    lop3.b32 magnitude, $2, {magnitude}, {keep}, 0xEA;
-    and.b32 own, $2, {own};
-    fma.rn.bf16x2 $0, magnitude, own, none;
+    .reg .b32 magnitude, other;
+    and.b32 $0, $2, {first};
+    and.b32 magnitude, $2, {magnitude};
     shl.b32 other, $2, 1;
-    and.b32 other, other, {own};
-    fma.rn.bf16x2 $1, magnitude, other, none;
+    lop3.b32 $1, other, {own}, magnitude, 0xEA;
     }}""".format(**_MASKS)
 )
 """PTX: two words in $2 to the operands of slot 0 in $0 and of slot 1 in $1."""
 
 SLOT = tl.constexpr(
     """{{
-    .reg .b32 magnitude, kept, none, slot;
-    mov.b32 none, 0x80008000;
+    .reg .b32 kept, slot;
     mov.u32 slot, %ctaid.x;
     and.b32 slot, slot, 1;
-    lop3.b32 magnitude, $1, {magnitude}, {keep}, 0xEA;
     shl.b32 kept, $1, slot;
     and.b32 kept, kept, {own};
-    fma.rn.bf16x2 $0, magnitude, kept, none;
+    lop3.b32 $0, $1, {magnitude}, kept, 0xEA;
     }}""".format(**_MASKS)
 )
 """PTX: two words in $1 to the operands in $0 of the slot that is the lowest bit of the program number."""
 
-CELL = tl.constexpr(
-    """{{
-    .reg .b32 magnitude, kept, none;
-    mov.b32 none, 0x80008000;
-    lop3.b32 magnitude, $1, {magnitude}, {keep}, 0xEA;
-    mul.lo.u32 kept, $1, $2;
-    and.b32 kept, kept, {own};
-    fma.rn.bf16x2 $0, magnitude, kept, none;
-    }}""".format(**_MASKS)
-)
-"""The same of the slot whose power of two is in $2: products have a pipe of their own, shifts share the logical one."""
-
 _MAGNITUDE = tl.constexpr(layout.MAGNITUDE_BITS)
-_OFFSET = tl.constexpr(33 << layout.FRACTION_BITS)
-_FIRST_KEEP = tl.constexpr(layout.KEEP_SHIFT[0])
+_OWN = tl.constexpr(_OWN_BITS)
+_MAGNITUDES = tl.constexpr(layout.MAGNITUDE_BITS * 0x10001)
+_OWNS = tl.constexpr(_OWN_BITS * 0x10001 - 2**32)
+"""Both for two words, as an int32."""
 
 
 @triton.jit
@@ -118,26 +104,23 @@ def decode_slot(words, slot, ASM: tl.constexpr):
 
 
 @triton.jit
-def decode_cell(cells, slot, ASM: tl.constexpr):
-    """The operands of a slot (an int32, or a tensor of them) of two words an integer, two an integer as well."""
-    if ASM:
-        return tl.inline_asm_elementwise(CELL, "=r,r,r", [cells, 1 << slot], dtype=tl.int32, is_pure=True, pack=1)
-    low, high = _operand(cells & 0xFFFF, slot), _operand(cells >> 16 & 0xFFFF, slot)
-    low = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return low | high.to(tl.int16, bitcast=True).to(tl.int32) << 16
+def decode_cell(cells, slot):
+    """The operands of a slot (0 or 1, an int32) of two words an integer, two an integer as well.
+
+    Multiplied, not shifted: products have a pipe of their own, shifts share that of the logical operations.
+    """
+    return cells & _MAGNITUDES | (cells * (1 + slot)) & _OWNS
 
 
 @triton.jit
 def _operand(words, slot):
     """The same in plain Triton, for the interpreter and for devices without this assembly."""
     bits = words.to(tl.int32)
-    kept = (bits << slot) >> _FIRST_KEEP & 1
-    sign = (bits << slot) & 0x8000
-    operand = (sign | ((bits & _MAGNITUDE) + _OFFSET)) * kept
+    operand = bits & _MAGNITUDE | (bits << slot) & _OWN
     return operand.to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
 def rescale(accumulator, shift):
-    """The accumulator of a matrix whose operands are to be multiplied by 2 ** 63 and by `shift` = 2 ** (low - 96)."""
+    """The accumulator of a matrix whose operands are to be multiplied by 2 ** 32 and by `shift` = 2 ** (low - 96)."""
     return accumulator * RESTORE * shift

@@ -60,8 +60,8 @@ SUMMED = 256
 takes 8 us more (docs/kernels.md)."""
 SHORTEST = 1024
 """Columns of a row that routing's kernels rewrite, at least: four or more for each of their threads."""
-LEVELED = 2.0**-63
-"""The shift of few-bit formats: `rescale` multiplies by its inverse."""
+LEVELED = 2.0**-32
+"""The shift of few-bit formats, the inverse of decode.RESTORE, which their sums are multiplied with as well."""
 
 
 def plan_for(weights: Weights, tokens: int, top_k: int, by_entry: bool = True) -> Plan:

@@ -57,13 +57,14 @@ class Tile:
     """Programs that share the columns of a block (down projection only); their sums are added by `combine`. By entry, 2
     for choices of even and of odd number that are summed apart (by_entry.py)."""
     ahead: int = 4
-    """Cache lines of each row of words that a program asks for while the kernel before it ends (project.py)."""
+    """Cache lines of each row of words that a program asks for while the kernel before it ends (project.py), a power of
+    two. By entry those of down of 16 bits, behind what it has read already, and 0 for none (by_entry.py)."""
     terms: int = 0
     """Few-bit formats on Hopper: 2 for e4m3 operands, each token's value being a sum of two (e4m3.py), in steps of 128
     or 256 columns; tokens then may be 4."""
     registers: int = 0
-    """With `terms`: most registers of a thread, a multiple of 8, as 128 let two programs of eight warps run on a
-    multiprocessor at once; 0 for as many as the compiler takes."""
+    """With `terms`, and by entry: most registers of a thread, a multiple of 8, as 128 let two programs of eight warps
+    run on a multiprocessor at once; 0 for as many as the compiler takes."""
     blocks: int = 1
     """On Hopper with bf16 operands, of few-bit formats, and of the 16-bit format's down with warps apart: blocks of
     rows that a program does in turn, where rows and columns are whole (leveled_launch.in_turn); elsewhere one."""
@@ -81,7 +82,7 @@ class Tile:
             raise FormatError(f"mode {BY_ENTRY}: write 1 for tokens and group, 1 or 2 for splits, and 0 for extra")
         least = 4 if self.terms else 8 if self.overlapped else 1 if self.mode == BY_ENTRY else 16
         sizes = {"tokens": least, "rows": 16, "columns": 16, "warps": 1, "ahead": 1}
-        sizes |= {"rows": 1, "columns": 64} if self.mode == BY_ENTRY else {}
+        sizes |= {"rows": 1, "columns": 64, "ahead": 0} if self.mode == BY_ENTRY else {}
         sizes |= {"extra": 16} if self.extra else {}
         for name, least in sizes.items():
             value = getattr(self, name)
@@ -93,10 +94,10 @@ class Tile:
                 raise FormatError(f"{name} is {value!r}, and must be a whole number, at least {least}")
         allowed = range(LEAST_REGISTERS, MOST_REGISTERS + 1, 8)
         whole = isinstance(self.registers, int) and self.registers in allowed
-        if self.registers != 0 and not (self.terms and whole):
+        if self.registers != 0 and not ((self.terms or self.mode == BY_ENTRY) and whole):
             raise FormatError(
-                f"registers is {self.registers!r}, and must be 0, or with e4m3 operands a multiple of 8 "
-                f"from {allowed[0]} to {allowed[-1]}"
+                f"registers is {self.registers!r}, and must be 0, or with e4m3 operands or by entry a multiple "
+                f"of 8 from {allowed[0]} to {allowed[-1]}"
             )
         if self.blocks > 1 and (self.terms or not self.overlapped):
             raise FormatError(f"blocks is {self.blocks!r}, and must be 1 but in an overlapped mode with bf16 operands")

@@ -17,7 +17,7 @@ class Target(NamedTuple):
     """The paths a tensor's device gets."""
 
     assembly: bool
-    """PTX of compute capability 8.0 (packed bf16 multiplication); else plain Triton operations."""
+    """PTX of compute capability 8.0 (few bits: packed bf16 multiplication); else plain Triton operations."""
     upcast: bool
     """Multiply in float32: Triton's interpreter takes bf16 operands for bit patterns."""
     overlap: bool

@@ -72,14 +72,14 @@ E4M3_MANY: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
 )
 """from 32 tokens on, which take more of shared memory than words where they have as many places."""
 BY_ENTRY: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
-    ((4, 256, 2, 1), (2, 512, 1, 2), (2, 512, 2, 2), (2, 256, 2, 2)),
+    ((4, 256, 2, 1), (2, 512, 1, 2), (2, 256, 1, 4)),
     (
-        (8, 256, 4, 1), (16, 256, 8, 1), (2, 512, 2, 1), (4, 512, 4, 1), (2, 256, 1, 1), (4, 256, 4, 1),
-        (2, 256, 2, 1),
+        (8, 256, 8, 1), (16, 256, 8, 1), (2, 512, 2, 1), (4, 512, 4, 1), (8, 512, 8, 1), (4, 256, 4, 1), (2, 256, 2, 1),
     ),
 )  # fmt: skip
-"""For each entry by itself (by_entry.py): every one of gate and up with every one of down, whose choices are summed in
-one part, and in two."""
+"""For each entry by itself (by_entry.py): every one of gate and up with every one of down."""
+BY_ENTRY_DOWN: tuple[dict[str, int], ...] = ({}, {"splits": 2}, {"registers": 128})
+"""What each of down is tried with: its choices in two sums, or so few registers that 16 warps run at once."""
 BY_ENTRY_LEVELED: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
     ((2, 256, 1, 2), (4, 256, 1, 1), (4, 256, 1, 2), (2, 512, 1, 1)),
     ((2, 256, 1, 1), (4, 256, 2, 1), (4, 256, 4, 1)),

@@ -32,8 +32,8 @@ FINALISTS = 3
 """Of each projection, timed together."""
 JOINED = 6
 """Of the first projection, timed with both projections in one launch."""
-AHEAD = (1, 8)
-"""Values of Tile.ahead that the best plan is tried with, beside its own."""
+AHEAD, AHEAD_BY_ENTRY = (1, 8), (2, 4, 8)
+"""Values of Tile.ahead that the best plan is tried with, beside its own; by entry of down alone."""
 ROUNDS, DUEL_ROUNDS = 5, 15
 """Rounds of which the median counts: of a candidate; of the winner and the plan before, in turns."""
 
@@ -228,13 +228,11 @@ class Search:
     def _ahead(self, plan: Plan) -> list[Plan]:
         """The plan with other numbers of cache lines asked for ahead, in one projection at a time."""
         target = Target.of(self.ground.weights.places)
-        if (
-            plan.by_entry
-            or plan.first.mode == STREAMED
-            or not target.chain
-            or (self.shape.format != layout.EXPONENT and target.overlap)
-        ):  # leveled.py asks for none
+        few = self.shape.format != layout.EXPONENT and (plan.by_entry or target.overlap)
+        if plan.first.mode == STREAMED or not target.chain or few:  # in few bits only project.py asks for some
             return []
+        if plan.by_entry:
+            return [replace(plan, second=replace(plan.second, ahead=ahead)) for ahead in AHEAD_BY_ENTRY]
         if plan.joined:
             return [join(replace(plan.first, ahead=ahead)) for ahead in AHEAD]
         firsts = [replace(plan, first=replace(plan.first, ahead=ahead)) for ahead in AHEAD]

@@ -116,7 +116,7 @@ def planes_of(kind: Leveled, matrix: Planes) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def rescaling(top: int) -> float:
-    """What sums of a matrix with the window top `top` are multiplied with, beside 2 ** 63 (decode.rescale)."""
+    """What sums of a matrix with the window top `top` are multiplied with, beside decode.RESTORE (decode.rescale)."""
     return 2.0 ** (layout.low(top) - 96)
 
 

@@ -100,6 +100,8 @@ def test_plans_by_entry_are_for_as_many_tokens_as_they_were_measured_with(folder
         ({"splits": 3}, "mode entry"),
         ({"rows": 3}, "rows is 3, and must be a power of two, at least 1"),
         ({"columns": 32}, "columns is 32, and must be a power of two, at least 64"),
+        ({"ahead": 3}, "ahead is 3, and must be a power of two, at least 0"),
+        ({"registers": 100}, "registers is 100"),
     ],
 )
 def test_tiles_by_entry_that_are_refused(change, said):
@@ -111,6 +113,11 @@ def test_tiles_by_entry_that_are_refused(change, said):
         Plan(tile, Tile("slot", 16, 0, 32, 64, 4, 3))
     with pytest.raises(FormatError, match="by entry splits are of down"):
         Plan(Tile(**good | {"splits": 2}), tile)
+
+
+def test_tiles_by_entry_may_limit_registers_and_ask_for_nothing():
+    tile = Tile("entry", 1, 0, 2, 256, 1, 1, ahead=0, registers=128)
+    assert str(tile) == "entry 1 2x256 w1 s1 a0 r128"
 
 
 QWEN, MIXTRAL = Shape(2048, 768, 128, 8, False, 1), Shape(4096, 14336, 8, 2, False, 1)
@@ -338,6 +345,7 @@ def test_a_broken_table_is_named(text, folder):
         ({"columns": 0}, "columns is 0"),
         ({"warps": 3}, "warps is 3"),
         ({"ahead": 3}, "ahead is 3"),
+        ({"ahead": 0}, "ahead is 0, and must be a power of two, at least 1"),
         ({"stages": 0}, "stages is 0"),
         ({"mode": "overlapped", "stages": 1}, "stages is 1, and must be a whole number, at least 2"),
         ({"group": 0}, "group is 0"),

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="needs triton")
 from moefold_kernels import errors, layout_pairs
 from moefold_kernels.bench import Shape
 from moefold_kernels.triton import compilation, configs, layer, portability, search, tune
-from moefold_kernels.triton.candidates import Room, candidates, streamed
+from moefold_kernels.triton.candidates import Room, by_entry, candidates, streamed
 from moefold_kernels.triton.compilation import Compiler, Job
 from moefold_kernels.triton.plans import Plan, Tile, alone, fits, join, leveled_bytes, tile_fits
 
@@ -346,6 +346,30 @@ def test_lines_ahead_are_tried_where_a_kernel_asks_for_some(format, overlap, tri
     ground = SimpleNamespace(weights=SimpleNamespace(places=torch.empty(0)))
     one = SimpleNamespace(ground=ground, shape=configs.Shape(4096, 14336, 8, 2, False, 1, format))
     assert len(search.Search._ahead(one, OLD)) == tried
+
+
+@pytest.mark.parametrize(("format", "more"), [("exponent", True), ("pair4", False)])
+def test_plans_by_entry_to_try(format, more):
+    """All ask for nothing at first; of 16 bits some add choices in two sums, or limit registers."""
+    plans = by_entry(configs.Shape(2048, 768, 128, 8, False, 1, format))
+    assert len(set(plans)) == len(plans) > 10
+    assert not any(tile.ahead for plan in plans for tile in plan.tiles)
+    assert any(plan.second.splits == 2 for plan in plans) == any(plan.second.registers for plan in plans) == more
+    assert not any(plan.first.registers for plan in plans)
+    assert by_entry(configs.Shape(2048, 768, 128, 8, False, 64, format)) == []
+
+
+@pytest.mark.parametrize(("format", "tried"), [("exponent", [2, 4, 8]), ("pair4", [])])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_lines_ahead_by_entry_are_downs_of_16_bits(format, overlap, tried, monkeypatch):
+    target = portability.Target(assembly=True, upcast=False, overlap=overlap, chain=True)
+    monkeypatch.setattr(portability.Target, "of", classmethod(lambda cls, tensor: target))
+    ground = SimpleNamespace(weights=SimpleNamespace(places=torch.empty(0)))
+    one = SimpleNamespace(ground=ground, shape=configs.Shape(4096, 14336, 8, 2, False, 1, format))
+    tile = Tile("entry", 1, 0, 2, 256, 1, 1, ahead=0)
+    plans = search.Search._ahead(one, Plan(tile, tile))
+    assert [plan.second.ahead for plan in plans] == tried
+    assert all(plan.first == tile for plan in plans)
 
 
 def test_columns_are_split_where_processors_wait():

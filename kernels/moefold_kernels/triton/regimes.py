@@ -6,7 +6,7 @@ H200. A cut is (rows, columns, warps, stages); a kind is a mode with a number of
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Cut = tuple[int, int, int, int]
 
@@ -78,7 +78,7 @@ BY_ENTRY: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
     ),
 )  # fmt: skip
 """For each entry by itself (by_entry.py): every one of gate and up with every one of down."""
-BY_ENTRY_DOWN: tuple[dict[str, int], ...] = ({}, {"splits": 2}, {"registers": 128})
+BY_ENTRY_DOWN: tuple[dict[str, Any], ...] = ({}, {"splits": 2}, {"registers": 128})
 """What each of down is tried with: its choices in two sums, or so few registers that 16 warps run at once."""
 BY_ENTRY_LEVELED: tuple[tuple[Cut, ...], tuple[Cut, ...]] = (
     ((2, 256, 1, 2), (4, 256, 1, 1), (4, 256, 1, 2), (2, 512, 1, 1)),

@@ -32,7 +32,7 @@ FINALISTS = 3
 """Of each projection, timed together."""
 JOINED = 6
 """Of the first projection, timed with both projections in one launch."""
-AHEAD, AHEAD_BY_ENTRY = (1, 8), (2, 4, 8)
+AHEAD, AHEAD_BY_ENTRY = (1, 8), (1, 2, 4)
 """Values of Tile.ahead that the best plan is tried with, beside its own; by entry of down alone."""
 ROUNDS, DUEL_ROUNDS = 5, 15
 """Rounds of which the median counts: of a candidate; of the winner and the plan before, in turns."""

@@ -6,8 +6,8 @@ Format `exponent`, version 1: one 16-bit word holds one position of a pair of ex
     sign 0  sign 1  keep 0  keep 1  exponent    fraction
 
 Signs and keep bits are in the order of PuzzleMoE (arXiv 2511.04805). The exponent field is the bf16 exponent minus
-the window's low end, the fraction is bf16's own: OR-ing KEEP_BITS into the low twelve bits gives a bf16 whose
-exponent is 96 + field, and a factor of 2 ** (low - 96) puts it where it belongs, exactly.
+the window's low end, the fraction is bf16's own, and slot 0's keep bit is where a bf16's exponent has 64: with it the
+low twelve bits are a bf16 of exponent 64 + field, and a factor of 2 ** (low - 64) puts it where it belongs, exactly.
 
 Words are canonical: a slot that is not kept has a clear sign bit, and a word that keeps neither slot is 0.
 """
@@ -22,7 +22,6 @@ EXPONENT = "exponent"
 SLOTS = 2
 SIGN_SHIFT = (15, 14)
 KEEP_SHIFT = (13, 12)
-KEEP_BITS = 0x3000
 FIELD_SHIFT = 7
 FIELD_BITS = 5
 FRACTION_BITS = 7

@@ -100,7 +100,7 @@ def test_plans_by_entry_are_for_as_many_tokens_as_they_were_measured_with(folder
         ({"splits": 3}, "mode entry"),
         ({"rows": 3}, "rows is 3, and must be a power of two, at least 1"),
         ({"columns": 32}, "columns is 32, and must be a power of two, at least 64"),
-        ({"ahead": 3}, "ahead is 3, and must be a power of two, at least 0"),
+        ({"ahead": 3}, "ahead is 3, and must be 0 or a power of two"),
         ({"registers": 100}, "registers is 100"),
     ],
 )

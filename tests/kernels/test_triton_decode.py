@@ -70,6 +70,7 @@ def test_all_words(top, device):
         exact = found[row].cpu()
         assert torch.equal(exact, exact.bfloat16().float())
         assert_same(exact.bfloat16(), reference.decode(words, top, slot), top)
+        assert not exact[words == 0].any()  # that neither slot keeps
 
 
 def assert_same(found: torch.Tensor, right: torch.Tensor, top: int = 127) -> None:

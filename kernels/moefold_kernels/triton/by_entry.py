@@ -5,7 +5,7 @@ where its entry's expert is and makes a few rows of gate and up, with the activa
 the second makes a few rows of the output, of all of a token's experts, added in one order. So a layer is two launches
 instead of four, each with as many programs of as few rows as fill the device evenly. Products are no tensor cores'
 (cells.py). Gate weights are the first kernel's, as down has no registers for them and for sums of each choice: programs
-of 2 rows of DeepSeek's take 147 with them, so that a layer's run in two waves, and 128 without.
+of 2 rows of DeepSeek's took 147 with them, in two waves, and with 128 a layer's all run at once (docs/kernels.md).
 
 What is under way has PLACES, by which loops are unrolled, so that registers that were read are loaded anew and nothing
 is moved. Of gate and up a place has the token's values, too. Masks are of each cell: with one for all cells, where rows
@@ -192,7 +192,7 @@ def _summed(
     for place in tl.static_range(PLACES):
         held += (_cells(planes, there, offsets, place * CELLS, cell + zeros, cells, TOP_K, LOW, BANDS),)
     if CHAIN and ASM and LOW < 0 and AHEAD > 0:
-        line = tl.minimum(PLACES * CELLS + 32 * tl.arange(0, max(AHEAD, 1))[None, :], cells - 1)
+        line = tl.minimum(PLACES * CELLS + 32 * tl.arange(0, AHEAD)[None, :], cells - 1)
         for k in tl.static_range(TOP_K):
             ask(planes[k][0] + tl.where(there[k], row * w_row + line, 0))
     after_the_one_before(CHAIN)

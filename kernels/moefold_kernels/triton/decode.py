@@ -18,11 +18,8 @@ import triton.language as tl
 
 from moefold_kernels import layout
 
-FIELD_BIAS = tl.constexpr(64)
-"""A kept operand's biased exponent minus its word's exponent field."""
-
 RESTORE = tl.constexpr(2.0**32)
-"""What undoes FIELD_BIAS beyond the exponent that `rescale`'s shift is for."""
+"""Part of the factor that undoes an operand's, 2 ** (low - 64), which as one number may be too large for float32."""
 
 
 def _twice(bits: int) -> str:

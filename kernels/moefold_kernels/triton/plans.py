@@ -87,7 +87,8 @@ class Tile:
         for name, least in sizes.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least or value & (value - 1):
-                raise FormatError(f"{name} is {value!r}, and must be a power of two, at least {least}")
+                wanted = f"a power of two, at least {least}" if least else "0 or a power of two"
+                raise FormatError(f"{name} is {value!r}, and must be {wanted}")
         for name, least in {"stages": 2 if self.hoppers else 1, "group": 1, "splits": 1, "blocks": 1}.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:

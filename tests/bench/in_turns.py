@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("cells", nargs="+", metavar="SHAPE:TOKENS:CONTENDERS")
     parser.add_argument("--plans", type=Path)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--batches", type=int, help="of a cell; by default as many as the benchmark has")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell after so long")
     args = parser.parse_args()

@@ -226,11 +226,13 @@ def down(
 
     With both kinds of experts those in pairs come first. `x` [entry, width / 2] is what `gate_up` wrote, times gate
     weights; `weights` [entry], the router's, are for biases. Experts whose places are below `n_packed` are in `words`
-    (with LOW in planes), others in `dense`, as far as there are PACKED or ALONE ones.
+    (with LOW in planes), others in `dense`, as far as there are PACKED or ALONE ones. Side by side are programs of all
+    tokens, so that words of which two have a use are read once from memory.
     """
-    token = tl.program_id(1)
+    # Not the first axis, whose numbers may be 2 ** 31: pointers of these, below 2 ** 16, take fewer registers.
+    token, block = tl.program_id(1), tl.program_id(2)
     entry = token * TOP_K
-    row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), hidden - 1)[:, None]
+    row = tl.minimum(block * ROWS + tl.arange(0, ROWS), hidden - 1)[:, None]
     cell = tl.arange(0, CELLS)[None, :]
     sums = tl.zeros((ROWS,), tl.float32)
     if PACKED:
@@ -249,7 +251,7 @@ def down(
             n_experts, n_packed, n_experts, dense_unit, dense_row, ROWS, CELLS, TOP_K, True, -1, False, PLACES,
             SPLITS, AHEAD, ASM, CHAIN and not PACKED,
         )  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = block * ROWS + tl.arange(0, ROWS)
     if bias is not None:
         for k in tl.static_range(TOP_K):
             expert, place = _choice(index, places, entry + k, n_experts)

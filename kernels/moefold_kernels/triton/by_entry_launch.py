@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from moefold_kernels.triton.layer import Activation
 
 MOST = 65535
-"""Programs along a grid's second axis: entries, or blocks of rows."""
+"""Programs along a grid's second axis or third: entries, tokens or blocks of rows."""
 CHOICES = 8
 """Of a token, at most: down's program holds words of all of them at once, and of 16 its registers are spilled."""
 LARGEST = 2**31
 """Cells of a unit's matrix, whose offsets are 32 bits."""
+COMPILED = "--register-usage-level=6"
+"""For ptxas, of 16 bits: one above what it does unasked, for fewer instructions and up to 2 % less time (kernels.md)."""
 PER_CELL = layout_pairs.WORD // layout_pairs.NIBBLE
 """Weights of a cell in few bits."""
 
@@ -39,7 +41,7 @@ def takes(weights: Weights, plan: Plan, tokens: int, top_k: int) -> bool:
     """Whether by_entry.py does a layer of gated experts: a plan of its mode, and numbers that are two an integer."""
     if not plan.by_entry or tokens * top_k > MOST or top_k > CHOICES:
         return False
-    if blocks(weights.any.inner, plan.first.rows) > MOST:
+    if max(blocks(weights.any.inner, plan.first.rows), blocks(weights.any.hidden, plan.second.rows)) > MOST:
         return False
     return all(map(_in_cells, (weights.packed, weights.alone)))
 
@@ -135,8 +137,8 @@ def _down(weights: Weights, x: Tensor, index: Tensor, gates: Tensor, tile: Tile,
     if alone is not None:
         dense = _cells(alone.down)
     launch(
-        by_entry.down, (blocks(hidden, tile.rows), tokens), x, *planes, dense, out, index, weights.places, gates, bias,
-        inner, 2 * x.shape[1], hidden, n_experts, layout.SLOTS * weights.pairs, *strides,
+        by_entry.down, (1, tokens, blocks(hidden, tile.rows)), x, *planes, dense, out, index, weights.places, gates,
+        bias, inner, 2 * x.shape[1], hidden, n_experts, layout.SLOTS * weights.pairs, *strides,
         *((0, 0) if dense is None else dense.stride()[:2]), out.stride(0), shift=shift,
         bias_expert=stride_of(bias, 0), bias_row=stride_of(bias, 1),
         TOP_K=top_k, PACKED=packed is not None, ALONE=alone is not None, SPLITS=tile.splits, AHEAD=tile.ahead,
@@ -155,8 +157,13 @@ def _cut(kind: Projections | Leveled | None, tile: Tile, rows: int, columns: int
         "BANDS": few and layout_pairs.banded(rows, columns), "ASM": target.assembly, "CHAIN": target.chain,
         "num_warps": tile.warps,
     }  # fmt: skip
-    chained = {"launch_pdl": True} if target.chain else {}
-    return cut | chained | ({"maxnreg": tile.registers} if tile.registers and target.assembly else {})
+    if target.chain:
+        cut["launch_pdl"] = True
+    if target.assembly and not few:
+        cut["ptx_options"] = COMPILED
+    if target.assembly and tile.registers:
+        cut["maxnreg"] = tile.registers
+    return cut
 
 
 def _cells(matrix: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ for columns in (32, 1024):
 """
 
 ENTRY = """
-from moefold_kernels.triton import by_entry
+from moefold_kernels.triton import by_entry, by_entry_launch
 
 WHOLE += ("width", "dense_unit", "dense_row")
 types = dict(x="*i32", index="*i64", places="*i32", dense="*i32", weights="*bf16", bias="*bf16")
@@ -76,6 +76,7 @@ for arch, low, bands, alone in (
     kind |= dict(WHOLE=alone, DENSE=alone and low < 0) | ({} if alone else dict(dense=None, bias=None))
     kind |= dict(LOW=low, BANDS=bands, ALONE=alone, TOP_K=6, ASM=True, CHAIN=arch == 90)
     more = dict(launch_pdl=True) if arch == 90 else {}
+    more |= dict(ptx_options=by_entry_launch.COMPILED) if low < 0 else {}
     for function, rows, cells in ((by_entry.gate_up, 4, 128), (by_entry.down, 8, 64)):
         build(ASTSource, function, given | kind | dict(ROWS=rows, CELLS=cells), types, arch, num_warps=4, **more)
 """

@@ -93,6 +93,20 @@ def test_plans_by_entry_are_for_as_many_tokens_as_they_were_measured_with(folder
     assert configs.choose(large._replace(tokens=1), GPU) == entry
 
 
+def test_plans_by_entry_of_the_same_choices_and_sizes_come_first(folder):
+    """However many experts there are, and whatever has the nearer load; but not for more load than they were for."""
+    entry, other = (Plan(Tile("entry", 1, 0, 4, 256, 2, 2), Tile("entry", 1, 0, rows, 256, 4, 1)) for rows in (8, 16))
+    sorted_ones = SHAPE._replace(tokens=4)
+    own, further = SHAPE._replace(tokens=2), Shape(4096, 4096, 256, 4, False, 2)
+    ship(folder, {own: entry, further: other, sorted_ones: plan(2)})
+    assert own.top_k != further.top_k
+    many = SHAPE._replace(experts=512, tokens=2)
+    assert abs(many.load - further.load) < abs(many.load - own.load)
+    assert configs.choose(many, GPU) == entry
+    assert configs.choose(further._replace(hidden=2048, experts=1024), GPU) == other
+    assert configs.choose(SHAPE._replace(experts=SHAPE.top_k, tokens=2), GPU) == plan(2)  # every word is wanted twice
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -47,21 +47,24 @@ class Shape(NamedTuple):
         """Entries per expert, on average."""
         return self.tokens * self.top_k / self.experts
 
-    def distance(self, other: Shape) -> tuple[float, ...]:
+    def distance(self, other: Shape, by_entry: bool = False) -> tuple[float, ...]:
         """How far a measured shape is from this one: kind of weights first, then load, sizes and format in doublings.
 
         A plan for less load counts twice as far as one for more: tiles that are too small read their words again,
         those that are too large only waste some products. Sizes count for less than one doubling, whatever they are:
         tiles for 288 entries took 1.6 times as long, where there were 64, as another shape's tiles for 80 (a layer of
         Mixtral's sizes, bfloat16 weights, 256 tokens on an H200). Four bits of a position count as one doubling.
+
+        For a plan `by_entry` less load than it was measured with is no matter: then fewer words are wanted twice. Nor
+        is the number of experts. But other choices count as a doubling, as down's registers depend on them: one token
+        of 256 experts of DeepSeek's sizes took 30.9 us by Qwen3's plan, whose load is nearer, and 26.6 by DeepSeek's.
         """
         load = math.log2(max(other.load, 1 / 64) / max(self.load, 1 / 64))
-        sizes = sum(abs(math.log2(a / b)) for a, b in zip(self[:4], other[:4], strict=True))
-        return (
-            float(self.dense != other.dense),
-            max(load, -2 * load) + sizes / (sizes + 4) + abs(_bits(self.format) - _bits(other.format)) / 4,
-            abs(self.tokens - other.tokens),
-        )
+        hidden, inner, experts, top_k = (abs(math.log2(a / b)) for a, b in zip(self[:4], other[:4], strict=True))
+        sizes = hidden + inner + top_k + (0 if by_entry else experts)
+        far = max(0 if by_entry else load, -2 * load) + (by_entry and top_k > 0) + sizes / (sizes + 4)
+        far += abs(_bits(self.format) - _bits(other.format)) / 4
+        return float(self.dense != other.dense), far, abs(self.tokens - other.tokens)
 
 
 def _bits(format: str) -> int:
@@ -214,7 +217,7 @@ def _choose(shape: Shape, device: Identity, by_entry: bool) -> Plan:
     ]
     if not able:
         return rule(shape)
-    nearest = min(able, key=shape.distance)
+    nearest = min(able, key=lambda known: shape.distance(known, measured[known].by_entry))
     return fitted(measured[nearest], nearest, shape, device.processors)
 
 

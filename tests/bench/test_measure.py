@@ -203,9 +203,9 @@ def test_statistics_are_those_of_pytest_benchmark():
 
 READING = """
 import torch
-from moefold_kernels.bench.reading import _reader
+from moefold_kernels.bench.reading import reader
 x = torch.randint(1000, (8 * 256,), dtype=torch.int32)  # the interpreter refuses to overflow
-print(int(_reader(256, 4, 3)(x).sum(dtype=torch.int32)) == int(x.sum(dtype=torch.int32)))
+print(int(reader(256, 4, 3)(x).sum(dtype=torch.int32)) == int(x.sum(dtype=torch.int32)))
 """
 
 

@@ -40,9 +40,9 @@ def reader(block: int, warps: int, programs: int, chain: bool = False) -> Callab
 
     def read(source: Tensor) -> Tensor:
         sums = torch.empty(programs, dtype=torch.int32, device=source.device)
-        options: dict[str, Any] = {"BLOCK": block, "CHAIN": chain, "num_warps": warps} | (
-            {"launch_pdl": True} if chain else {}
-        )
+        options: dict[str, Any] = {"BLOCK": block, "CHAIN": chain, "num_warps": warps}
+        if chain:
+            options["launch_pdl"] = True
         _read[(programs,)](source, sums, source.numel(), **options)
         return sums
 

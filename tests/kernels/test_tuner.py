@@ -249,6 +249,23 @@ def test_what_is_compiled_ahead_is_what_is_run(kernel, part, tokens, dense, monk
     assert ahead == real
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in reduce")
+@pytest.mark.parametrize("kernel", ["project.project_in", "project.project_out"])
+def test_so_it_is_where_a_layer_is_run_by_other_kernels_than_its_plan_says(kernel, monkeypatch, device):
+    """Few bits of 320 columns, which are no whole steps, with a plan for e4m3 operands."""
+    shape, tokens = Shape("between", 4, 128, 320, 2), 3
+    plan = Plan(Tile("overlapped", 4, 0, 64, 256, 8, 2, terms=2), Tile("overlapped_pair", 4, 0, 64, 256, 4, 2, terms=2))
+    weights = compilation._stand_in(shape, False, "pair6", str(device))
+    x = torch.zeros(tokens, shape.hidden, dtype=torch.bfloat16, device=device)
+    index = torch.zeros(tokens, shape.top_k, dtype=torch.int64, device=device)
+    gates = torch.zeros(tokens, shape.top_k, dtype=torch.bfloat16, device=device)
+    real = seen_by(kernel, monkeypatch, lambda: layer.forward(weights, x, index, gates, plan=plan))
+    wanted = Job(shape, False, tokens, plan, "whole", str(device), "pair6")
+    ahead = seen_by(kernel, monkeypatch, lambda: compilation._run(wanted))
+    assert len(real) == 1
+    assert ahead == real
+
+
 ROOMS = {
     "H200": Room(232448, 132, overlap=True),
     "A100": Room(166912, 108, overlap=False),

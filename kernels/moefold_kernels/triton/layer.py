@@ -97,8 +97,7 @@ def forward(
     if plan.by_entry:
         gates, kind = top_k_weights.contiguous(), ACTIVATIONS[activation.name]
         return by_entry_launch.forward(weights, x, top_k_index, gates, plan, activation, kind, dtype or hidden.dtype)
-    plan = plan if joins(weights, activation, plan.first) else plan.separate()
-    plan = able(weights, plan, activation.name in ACTIVATIONS)
+    plan = as_run(weights, plan, activation)
     tables = route_for(weights, top_k_index, plan, x if fused else None)
     if plan.joined:
         parts = both(weights, x, top_k_weights, tables, plan.first, activation)
@@ -113,6 +112,12 @@ def sorted_first(weights: Weights, plan: Plan, tokens: int, top_k: int, fused: b
     if not plan.by_entry or (fused and by_entry_launch.takes(weights, plan, tokens, top_k)):
         return plan
     return plan_for(weights, tokens, top_k, by_entry=False)
+
+
+def as_run(weights: Weights, plan: Plan, activation: Activation = SILU) -> Plan:
+    """A plan that sorts entries as `forward` runs it: in two launches, and by other kernels, where a layer asks so."""
+    plan = plan if joins(weights, activation, plan.first) else plan.separate()
+    return able(weights, plan, activation.name in ACTIVATIONS)
 
 
 def joins(weights: Weights, activation: Activation, tile: Tile) -> bool:

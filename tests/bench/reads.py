@@ -4,8 +4,8 @@ The read bandwidth that the benchmark compares with is that of 4 GiB at once. A 
 in launches that wait for one another: a few microseconds in which memory has nothing to do. So here kernels that only
 read take so many MB (10 ** 6 bytes), each time others of 4 GiB, as replays of one CUDA graph: in one launch; in one
 that may begin while the one before ends (programmatic dependent launch), but reads nothing before that has ended; and
-in two such launches, of two thirds and of one, as gate and up and down are. The fastest of some tiles and numbers of
-programs.
+in two such launches, of two thirds and of one, as gate and up and down are. The fastest of the tiles and numbers of
+programs that reading.py has.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from moefold_kernels.bench import ceilings, record, timing
-from moefold_kernels.bench.reading import reader
+from moefold_kernels.bench.reading import BLOCKS, PROGRAMS, reader
 
 REGIONS, ROUNDS = 64, 9
-UNIT = 8192
+UNIT = max(block for block, _ in BLOCKS)
 """Numbers of int32: whole tiles of each way."""
-WAYS = tuple((block, warps, programs) for block, warps in ((2048, 4), (4096, 8)) for programs in (4, 8, 16))
+WAYS = tuple((block, warps, programs) for block, warps in BLOCKS for programs in PROGRAMS)
 
 
 def launched(read: Callable[[Tensor], Tensor], launches: int) -> Callable[[Tensor], Any]:

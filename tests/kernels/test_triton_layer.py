@@ -139,6 +139,15 @@ def test_each_entry_by_itself(plan, biased, alone, device, monkeypatch):
     assert_near(found, expected(layer, *arguments, clamped_gate if biased else silu))
 
 
+@pytest.mark.parametrize(("hidden", "inner"), [(132, 36), (68, 68)])
+def test_no_axis_of_a_grid_by_entry_is_too_long(hidden, inner, device, monkeypatch):
+    """Five blocks of rows: of down, or of gate and up."""
+    made = weights_of(operands(random_layer(4, hidden, inner).to(device)))
+    for most, answer in ((5, True), (4, False)):
+        monkeypatch.setattr(kernels.by_entry_launch, "MOST", most)
+        assert kernels.by_entry_launch.takes(made, PLANS["entry"], 1, 2) is answer
+
+
 @pytest.mark.parametrize(
     ("hidden", "inner", "top_k", "gated"),
     [(67, 36, 3, True), (68, 35, 3, True), (68, 36, 9, True), (68, 36, 3, False)],

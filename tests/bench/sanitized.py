@@ -39,7 +39,7 @@ class Look(NamedTuple):
 
 LOOKS = (
     Look("slot 16 32x128 w4 s3 / slot 16 64x128 w4 s3", (BANDS, RAGGED), 1, ("packed", "dense")),
-    Look("entry 1 4x256 w2 s2 / entry 1 8x256 w4 s1 k2 r128", (BANDS, RAGGED), 3, ("packed", "dense")),
+    Look("entry 1 4x256 w2 s2 / entry 1 8x256 w4 s1 k2 r128 b4", (BANDS, RAGGED), 3, ("packed", "dense")),
     Look("entry 1 2x512 w1 s1 / entry 1 2x256 w1 s2", (BANDS, MIXED, RAGGED), 3, FEW),
     Look("pair 16 32x64 w4 s3 / pair 16 64x64 w4 s3 k2", (BANDS, RAGGED), 9, ("packed", "dense")),
     Look("joined pair 16 32x64 w4 s3", (BANDS,), 9, ("packed", "dense")),

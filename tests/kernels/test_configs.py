@@ -125,8 +125,9 @@ def test_tiles_by_entry_that_are_refused(change, said):
         Tile(**good | change)
     with pytest.raises(FormatError, match="by entry are both or neither"):
         Plan(tile, Tile("slot", 16, 0, 32, 64, 4, 3))
-    with pytest.raises(FormatError, match="by entry splits are of down"):
-        Plan(Tile(**good | {"splits": 2}), tile)
+    for more in ({"splits": 2}, {"blocks": 2}):
+        with pytest.raises(FormatError, match="by entry splits and blocks are of down"):
+            Plan(Tile(**good | more), tile)
 
 
 def test_tiles_by_entry_may_limit_registers_and_ask_for_nothing():
@@ -181,6 +182,23 @@ def test_blocks_are_in_turn_where_there_are_programs_enough(shape, first, second
     plan = Plan(cut("overlapped", 64, 64, blocks=4), cut("overlapped", 64, 64, blocks=4))
     found = fitted(plan, QWEN._replace(tokens=1024), shape, 132)
     assert (found.first.blocks, found.second.blocks) == (first, second)
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks"),
+    [
+        (QWEN._replace(tokens=3), 4),  # 3072 programs of one block; 528 are enough for 132 processors
+        (QWEN._replace(tokens=2), 2),
+        (QWEN, 1),
+        (QWEN._replace(hidden=7168, top_k=6), 4),
+        (QWEN._replace(hidden=2050, tokens=4), 1),  # 1025 blocks of rows, of which 2, 3 and 4 are no divisor
+    ],
+)
+def test_blocks_by_entry_are_in_turn_where_there_are_programs_enough(shape, blocks):
+    """Of down, whose programs are of tokens."""
+    plan = Plan(Tile("entry", 1, 0, 2, 512, 1, 2), Tile("entry", 1, 0, 2, 256, 2, 1, splits=2, blocks=4))
+    found = fitted(plan, QWEN._replace(tokens=4), shape, 132)
+    assert found == replace(plan, second=replace(plan.second, blocks=blocks))
 
 
 def test_the_nearest_plan_is_fitted(folder):

@@ -25,6 +25,10 @@ PLANS = {
     "splits": Plan(Tile("pair", 16, 0, **SMALL), Tile("slot", 32, 0, 32, 16, 4, 2, group=2, splits=3)),
     "entry": Plan(Tile("entry", 1, 0, 16, 64, 4, 1), Tile("entry", 1, 0, 32, 64, 4, 1)),
     "entry, places": Plan(Tile("entry", 1, 0, 32, 64, 4, 2), Tile("entry", 1, 0, 16, 64, 4, 3, splits=2)),
+    "entry, blocks in turn": Plan(Tile("entry", 1, 0, 4, 64, 1, 1), Tile("entry", 1, 0, 4, 64, 1, 1, blocks=17)),
+    "entry, blocks in turn, places": Plan(
+        Tile("entry", 1, 0, 4, 64, 1, 2), Tile("entry", 1, 0, 2, 64, 1, 2, splits=2, blocks=2)
+    ),
     "joined": join(Tile("pair", 16, 0, 16, 32, 4, 2)),
     "joined, slot, extra, groups": join(Tile("slot", 16, 16, 32, 16, 4, 2, group=2)),
 }
@@ -128,7 +132,7 @@ def test_both_projections_in_one_launch(tokens, biased, alone, plan, device, mon
 
 @pytest.mark.parametrize("alone", [0, 1, 6])
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("plan", ["entry", "entry, places"])
+@pytest.mark.parametrize("plan", [name for name in PLANS if name.startswith("entry")])
 def test_each_entry_by_itself(plan, biased, alone, device, monkeypatch):
     """Nothing is sorted; pairs, experts alone, and both."""
     monkeypatch.delattr(kernels, "route_for")

@@ -376,6 +376,18 @@ def test_plans_by_entry_to_try(format, more):
     assert by_entry(configs.Shape(2048, 768, 128, 8, False, 64, format)) == []
 
 
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "format", "tried"),
+    [(1, 2048, "exponent", {1}), (2, 2048, "exponent", {1, 2}), (3, 2048, "exponent", {1, 2}),
+     (4, 2048, "exponent", {1, 4}), (4, 2050, "exponent", {1}), (4, 2048, "pair4", {1})],
+)  # fmt: skip
+def test_blocks_by_entry_to_try(tokens, hidden, format, tried):
+    """One, or so many that down has as many programs as of one token, if rows are whole."""
+    plans = by_entry(configs.Shape(hidden, 768, 128, 8, False, tokens, format))
+    assert {plan.second.blocks for plan in plans} == tried
+    assert {plan.first.blocks for plan in plans} == {1}
+
+
 @pytest.mark.parametrize(("format", "tried"), [("exponent", [1, 2, 4]), ("pair4", [])])
 @pytest.mark.parametrize("overlap", [True, False])
 def test_lines_ahead_by_entry_are_downs_of_16_bits(format, overlap, tried, monkeypatch):

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from moefold_kernels.triton.cells import (
     cells_of,
+    moved,
     multiplied,
     numbers,
     offsets_of,
@@ -158,16 +159,14 @@ def _values(rows, there, start, cell, zeros, cells, inner, TOP_K: tl.constexpr, 
 
 
 @triton.jit
-def _summed(
+def _begun(
     x, words, low, scale, levels, index, places, entry, row, cell,
     inner, width, hidden, n_experts, first, last, w_unit, w_row,
-    ROWS: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, DENSE: tl.constexpr, LOW: tl.constexpr,
-    BANDS: tl.constexpr, PLACES: tl.constexpr, SPLITS: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
-    CHAIN: tl.constexpr,
+    CELLS: tl.constexpr, TOP_K: tl.constexpr, DENSE: tl.constexpr, LOW: tl.constexpr,
+    BANDS: tl.constexpr, PLACES: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """A token's sum [ROWS] over those choices whose places are `first` to `last` - 1, before `rescale`.
+    """A token's choices whose places are `first` to `last` - 1, and their first words, read before the wait.
 
-    SPLITS: 2 for choices of even and of odd number apart, which wait for each other's sums less, and take registers.
     AHEAD: so many cache lines of each row, behind the words that registers hold already, are asked for in L2 before the
     wait, behind which nothing else is read until activations have come and registers have been multiplied with them.
     """
@@ -196,9 +195,28 @@ def _summed(
         for k in tl.static_range(TOP_K):
             ask(planes[k][0] + tl.where(there[k], row * w_row + line, 0))
     after_the_one_before(CHAIN)
+    return (planes, slots, there, tables, rows, offsets), held
+
+
+@triton.jit
+def _summed(
+    choices, held, turn, levels, cell, zeros, inner, w_row,
+    ROWS: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, DENSE: tl.constexpr, LOW: tl.constexpr,
+    BANDS: tl.constexpr, PLACES: tl.constexpr, SPLITS: tl.constexpr, BLOCKS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """The sum [ROWS] of a block of rows, the program's `turn`-th, before `rescale`; and the next one's first words.
+
+    SPLITS: 2 for choices of even and of odd number apart, which wait for each other's sums less, and take registers.
+    """
+    planes, slots, there, tables, rows, offsets = choices
+    cells = cells_of(inner, LOW)
     sums, others = tl.zeros((ROWS, CELLS), tl.float32), tl.zeros((ROWS, CELLS), tl.float32)
     for start in tl.range(0, cells, PLACES * CELLS):
-        following = ()
+        following, ahead, source = (), start + PLACES * CELLS, planes
+        if BLOCKS > 1:
+            ended = ahead >= cells
+            ahead = tl.where(ended, tl.where(turn + 1 < BLOCKS, 0, cells), ahead)
+            source = moved(planes, tl.where(ended, turn + 1, turn) * (tl.num_programs(2) * ROWS * w_row), TOP_K)
         for place in tl.static_range(PLACES):
             values = _values(rows, there, start + place * CELLS, cell, zeros, cells, inner, TOP_K, LOW)
             for k in tl.static_range(TOP_K):
@@ -207,10 +225,10 @@ def _summed(
                     sums = multiplied(sums, given[0], given[1], cell, levels, given[2], given[3], DENSE, LOW, ASM)
                 else:
                     others = multiplied(others, given[0], given[1], cell, levels, given[2], given[3], DENSE, LOW, ASM)
-            at = start + (PLACES + place) * CELLS
-            following += (_cells(planes, there, offsets, at, cell + zeros, cells, TOP_K, LOW, BANDS),)
+            at = ahead + place * CELLS
+            following += (_cells(source, there, offsets, at, cell + zeros, cells, TOP_K, LOW, BANDS),)
         held = following
-    return tl.sum(sums if SPLITS == 1 else sums + others, 1)
+    return tl.sum(sums if SPLITS == 1 else sums + others, 1), held
 
 
 @triton.jit(do_not_specialize=["n_packed", "out_row", "bias_expert", "bias_row"])
@@ -220,41 +238,61 @@ def down(
     bias_row,
     ROWS: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, PACKED: tl.constexpr, ALONE: tl.constexpr,
     LOW: tl.constexpr, BANDS: tl.constexpr, PLACES: tl.constexpr, SPLITS: tl.constexpr, AHEAD: tl.constexpr,
-    ASM: tl.constexpr, CHAIN: tl.constexpr,
+    BLOCKS: tl.constexpr, ASM: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """The output [token, hidden]: down, a token's choices added in float32 and in their order.
 
     With both kinds of experts those in pairs come first. `x` [entry, width / 2] is what `gate_up` wrote, times gate
     weights; `weights` [entry], the router's, are for biases. Experts whose places are below `n_packed` are in `words`
     (with LOW in planes), others in `dense`, as far as there are PACKED or ALONE ones. Side by side are programs of all
-    tokens, so that words of which two have a use are read once from memory.
+    tokens, so that words of which two have a use are read once from memory. BLOCKS: a program does so many blocks of
+    rows, one after another, as far apart as there are programs; each one's first words are read when the last ones of
+    the block before are multiplied. `hidden` is whole blocks then, of words of 16 bits, or of experts alone.
     """
     # Not the first axis, whose numbers may be 2 ** 31: pointers of these, below 2 ** 16, take fewer registers.
     token, block = tl.program_id(1), tl.program_id(2)
     entry = token * TOP_K
     row = tl.minimum(block * ROWS + tl.arange(0, ROWS), hidden - 1)[:, None]
-    cell = tl.arange(0, CELLS)[None, :]
-    sums = tl.zeros((ROWS,), tl.float32)
+    cell, zeros = tl.arange(0, CELLS)[None, :], row * 0
+    matrix = levels
+    if LOW >= 0:
+        matrix = levels + 2 * TABLE
     if PACKED:
-        matrix = levels
-        if LOW >= 0:
-            matrix = levels + 2 * TABLE
-        found = _summed(
+        choices, held = _begun(
             x, words, low, scale, matrix, index, places, entry, row, cell, inner, width, hidden, n_experts,
-            0, n_packed, w_unit, w_row, ROWS, CELLS, TOP_K, False, LOW, BANDS, PLACES, SPLITS, AHEAD,
-            ASM, CHAIN,
+            0, n_packed, w_unit, w_row, CELLS, TOP_K, False, LOW, BANDS, PLACES, AHEAD, ASM, CHAIN,
         )  # fmt: skip
-        sums += rescale(found, shift) if LOW < 0 else found * numbers(matrix, LOW, ASM)
-    if ALONE:
-        sums += _summed(
-            x, dense, None, None, None, index, places, entry, row, cell, inner, width, hidden,
-            n_experts, n_packed, n_experts, dense_unit, dense_row, ROWS, CELLS, TOP_K, True, -1, False, PLACES,
-            SPLITS, AHEAD, ASM, CHAIN and not PACKED,
+    else:
+        choices, held = _begun(
+            x, dense, None, None, None, index, places, entry, row, cell, inner, width, hidden, n_experts,
+            n_packed, n_experts, dense_unit, dense_row, CELLS, TOP_K, True, -1, False, PLACES, AHEAD, ASM, CHAIN,
         )  # fmt: skip
-    row = block * ROWS + tl.arange(0, ROWS)
-    if bias is not None:
-        for k in tl.static_range(TOP_K):
-            expert, place = _choice(index, places, entry + k, n_experts)
-            gate = tl.where(place >= 0, tl.load(weights + entry + k).to(tl.float32), 0.0)
-            sums += gate * tl.load(bias + expert * bias_expert + row * bias_row, mask=row < hidden, other=0.0)
-    tl.store(out + token.to(tl.int64) * out_row + row, sums.to(out.dtype.element_ty), mask=row < hidden)
+    for turn in tl.range(BLOCKS):
+        if PACKED:
+            found, held = _summed(
+                choices, held, turn, matrix, cell, zeros, inner, w_row,
+                ROWS, CELLS, TOP_K, False, LOW, BANDS, PLACES, SPLITS, BLOCKS, ASM,
+            )  # fmt: skip
+            sums = rescale(found, shift) if LOW < 0 else found * numbers(matrix, LOW, ASM)
+        else:
+            sums, held = _summed(
+                choices, held, turn, None, cell, zeros, inner, dense_row,
+                ROWS, CELLS, TOP_K, True, -1, False, PLACES, SPLITS, BLOCKS, ASM,
+            )  # fmt: skip
+        if PACKED and ALONE:
+            others, their = _begun(
+                x, dense, None, None, None, index, places, entry, row, cell, inner, width, hidden, n_experts,
+                n_packed, n_experts, dense_unit, dense_row, CELLS, TOP_K, True, -1, False, PLACES, AHEAD, ASM, False,
+            )  # fmt: skip
+            found, _ = _summed(
+                others, their, turn, None, cell, zeros, inner, dense_row,
+                ROWS, CELLS, TOP_K, True, -1, False, PLACES, SPLITS, BLOCKS, ASM,
+            )  # fmt: skip
+            sums += found
+        at = (turn * tl.num_programs(2) + block) * ROWS + tl.arange(0, ROWS)
+        if bias is not None:
+            for k in tl.static_range(TOP_K):
+                expert, place = _choice(index, places, entry + k, n_experts)
+                gate = tl.where(place >= 0, tl.load(weights + entry + k).to(tl.float32), 0.0)
+                sums += gate * tl.load(bias + expert * bias_expert + at * bias_row, mask=at < hidden, other=0.0)
+        tl.store(out + token.to(tl.int64) * out_row + at, sums.to(out.dtype.element_ty), mask=at < hidden)

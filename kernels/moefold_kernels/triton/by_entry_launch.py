@@ -136,15 +136,22 @@ def _down(weights: Weights, x: Tensor, index: Tensor, gates: Tensor, tile: Tile,
         planes, strides, shift = (words, None, None, None), words.stride()[:2], rescaling(packed.tops[2])
     if alone is not None:
         dense = _cells(alone.down)
+    in_turn = _in_turn(weights, tile)
     launch(
-        by_entry.down, (1, tokens, blocks(hidden, tile.rows)), x, *planes, dense, out, index, weights.places, gates,
-        bias, inner, 2 * x.shape[1], hidden, n_experts, layout.SLOTS * weights.pairs, *strides,
+        by_entry.down, (1, tokens, blocks(hidden, tile.rows * in_turn)), x, *planes, dense, out, index,
+        weights.places, gates, bias, inner, 2 * x.shape[1], hidden, n_experts, layout.SLOTS * weights.pairs, *strides,
         *((0, 0) if dense is None else dense.stride()[:2]), out.stride(0), shift=shift,
         bias_expert=stride_of(bias, 0), bias_row=stride_of(bias, 1),
         TOP_K=top_k, PACKED=packed is not None, ALONE=alone is not None, SPLITS=tile.splits, AHEAD=tile.ahead,
-        **_cut(packed, tile, hidden, inner, target),
+        BLOCKS=in_turn, **_cut(packed, tile, hidden, inner, target),
     )  # fmt: skip
     return out
+
+
+def _in_turn(weights: Weights, tile: Tile) -> int:
+    """How many blocks of rows a program of down does: the tile's, of experts of one kind and of 16 bits, if whole."""
+    alike = (weights.packed is None or weights.alone is None) and not isinstance(weights.packed, Leveled)
+    return tile.blocks if alike and weights.any.hidden % (tile.rows * tile.blocks) == 0 else 1
 
 
 def _cut(kind: Projections | Leveled | None, tile: Tile, rows: int, columns: int, target: Target) -> dict[str, Any]:

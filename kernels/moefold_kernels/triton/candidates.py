@@ -87,7 +87,11 @@ def by_entry(shape: Shape) -> list[Plan]:
     cuts = BY_ENTRY if shape.dense or shape.format == layout.EXPONENT else BY_ENTRY_LEVELED
     firsts, seconds = ([Tile(plans.BY_ENTRY, 1, 0, *cut, ahead=0) for cut in side] for side in cuts)
     if cuts is BY_ENTRY:
-        seconds = [replace(second, **more) for second in seconds for more in BY_ENTRY_DOWN]
+        in_turn = dict.fromkeys((1, 1 << shape.tokens.bit_length() - 1))  # about as many programs as of one token
+        downs = [replace(second, **more) for second in seconds for more in BY_ENTRY_DOWN]
+        seconds = [
+            replace(second, blocks=n) for second in downs for n in in_turn if shape.hidden % (n * second.rows) == 0
+        ]
     return [Plan(first, second) for first in firsts for second in seconds]
 
 

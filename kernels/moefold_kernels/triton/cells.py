@@ -11,6 +11,9 @@ Pointers, rows, slots and what is live are [rows, 1] or [1, 1]; cells and what i
 
 # ruff: noqa: RET505 - without an `else` the compiler looks at what comes behind a constant condition, too
 
+# mypy: disable-error-code="assignment"
+# (tuples that grow)
+
 from __future__ import annotations
 
 import triton
@@ -68,6 +71,15 @@ def offsets_of(row, cell, columns, w_row, LOW: tl.constexpr, BANDS: tl.constexpr
             return words, low, band * groups + line * 2 + piece * 2 + within // 8
         else:
             return row * (8 * groups) + cell, row * (2 * LOW * groups) + cell * LOW // 4, row * groups + cell // 8
+
+
+@triton.jit
+def moved(planes, by, N: tl.constexpr):
+    """The planes of N units, of 16 bits, so many cells further on."""
+    found = ()
+    for n in tl.static_range(N):
+        found += ((planes[n][0] + by, planes[n][1], planes[n][2]),)
+    return found
 
 
 @triton.jit

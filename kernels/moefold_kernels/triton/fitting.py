@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moefold_kernels.triton.plans import STREAMED, Plan, Tile, join
+from moefold_kernels.triton.plans import BY_ENTRY, STREAMED, Plan, Tile, join
 
 if TYPE_CHECKING:
     from moefold_kernels.triton.configs import Shape
@@ -31,7 +31,7 @@ def fitted(plan: Plan, known: Shape, shape: Shape, processors: int) -> Plan:
     if plan.first.mode == STREAMED and (shape.hidden % plan.first.columns or shape.inner % plan.first.columns):
         tile = plan.first  # of half as many columns at twice as many places
         return join(replace(tile, columns=64, stages=tile.stages * tile.columns // 64))
-    if plan.joined or plan.by_entry or known == shape:
+    if plan.joined or known == shape or (plan.by_entry and plan.second.blocks == 1):
         return plan
     first, second = (_fitted(tile, known, shape, processors, down) for down, tile in enumerate(plan.tiles))
     return replace(plan, first=first, second=second)
@@ -41,6 +41,8 @@ def _fitted(tile: Tile, known: Shape, shape: Shape, processors: int, down: int) 
     had, have = _programs(tile, known, down), _programs(tile, shape, down)
     most = max(1, shape.inner // COLUMNS)
     splits = min(tile.splits, most, -(-had * tile.splits // have))
+    if tile.mode == BY_ENTRY:
+        splits = tile.splits  # two sums, not programs
     enough = min(had / tile.blocks, PROGRAMS * processors)
     rows = _blocks(tile, shape, down)
     blocks = max(n for n in range(1, tile.blocks + 1) if n == 1 or (rows % n == 0 and have / n >= enough))
@@ -49,6 +51,8 @@ def _fitted(tile: Tile, known: Shape, shape: Shape, processors: int, down: int) 
 
 def _programs(tile: Tile, shape: Shape, down: int) -> int:
     """Of one projection, without splits, one block of rows each; as many experts hit as there can be."""
+    if tile.mode == BY_ENTRY and down:
+        return shape.tokens * _blocks(tile, shape, down)
     entries = shape.tokens * shape.top_k
     experts = min(shape.experts, entries)
     units = min(max(1, shape.experts // 2), entries) if tile.paired and not shape.dense else experts

@@ -67,7 +67,8 @@ class Tile:
     run on a multiprocessor at once; 0 for as many as the compiler takes."""
     blocks: int = 1
     """On Hopper with bf16 operands, of few-bit formats, and of the 16-bit format's down with warps apart: blocks of
-    rows that a program does in turn, where rows and columns are whole (leveled_launch.in_turn); elsewhere one."""
+    rows that a program does in turn, where rows and columns are whole (leveled_launch.in_turn); by entry of down of 16
+    bits, where rows are (by_entry_launch.py). Elsewhere one."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -100,8 +101,10 @@ class Tile:
                 f"registers is {self.registers!r}, and must be 0, or with e4m3 operands or by entry a multiple "
                 f"of 8 from {allowed[0]} to {allowed[-1]}"
             )
-        if self.blocks > 1 and (self.terms or not self.overlapped):
-            raise FormatError(f"blocks is {self.blocks!r}, and must be 1 but in an overlapped mode with bf16 operands")
+        if self.blocks > 1 and (self.terms or not (self.overlapped or self.mode == BY_ENTRY)):
+            raise FormatError(
+                f"blocks is {self.blocks!r}, and must be 1 but in an overlapped mode with bf16 operands, or by entry"
+            )
 
     def __str__(self) -> str:
         entries = f"{self.tokens}+{self.extra}" if self.extra else f"{self.tokens}"
@@ -178,8 +181,8 @@ class Plan:
             )
         if (first.mode == BY_ENTRY) != (second.mode == BY_ENTRY):
             raise FormatError(f"{first} and {second}: by entry are both or neither")
-        if self.by_entry and first.splits != 1:
-            raise FormatError(f"{first}: by entry splits are of down, write 1 for them")
+        if self.by_entry and (first.splits, first.blocks) != (1, 1):
+            raise FormatError(f"{first}: by entry splits and blocks are of down, write 1 for them")
         able = not self.first.overlapped and self.first.splits == 1 and not self.by_entry
         if self.joined and not (able and self.second == _below(self.first)):
             raise FormatError(f"{self.first} and {self.second} cannot be joined in one launch")

@@ -31,11 +31,14 @@ def _place_of(index, places, entry, entries, n_places, n_experts):
 
 @triton.jit
 def _write_tiles(
-    longest, work, first, table, capacity, TOKENS: tl.constexpr, UNITS: tl.constexpr, BY_WORK: tl.constexpr
+    longest, work, first, table, capacity, records, slots,
+    TOKENS: tl.constexpr, UNITS: tl.constexpr, BY_WORK: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """Lay out ceil(longest / TOKENS) tiles for each unit; `longest` [UNITS] is of units numbered from -first.
+    """Lay out ceil(longest / TOKENS) tiles for each unit, and say how many; `longest` [UNITS] is of units from -first.
 
-    BY_WORK: units with most `work` first, so that programs which last long do not begin last.
+    BY_WORK: units with most `work` first, so that programs which last long do not begin last. ITEMS: a record of each
+    tile, too: at 2 the unit, then where both slots' entries begin and end, then the tile. `slots` are each slot's
+    number of entries [UNITS] and where they begin.
     """
     unit = tl.arange(0, UNITS)
     if BY_WORK:
@@ -45,32 +48,23 @@ def _write_tiles(
     tiles = (longest + TOKENS - 1) // TOKENS
     begin = tl.cumsum(tiles, 0) - tiles
     for number in range(0, tl.max(tiles, 0)):
-        tl.store(table + begin + number, unit, mask=number < tiles)
-        tl.store(table + capacity + begin + number, number, mask=number < tiles)
-    for start in range(tl.sum(tiles, 0), capacity, UNITS):
+        there = number < tiles
+        tl.store(table + begin + number, unit, mask=there)
+        tl.store(table + capacity + begin + number, number, mask=there)
+        if ITEMS:
+            held0, begin0, held1, begin1 = slots
+            record, done = records + FIELDS * (begin + number), number * TOKENS
+            tl.store(record + 2, unit, mask=there)
+            tl.store(record + 3, begin0 + done, mask=there)
+            tl.store(record + 4, begin0 + held0, mask=there)
+            tl.store(record + 5, begin1 + done, mask=there)
+            tl.store(record + 6, begin1 + held1, mask=there)
+            tl.store(record + 7, begin + number, mask=there)
+    count = tl.sum(tiles, 0)
+    for start in range(count, capacity, UNITS):
         free = start + tl.arange(0, UNITS)
         tl.store(table + free, -1, mask=free < capacity)
-
-
-@triton.jit
-def _write_items(held, begin, n_packed, table, TOKENS: tl.constexpr, PLACES: tl.constexpr):
-    """A record of each tile of pairs: at 2 the unit, then where both slots' entries begin and end, then the tile.
-
-    `held` and `begin` [PLACES] are each place's entries, and where they begin.
-    """
-    place = tl.arange(0, PLACES)
-    held0, held1 = tl.split(tl.reshape(tl.where(place < n_packed, held, 0), (PLACES // 2, 2)))
-    begin0, begin1 = tl.split(tl.reshape(begin, (PLACES // 2, 2)))
-    tiles = (tl.maximum(held0, held1) + TOKENS - 1) // TOKENS
-    first = tl.cumsum(tiles, 0) - tiles
-    for number in range(0, tl.max(tiles, 0)):
-        record, there = table + FIELDS * (first + number), number < tiles
-        tl.store(record + 2, tl.arange(0, PLACES // 2), mask=there)
-        tl.store(record + 3, begin0 + number * TOKENS, mask=there)
-        tl.store(record + 4, begin0 + held0, mask=there)
-        tl.store(record + 5, begin1 + number * TOKENS, mask=there)
-        tl.store(record + 6, begin1 + held1, mask=there)
-        tl.store(record + 7, first + number, mask=there)
+    return count
 
 
 @triton.jit
@@ -80,28 +74,32 @@ def _plan(
 ):  # fmt: skip
     """Offsets and tiles of the counts `held` [PLACES]; behind one another lie four tables, Tables.ready, .items."""
     place = tl.arange(0, PLACES)
-    tl.store(offsets + place + 1, tl.cumsum(held, 0), mask=place <= n_places)
+    ends = tl.cumsum(held, 0)
+    tl.store(offsets + place + 1, ends, mask=place <= n_places)
     tl.store(offsets, 0)
-    both = tl.reshape(tl.where(place < n_packed, held, 0), (PLACES // 2, 2))
-    pairs, work = tl.max(both, 1), tl.sum(both, 1)
+    held0, held1 = tl.split(tl.reshape(tl.where(place < n_packed, held, 0), (PLACES // 2, 2)))
+    begin0, begin1 = tl.split(tl.reshape(ends - held, (PLACES // 2, 2)))
+    slots = held0, begin0, held1, begin1
+    longest, work = tl.maximum(held0, held1), held0 + held1
     alone = tl.where((place >= n_packed) & (place < n_places), held, 0)
+    ready = tiles + 2 * (packed1 + alone1 + packed2 + alone2)
+    records = ready + zeros + READY
+    count = 0 * packed1
     if packed1 > 0:
-        _write_tiles(pairs, work, 0, tiles, packed1, TOKENS1, PLACES // 2, BY_WORK)
+        count += _write_tiles(longest, work, 0, tiles, packed1, records, slots, TOKENS1, PLACES // 2, BY_WORK, ITEMS)
+    tiles += 2 * packed1
     if alone1 > 0:
-        _write_tiles(alone, alone, n_packed, tiles + 2 * packed1, alone1, TOKENS1, PLACES, BY_WORK)
-    tiles += 2 * (packed1 + alone1)
+        count += _write_tiles(alone, alone, n_packed, tiles, alone1, records, slots, TOKENS1, PLACES, BY_WORK, False)
+    tiles += 2 * alone1
     if packed2 > 0:
-        _write_tiles(pairs, work, 0, tiles, packed2, TOKENS2, PLACES // 2, BY_WORK)
+        _write_tiles(longest, work, 0, tiles, packed2, records, slots, TOKENS2, PLACES // 2, BY_WORK, False)
+    tiles += 2 * packed2
     if alone2 > 0:
-        _write_tiles(alone, alone, n_packed, tiles + 2 * packed2, alone2, TOKENS2, PLACES, BY_WORK)
+        _write_tiles(alone, alone, n_packed, tiles, alone2, records, slots, TOKENS2, PLACES, BY_WORK, False)
     if zeros > 0:
-        tiles += 2 * (packed2 + alone2)
-        number = tl.sum((pairs + TOKENS1 - 1) // TOKENS1, 0) + tl.sum((alone + TOKENS1 - 1) // TOKENS1, 0)
-        tl.store(tiles, number)
+        tl.store(ready, count)
         for start in range(1, zeros + READY, PLACES):
-            tl.store(tiles + start + place, 0, mask=start + place < zeros + READY)
-        if ITEMS and packed1 > 0:
-            _write_items(held, tl.cumsum(held, 0) - held, n_packed, tiles + zeros + READY, TOKENS1, PLACES)
+            tl.store(ready + start + place, 0, mask=start + place < zeros + READY)
 
 
 @triton.jit(

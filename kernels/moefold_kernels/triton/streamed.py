@@ -32,10 +32,18 @@ from moefold_kernels.triton.overlapped import (
     write_slot_inner,
 )
 from moefold_kernels.triton.overlapped_pair import operands_of
-from moefold_kernels.triton.sorting import READY
-from moefold_kernels.triton.streamed_ahead import LOOKING, RING, after, barriers, field_of, look_ahead, ring_of
+from moefold_kernels.triton.streamed_ahead import (
+    LOOKING,
+    RING,
+    after,
+    barriers,
+    field_of,
+    look_ahead,
+    release,
+    ring_of,
+)
 
-ASKING = gl.constexpr(384)
+ASKING = gl.constexpr(640)
 """Columns of an item that are yet to be copied when the next one is taken: later, and copies would wait for it."""
 MOST_IN_TWO = gl.constexpr(80)
 """Entries of a slot, at most, beside whose sums there are registers for operands of half a step (of 64 columns, where
@@ -116,7 +124,7 @@ def _copy(
                 if 64 * line < hidden:
                     _prefetch(lines + 64 * line)
     after_the_one_before()
-    records, numbers, _gates, told, heard, _weighed, asked = ring
+    records, numbers, _gates, told, heard, _weighed, asked, _written = ring
     rest: gl.constexpr = max(EXTRA, 16)
     layout: gl.constexpr = copy_layout(COLUMNS, gl.num_warps())
     k = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
@@ -237,19 +245,19 @@ def _add(sums0, sums1, own, other, tokens, FIRST: gl.constexpr, N: gl.constexpr)
 
 @gluon.jit
 def _multiply(
-    places, ring, between, parts, experts, ready, hidden, inner, for_inner, for_outer,
+    places, ring, between, parts, experts, hidden, inner, for_inner, for_outer,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, PLACES: gl.constexpr,
     ACTIVATION: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """Multiplying warps' part."""
     after_the_one_before()
-    records, _numbers, _gates, told, heard, _weighed, _asked = ring
+    records, _numbers, _gates, told, _heard, _weighed, _asked, written = ring
     place, phase = 0, 0
     slot, turn = 0, 0
     mbarrier.wait(told.index(slot), turn)
     kind = field_of(records, slot, 0)
     while kind >= 0:
-        unit, tile = field_of(records, slot, 2), field_of(records, slot, 7)
+        unit = field_of(records, slot, 2)
         begin0, end0 = field_of(records, slot, 3), field_of(records, slot, 4)
         begin1, end1 = field_of(records, slot, 5), field_of(records, slot, 6)
         expert0, expert1 = gl.load(experts + 2 * unit), gl.load(experts + 2 * unit + 1)
@@ -276,10 +284,8 @@ def _multiply(
                     places, place, phase, between, hidden, inner, about, for_inner,
                     ROWS, COLUMNS, TOKENS, EXTRA, False, PLACES, ACTIVATION, KEEP,
                 )  # fmt: skip
-            barrier()  # all threads have written; what one thread then releases is the whole block's
-            gl.atomic_add(ready + READY + tile, 1, sem="release")
-        barrier()
-        mbarrier.arrive(heard.index(slot), count=1)
+        barrier()  # all threads have written, and heard
+        mbarrier.arrive(written.index(slot), count=1)
         slot, turn = after(slot, turn, RING)
         mbarrier.wait(told.index(slot), turn)
         kind = field_of(records, slot, 0)
@@ -322,7 +328,7 @@ def _out(
     sums0, sums1, extra0, extra1, place, phase = _products(
         places, inner // COLUMNS, place, phase, 2 * ROWS, COLUMNS, TOKENS, EXTRA, USED, PLACES
     )
-    _records, _numbers, _gates, _told, _heard, weighed, _asked = ring
+    _records, _numbers, _gates, _told, _heard, weighed, _asked, _written = ring
     mbarrier.wait(weighed.index(slot), turn)
     _write(sums0, ring, slot, 0, begin0, end0, expert0, to, 2 * ROWS, TOKENS, KEEP)
     _write(sums1, ring, slot, 1, begin1, end1, expert1, to, 2 * ROWS, TOKENS, KEEP)
@@ -339,7 +345,7 @@ def _write(
 ):  # fmt: skip
     """overlapped.write_outer of the entries that the ring has of a group: of a slot, or extra ones of it."""
     out, first_row, hidden, shift, bias, bias_expert, bias_row = to
-    _records, numbers, gates, _told, _heard, _weighed, _asked = ring
+    _records, numbers, gates, _told, _heard, _weighed, _asked, _written = ring
     entry = numbers[GROUP].index(slot).load(gl.SliceLayout(0, store_layout(ROWS, gl.num_warps())))
     weights = gates[GROUP].index(slot).load(gl.SliceLayout(0, product_layout(N, gl.num_warps())))
     write_outer(
@@ -372,7 +378,7 @@ def project(
     gl.warp_specialize(
         [
             (_multiply, (
-                places, ring, between, parts, experts, ready, hidden, inner, for_inner, for_outer,
+                places, ring, between, parts, experts, hidden, inner, for_inner, for_outer,
                 ROWS, COLUMNS, TOKENS, EXTRA, PLACES, ACTIVATION, KEEP,
             )),
             (_copy, (
@@ -382,6 +388,7 @@ def project(
             (look_ahead, (
                 ring, order, items, ready, weights, hidden, inner, top_k, few, most, ROWS, TOKENS, EXTRA,
             )),
+            (release, (ring, ready)),
         ],
-        [COPYING, 1], [REGISTERS, LOOKING],
+        [COPYING, 1, 1], [REGISTERS, LOOKING, LOOKING],
     )  # fmt: skip

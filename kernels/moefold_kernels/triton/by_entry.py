@@ -3,9 +3,10 @@
 With so few entries hardly two want the same words, so there is nothing to sort. A program of the first kernel looks up
 where its entry's expert is and makes a few rows of gate and up, with the activation and times the gate weight; one of
 the second makes a few rows of the output, of all of a token's experts, added in one order. So a layer is two launches
-instead of four, each with as many programs of as few rows as fill the device evenly. Products are no tensor cores'
-(cells.py). Gate weights are the first kernel's, as down has no registers for them and for sums of each choice: programs
-of 2 rows of DeepSeek's took 147 with them, in two waves, and with 128 a layer's all run at once (docs/kernels.md).
+instead of four, each with as many programs of as few rows as fill the device evenly; of several tokens a program of
+down does several blocks of rows, one after another. Products are no tensor cores' (cells.py). Gate weights are the
+first kernel's, as down has no registers for them and for sums of each choice: programs of 2 rows of DeepSeek's took 147
+with them, in two waves, and with 128 a layer's all run at once (docs/kernels.md).
 
 What is under way has PLACES, by which loops are unrolled, so that registers that were read are loaded anew and nothing
 is moved. Of gate and up a place has the token's values, too. Masks are of each cell: with one for all cells, where rows

@@ -1,11 +1,12 @@
 """Both projections as one stream on Hopper: programs that take block after block, and whose copies run ahead of it.
 
 joined.py starts a program for each block of rows: each looks up its tile, fetches its first words, and writes, and
-reads nothing meanwhile. Here there is one program a multiprocessor, with warps of three kinds. One warp looks ahead
+reads nothing meanwhile. Here there is one program a multiprocessor, with warps of four kinds. One warp looks ahead
 (streamed_ahead.py): it takes the next item (a block of rows of a tile, of gate and up first, then of down), finds out
 what belongs to it, and tells the others, in a ring of two. Four warps copy, to places: a step of COLUMNS columns of
 words and of both slots' tokens each. They go on to the next item while sums of the one before are multiplied and
-written. Eight warps multiply. Nothing but barriers in memory joins them (apart.py).
+written. Eight warps multiply, and one counts the blocks that they have written. Nothing but barriers in memory joins
+them (apart.py).
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The warp of a stream (streamed.py) that looks ahead: which item is next, and what the others are told of it.
+"""The warps of a stream (streamed.py) that look ahead and that count: which item is next, and what is written.
 
 Items are taken in their order, by whoever asks first, those of down when none of gate and up are left, or by some
 programs earlier (streamed_launch.early). An item of down waits until all blocks of gate and up of its tile are written
 (`ready` counts them, as in joined.py): those were taken before it, by programs that run, so somebody always gets on.
 
-Others are told in a ring of RING: copying warps and multiplying ones each say when they have heard, and copying ones
-ask for the next item.
+Others are told in a ring of RING: copying warps, and the one that counts when an item is written, say when they have
+heard, and copying ones ask for the next item.
 """
 
 from __future__ import annotations
@@ -178,8 +178,8 @@ def look_ahead(
 def release(ring, ready):
     """A warp that counts blocks of gate and up once they are written, and says that an item was heard.
 
-    What counts waits until all that was written can be seen by others, some 0.6 us, in which the warps that multiply
-    go on to the next item.
+    What counts waits until others can see all that was written (some 0.6 us, docs/kernels.md), in which the warps that
+    multiply go on to the next item.
     """
     records, _numbers, _gates, told, heard, _weighed, _asked, written = ring
     slot, turn = 0, 0

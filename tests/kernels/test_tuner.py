@@ -378,7 +378,7 @@ def test_plans_by_entry_to_try(format, more):
 
 @pytest.mark.parametrize(
     ("tokens", "hidden", "format", "tried"),
-    [(1, 2048, "exponent", {1}), (2, 2048, "exponent", {1, 2}), (3, 2048, "exponent", {1, 2}),
+    [(1, 2048, "exponent", {1}), (2, 2048, "exponent", {1, 2}), (3, 2048, "exponent", {1, 4}),
      (4, 2048, "exponent", {1, 4}), (4, 2050, "exponent", {1}), (4, 2048, "pair4", {1})],
 )  # fmt: skip
 def test_blocks_by_entry_to_try(tokens, hidden, format, tried):

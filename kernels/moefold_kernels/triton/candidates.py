@@ -13,7 +13,7 @@ from moefold_kernels import layout
 from moefold_kernels.triton import layer, leveled_launch, plans
 from moefold_kernels.triton.configs import Shape
 from moefold_kernels.triton.plans import STEP, Plan, Tile, fits, join, leveled_bytes, tile_fits
-from moefold_kernels.triton.portability import Target
+from moefold_kernels.triton.portability import Target, power_of_two
 from moefold_kernels.triton.regimes import (
     BY_ENTRY,
     BY_ENTRY_DOWN,
@@ -87,7 +87,7 @@ def by_entry(shape: Shape) -> list[Plan]:
     cuts = BY_ENTRY if shape.dense or shape.format == layout.EXPONENT else BY_ENTRY_LEVELED
     firsts, seconds = ([Tile(plans.BY_ENTRY, 1, 0, *cut, ahead=0) for cut in side] for side in cuts)
     if cuts is BY_ENTRY:
-        in_turn = dict.fromkeys((1, 1 << shape.tokens.bit_length() - 1))  # about as many programs as of one token
+        in_turn = dict.fromkeys((1, power_of_two(shape.tokens)))  # about as many programs as of one token
         downs = [replace(second, **more) for second in seconds for more in BY_ENTRY_DOWN]
         seconds = [
             replace(second, blocks=n) for second in downs for n in in_turn if shape.hidden % (n * second.rows) == 0

@@ -36,8 +36,8 @@ def _write_tiles(
 ):  # fmt: skip
     """Lay out ceil(longest / TOKENS) tiles for each unit, and say how many; `longest` [UNITS] is of units from -first.
 
-    BY_WORK: units with most `work` first, so that programs which last long do not begin last. ITEMS: a record of each
-    tile, too: at 2 the unit, then where both slots' entries begin and end, then the tile. `slots` are each slot's
+    BY_WORK: units with most `work` first, so that programs which last long do not begin last. Or ITEMS: a record of
+    each tile, too: at 2 the unit, then where both slots' entries begin and end, then the tile. `slots` are each slot's
     number of entries [UNITS] and where they begin.
     """
     unit = tl.arange(0, UNITS)

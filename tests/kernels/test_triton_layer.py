@@ -143,6 +143,16 @@ def test_each_entry_by_itself(plan, biased, alone, device, monkeypatch):
     assert_near(found, expected(layer, *arguments, clamped_gate if biased else silu))
 
 
+@pytest.mark.parametrize("alone", [0, 6])
+@pytest.mark.parametrize(("places", "splits"), [(1, 1), (2, 2)])
+def test_blocks_of_several_steps_in_turn_entry_by_entry(places, splits, alone, device):
+    """Two programs of down for a token, each of three blocks of five steps, the last of which is not whole."""
+    layer = random_layer(6, 24, 4 * 64 + 34, alone)
+    arguments = batch(2, 24, 3, 6)
+    plan = replace(PLANS["entry"], second=Tile("entry", 1, 0, 4, 64, 1, places, splits=splits, blocks=3))
+    assert_near(run(layer, *arguments, device, plan=plan), expected(layer, *arguments))
+
+
 @pytest.mark.parametrize(("hidden", "inner"), [(132, 36), (68, 68)])
 def test_no_axis_of_a_grid_by_entry_is_too_long(hidden, inner, device, monkeypatch):
     """Five blocks of rows: of down, or of gate and up."""

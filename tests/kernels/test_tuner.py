@@ -382,7 +382,7 @@ def test_plans_by_entry_to_try(format, more):
      (4, 2048, "exponent", {1, 4}), (4, 2050, "exponent", {1}), (4, 2048, "pair4", {1})],
 )  # fmt: skip
 def test_blocks_by_entry_to_try(tokens, hidden, format, tried):
-    """One, or so many that down has as many programs as of one token, if rows are whole."""
+    """One, or so many that down has about as many programs as of one token, if rows are whole."""
     plans = by_entry(configs.Shape(hidden, 768, 128, 8, False, tokens, format))
     assert {plan.second.blocks for plan in plans} == tried
     assert {plan.first.blocks for plan in plans} == {1}

@@ -255,31 +255,23 @@ def down(
     entry = token * TOP_K
     row = tl.minimum(block * ROWS + tl.arange(0, ROWS), hidden - 1)[:, None]
     cell, zeros = tl.arange(0, CELLS)[None, :], row * 0
-    matrix = levels
-    if LOW >= 0:
-        matrix = levels + 2 * TABLE
     if PACKED:
-        choices, held = _begun(
-            x, words, low, scale, matrix, index, places, entry, row, cell, inner, width, hidden, n_experts,
-            0, n_packed, w_unit, w_row, CELLS, TOP_K, False, LOW, BANDS, PLACES, AHEAD, ASM, CHAIN,
-        )  # fmt: skip
+        kind, first, last, strides = (words, low, scale, levels), 0, n_packed, (w_unit, w_row)
+        if LOW >= 0:
+            kind = (words, low, scale, levels + 2 * TABLE)
     else:
-        choices, held = _begun(
-            x, dense, None, None, None, index, places, entry, row, cell, inner, width, hidden, n_experts,
-            n_packed, n_experts, dense_unit, dense_row, CELLS, TOP_K, True, -1, False, PLACES, AHEAD, ASM, CHAIN,
-        )  # fmt: skip
+        kind, first, last, strides = (dense, None, None, None), n_packed, n_experts, (dense_unit, dense_row)
+    choices, held = _begun(
+        x, kind[0], kind[1], kind[2], kind[3], index, places, entry, row, cell, inner, width, hidden, n_experts,
+        first, last, strides[0], strides[1], CELLS, TOP_K, not PACKED, LOW, BANDS, PLACES, AHEAD, ASM, CHAIN,
+    )  # fmt: skip
     for turn in tl.range(BLOCKS):
+        sums, held = _summed(
+            choices, held, turn, kind[3], cell, zeros, inner, strides[1],
+            ROWS, CELLS, TOP_K, not PACKED, LOW, BANDS, PLACES, SPLITS, BLOCKS, ASM,
+        )  # fmt: skip
         if PACKED:
-            found, held = _summed(
-                choices, held, turn, matrix, cell, zeros, inner, w_row,
-                ROWS, CELLS, TOP_K, False, LOW, BANDS, PLACES, SPLITS, BLOCKS, ASM,
-            )  # fmt: skip
-            sums = rescale(found, shift) if LOW < 0 else found * numbers(matrix, LOW, ASM)
-        else:
-            sums, held = _summed(
-                choices, held, turn, None, cell, zeros, inner, dense_row,
-                ROWS, CELLS, TOP_K, True, -1, False, PLACES, SPLITS, BLOCKS, ASM,
-            )  # fmt: skip
+            sums = rescale(sums, shift) if LOW < 0 else sums * numbers(kind[3], LOW, ASM)
         if PACKED and ALONE:
             others, their = _begun(
                 x, dense, None, None, None, index, places, entry, row, cell, inner, width, hidden, n_experts,

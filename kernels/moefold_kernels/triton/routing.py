@@ -29,8 +29,8 @@ CHUNK, LARGEST_CHUNK, FACTOR = 256, 2048, 2.5
 reads the counts of all."""
 LONG = 256
 """Tokens of a tile from which on programs of several blocks in turn last so long that their order matters."""
-CHUNK_WARPS, COUNTED, LEAST_COUNTED = 8, 2**13, 8
-"""Warps of a chunk's program; counts that it reads at a time, and of how many chunks at least, where there are less."""
+CHUNK_WARPS, COUNTED = 8, 2**13
+"""Warps of a chunk's program; counts that it reads at a time."""
 
 
 class Tiles(NamedTuple):
@@ -148,8 +148,7 @@ def route(
     launch(sorting.count_chunks, (n_chunks,), index, places, chunks, keys, entries, *shape, PLACES=size, **cut)
     launch(
         sorting.place_chunks, (1 + n_chunks + tokens,), chunks, keys, order, offsets, tiles, *given, entries, n_chunks,
-        n_places, n_packed, *room, zeros, *ends, **kind, **wide, **cut,
-        STEP=max(1, min(COUNTED // size, max(LEAST_COUNTED, power_of_two(n_chunks)))),
+        n_places, n_packed, *room, zeros, *ends, **kind, **wide, STEP=max(1, COUNTED // size), **cut,
     )  # fmt: skip
     return tables
 

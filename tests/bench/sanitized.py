@@ -45,6 +45,7 @@ LOOKS = (
     Look("joined pair 16 32x64 w4 s3", (BANDS,), 9, ("packed", "dense")),
     Look("joined streamed 16 64x64 w8 s8", (BANDS, MIXED), 30, ("packed",)),
     Look("joined streamed 16+16 64x128 w8 s2", (BANDS,), 50, ("packed",)),
+    Look("joined streamed 32+8 64x128 w8 s3", (BANDS,), 100, ("packed",)),
     Look("overlapped_pair 32 32x64 w4 s4 / overlapped_pair 32 64x64 w4 s4", (BANDS,), 40, ("packed",)),
     Look("overlapped 64 64x64 w8 s4 / overlapped 64 128x64 w8 s4", (BANDS,), 100, ("packed",)),
     Look("overlapped 256+32 64x64 w8 s4 g2 / overlapped 256+32 128x64 w8 s4 g2 b2", (BANDS,), 600, ("packed",)),

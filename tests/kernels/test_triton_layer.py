@@ -64,6 +64,8 @@ STREAMS = {
     "16 and 16, six places": join(Tile("streamed", 16, 16, 64, 64, 8, 6)),
     "32, 128 columns": join(Tile("streamed", 32, 0, 64, 128, 8, 3)),
     "16 and 16, 128 columns": join(Tile("streamed", 16, 16, 64, 128, 8, 3)),
+    "32 and 8, 128 columns": join(Tile("streamed", 32, 8, 64, 128, 8, 4)),
+    "32 and 16, 128 columns": join(Tile("streamed", 32, 16, 64, 128, 8, 4)),
     "64 and 16, five places": join(Tile("streamed", 64, 16, 64, 64, 8, 5)),
     "64 and 32, four places": join(Tile("streamed", 64, 32, 64, 64, 8, 4)),
     "16, four warps": join(Tile("streamed", 16, 0, 32, 64, 4, 4)),

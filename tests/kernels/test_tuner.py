@@ -436,7 +436,7 @@ def test_one_stream_is_tried_where_it_can_be():
     assert {(plan.first.mode, plan.first.rows, plan.first.columns) for plan in tried} == {
         ("streamed", 64, 64), ("streamed", 64, 128),
     }  # fmt: skip
-    assert {plan.first.entries for plan in tried} == {32}
+    assert {(plan.first.tokens, plan.first.extra) for plan in tried} == {(32, 0), (32, 8), (16, 16)}
     assert all(plan.joined and fits(plan, room.memory) for plan in tried)
     assert {plan.first.columns for plan in streamed(shape._replace(inner=1408 - 64), room)} == {64}
     for change in ({"dense": True}, {"format": "pair8"}, {"tokens": 4}, {"tokens": 4096}, {"inner": 1400}):

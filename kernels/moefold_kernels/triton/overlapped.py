@@ -241,14 +241,14 @@ def gated(
 @gluon.jit
 def write_inner(
     sums, out, begin, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up,
-    limit, alpha, ROWS: gl.constexpr, TOKENS: gl.constexpr, ACTIVATION: gl.constexpr, KEEP: gl.constexpr = False,
+    limit, alpha, ROWS: gl.constexpr, TOKENS: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """project.write_inner for a gated layer with a fused activation: out [entry in order, inner]."""
     value = gated(
         sums, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS,
         TOKENS, ACTIVATION,
     )  # fmt: skip
-    store_inner(value, out, begin, end, first_row, inner, ROWS, TOKENS, KEEP)
+    store_inner(value, out, begin, end, first_row, inner, ROWS, TOKENS)
 
 
 @gluon.jit
@@ -270,17 +270,16 @@ def store_inner(
 def write_slot_inner(
     sums, extra, out, begin, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up,
     limit, alpha, ROWS: gl.constexpr, TOKENS: gl.constexpr, EXTRA: gl.constexpr, ACTIVATION: gl.constexpr,
-    KEEP: gl.constexpr = False,
 ):  # fmt: skip
     """write_inner of a slot's sums [ROWS, TOKENS] and of its extra ones."""
     write_inner(
         sums, out, begin, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert, bias_row, bias_up,
-        limit, alpha, ROWS, TOKENS, ACTIVATION, KEEP,
+        limit, alpha, ROWS, TOKENS, ACTIVATION,
     )  # fmt: skip
     if EXTRA:
         write_inner(
             extra, out, begin + TOKENS, end, first_row, inner, gate_shift, up_shift, expert, bias, bias_expert,
-            bias_row, bias_up, limit, alpha, ROWS, EXTRA, ACTIVATION, KEEP,
+            bias_row, bias_up, limit, alpha, ROWS, EXTRA, ACTIVATION,
         )  # fmt: skip
 
 
@@ -386,10 +385,17 @@ def gates_of(entries, weights):
 @gluon.jit
 def write_outer(
     sums, out, entries, begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row,
-    ROWS: gl.constexpr, TOKENS: gl.constexpr, KEEP: gl.constexpr = False,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr,
 ):  # fmt: skip
     """project.write_outer: bias, gate weight, out [entry, hidden]; `entries` of `gates_of`."""
     entry, gates = entries
+    value = weighted(sums, gates, first_row, hidden, shift, expert, bias, bias_expert, bias_row, ROWS)
+    store_outer(value, out, entry, begin, end, first_row, hidden, ROWS, TOKENS)
+
+
+@gluon.jit
+def weighted(sums, gates, first_row, hidden, shift, expert, bias, bias_expert, bias_row, ROWS: gl.constexpr):
+    """Sums of down [ROWS, tokens] with their bias, times gate weights."""
     scale = RESTORE * shift
     if bias is not None:
         own: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 1], [32, 1], [gl.num_warps(), 1], [1, 0]))
@@ -400,15 +406,23 @@ def write_outer(
         sums = sums * scale + gl.convert_layout(addend, gl.SliceLayout(1, sums.type.layout))[:, None]
     else:
         gates *= scale
-    sums *= gl.convert_layout(gates, gl.SliceLayout(0, sums.type.layout))[None, :]
+    return sums * gl.convert_layout(gates, gl.SliceLayout(0, sums.type.layout))[None, :]
+
+
+@gluon.jit
+def store_outer(
+    value, out, entry, begin, end, first_row, hidden,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, KEEP: gl.constexpr = False,
+):  # fmt: skip
+    """What down made [ROWS, TOKENS] to `out` [entry, hidden], in its type; KEEP: it is to stay in L2."""
     # eight rows of a product are 32 bytes of float32 (splits), which can do without shared memory to come together
     plain: gl.constexpr = out.dtype.element_ty == gl.float32 and 4 * ROWS * TOKENS > MOST_WRITING
-    layout: gl.constexpr = sums.type.layout if plain else store_layout(ROWS, gl.num_warps())
+    layout: gl.constexpr = value.type.layout if plain else store_layout(ROWS, gl.num_warps())
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     position = begin + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
     entry = gl.convert_layout(entry, gl.SliceLayout(0, layout))
     at = out + entry[None, :].to(gl.int64) * hidden + row[:, None]
-    value = gl.convert_layout(sums.to(out.dtype.element_ty), layout)
+    value = gl.convert_layout(value.to(out.dtype.element_ty), layout)
     gl.store(
         at,
         value,

@@ -18,8 +18,9 @@ MOST_WRITING = 8192
 """The same where they are float32, as sums of a part of the columns are; of more none go through it (overlapped.py)."""
 BARRIERS = 512
 """Bytes that warps apart take for barriers and for what they hand over, at most (252 seen)."""
-TOLD = 2
-"""Items that a program of streamed.py knows of at once: a record of 32 bytes, and eight of an entry of both slots."""
+TOLD, HANDED = 2, 896
+"""Items that a program of streamed.py knows of at once: a record of 32 bytes, and eight of an entry of both slots; and
+bytes of its barriers, and of what its warps are handed (836 seen). It writes by way of its places."""
 KEPT = 8
 """Bytes of an entry that they keep to write blocks of rows in turn."""
 THINLY = 32
@@ -84,7 +85,7 @@ class Tile:
         least = 4 if self.terms else 8 if self.overlapped else 1 if self.mode == BY_ENTRY else 16
         sizes = {"tokens": least, "rows": 16, "columns": 16, "warps": 1, "ahead": 1}
         sizes |= {"rows": 1, "columns": 64, "ahead": 0} if self.mode == BY_ENTRY else {}
-        sizes |= {"extra": 16} if self.extra else {}
+        sizes |= {"extra": 8 if self.mode == STREAMED else 16} if self.extra else {}
         for name, least in sizes.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least or value & (value - 1):
@@ -243,7 +244,7 @@ def tile_fits(tile: Tile, gated: bool, memory: int, format: str = layout.EXPONEN
     if tile.overlapped:
         more = -WRITING - _apart(tile)
     if tile.mode == STREAMED:
-        more = -WRITING - BARRIERS - TOLD * (32 + 16 * (tile.tokens + max(tile.extra, 16)))
+        more = -HANDED - TOLD * (32 + 16 * tile.entries)
     return 2 * (rows + entries) * tile.columns * tile.stages <= memory + more
 
 

@@ -175,8 +175,9 @@ LEVELED_REGIMES = (
 FEW_TOKENS = 4
 """So few tokens are of the first regime, whatever their experts: few pairs have both slots in use."""
 STREAMED: tuple[tuple[float, tuple[tuple[int, int], ...]], ...] = (
-    (10, ((16, 0),)), (24, ((32, 0), (16, 16))), (48, ((64, 0), (32, 16), (32, 32))), (130, ((64, 16), (64, 32))),
+    (10, ((16, 0),)), (24, ((32, 0), (32, 8), (16, 16))), (48, ((64, 0), (32, 16), (32, 32))),
+    (130, ((64, 16), (64, 32))),
 )  # fmt: skip
 """Entries of a tile, and extra ones, that are tried with both projections as one stream, up to so many an expert."""
-STREAMED_CUTS = ((64, 8), (64, 6), (64, 5), (64, 4), (128, 4))
+STREAMED_CUTS = ((64, 8), (64, 7), (64, 6), (64, 5), (64, 4), (128, 5), (128, 4))
 """Columns and places, as far as they fit."""

@@ -27,10 +27,12 @@ from moefold_kernels.triton.overlapped import (
     after_the_one_before,
     barrier,
     copy_layout,
+    gated,
     product_layout,
+    store_inner,
     store_layout,
-    write_outer,
-    write_slot_inner,
+    store_outer,
+    weighted,
 )
 from moefold_kernels.triton.overlapped_pair import operands_of
 from moefold_kernels.triton.streamed_ahead import (
@@ -126,7 +128,7 @@ def _copy(
                     _prefetch(lines + 64 * line)
     after_the_one_before()
     records, numbers, _gates, told, heard, _weighed, asked, _written = ring
-    rest: gl.constexpr = max(EXTRA, 16)
+    rest: gl.constexpr = EXTRA or 16
     layout: gl.constexpr = copy_layout(COLUMNS, gl.num_warps())
     k = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
     stacked = gl.arange(0, 2 * ROWS, gl.SliceLayout(1, layout))
@@ -182,16 +184,17 @@ def _products(
 ):  # fmt: skip
     """overlapped_pair._products from places: both slots' sums [ROWS, TOKENS], their extra ones; next place and phase.
 
-    USED: whether the item has extra entries. With more than 16 entries and no extra ones, operands of 64 columns are
-    made in halves, whose products come in turns.
+    The last step's place is not free yet. USED: whether the item has extra entries. With more than 16 entries and no
+    extra ones, operands of 64 columns are made in halves, whose products come in turns.
     """
-    gl.assume(steps > 0)
+    # Else sums are defined twice (loop skipped), and ptxas waits for every product; of 3.7 `assume` is not enough.
+    steps = gl.maximum(steps, 1)
     words, tokens0, tokens1, more0, more1, come, free = places
     parts: gl.constexpr = 4 if TOKENS + EXTRA > MOST_IN_TWO or (EXTRA and COLUMNS > 64) else 2
     pieces: gl.constexpr = 2 if COLUMNS // parts >= 64 and TOKENS > 16 and not EXTRA else 1
     columns: gl.constexpr = COLUMNS // parts // pieces  # of one set of operands (overlapped_apart.py), or half of it
     pending: gl.constexpr = 2 * pieces * (2 if USED else 1)
-    rest: gl.constexpr = max(EXTRA, 16)
+    rest: gl.constexpr = EXTRA or 16
     mma: gl.constexpr = product_layout(TOKENS, gl.num_warps())
     mma_extra: gl.constexpr = product_layout(rest, gl.num_warps())
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -227,7 +230,6 @@ def _products(
                 async_copy.mbarrier_arrive(free.index(_before(place, PLACES)), increment_count=False)
         place, phase = after(place, phase, PLACES)
     sums0, sums1, extra0, extra1 = warpgroup_mma_wait(0, deps=(sums0, sums1, extra0, extra1))
-    async_copy.mbarrier_arrive(free.index(_before(place, PLACES)), increment_count=False)
     return sums0, sums1, extra0, extra1, place, phase
 
 
@@ -305,15 +307,64 @@ def _in(
     sums0, sums1, extra0, extra1, place, phase = _products(
         places, hidden // COLUMNS, place, phase, 2 * ROWS, COLUMNS, TOKENS, EXTRA, USED, PLACES
     )
-    write_slot_inner(
-        sums0, extra0, out, begin0, end0, first_row, inner, gate_shift, up_shift, expert0, bias, bias_expert, bias_row,
-        bias_up, limit, alpha, ROWS, TOKENS, EXTRA if USED else 0, ACTIVATION, KEEP,
+    last = _before(place, PLACES)
+    value0 = gated(
+        sums0, first_row, inner, gate_shift, up_shift, expert0, bias, bias_expert, bias_row, bias_up, limit, alpha,
+        ROWS, TOKENS, ACTIVATION,
     )  # fmt: skip
-    write_slot_inner(
-        sums1, extra1, out, begin1, end1, first_row, inner, gate_shift, up_shift, expert1, bias, bias_expert, bias_row,
-        bias_up, limit, alpha, ROWS, TOKENS, EXTRA if USED else 0, ACTIVATION, KEEP,
+    value1 = gated(
+        sums1, first_row, inner, gate_shift, up_shift, expert1, bias, bias_expert, bias_row, bias_up, limit, alpha,
+        ROWS, TOKENS, ACTIVATION,
     )  # fmt: skip
+    value0, value1 = _turned(places, last, value0, value1, ROWS, TOKENS)
+    store_inner(value0, out, begin0, end0, first_row, inner, ROWS, TOKENS, KEEP)
+    store_inner(value1, out, begin1, end1, first_row, inner, ROWS, TOKENS, KEEP)
+    if USED:
+        value0 = gated(
+            extra0, first_row, inner, gate_shift, up_shift, expert0, bias, bias_expert, bias_row, bias_up, limit, alpha,
+            ROWS, EXTRA, ACTIVATION,
+        )  # fmt: skip
+        value1 = gated(
+            extra1, first_row, inner, gate_shift, up_shift, expert1, bias, bias_expert, bias_row, bias_up, limit, alpha,
+            ROWS, EXTRA, ACTIVATION,
+        )  # fmt: skip
+        value0, value1 = _turned(places, last, value0, value1, ROWS, EXTRA)
+        store_inner(value0, out, begin0 + TOKENS, end0, first_row, inner, ROWS, EXTRA, KEEP)
+        store_inner(value1, out, begin1 + TOKENS, end1, first_row, inner, ROWS, EXTRA, KEEP)
+    _free(places, last)
     return place, phase
+
+
+@gluon.jit
+def _turned(places, place, own, other, ROWS: gl.constexpr, N: gl.constexpr):
+    """Both slots' results [ROWS, N], from the layout of products to that of stores, as bfloat16.
+
+    They go by way of a place's words, which are not needed any more once all of these warps have read them.
+    """
+    words = places[0]
+    fit: gl.constexpr = words.shape[1] * words.shape[2] // (ROWS * N)
+    turned: gl.constexpr = gl.NVMMASharedLayout(min(2 * ROWS, 128), 16, 2)
+    layout: gl.constexpr = store_layout(ROWS, gl.num_warps())
+    room = words.index(place)._reinterpret(gl.bfloat16, [fit, N, ROWS], turned)
+    first, second = room.index(0).permute((1, 0)), room.index(min(fit - 1, 1)).permute((1, 0))
+    barrier()
+    first.store(own.to(gl.bfloat16))
+    if fit > 1:
+        second.store(other.to(gl.bfloat16))
+    barrier()
+    own_turned = first.load(layout)
+    if fit == 1:
+        barrier()
+        second.store(other.to(gl.bfloat16))
+        barrier()
+    return own_turned, second.load(layout)
+
+
+@gluon.jit
+def _free(places, place):
+    """A thread of those that multiply has no more use for a place."""
+    _words, _tokens0, _tokens1, _more0, _more1, _come, free = places
+    async_copy.mbarrier_arrive(free.index(place), increment_count=False)
 
 
 @gluon.jit
@@ -330,29 +381,39 @@ def _out(
         places, inner // COLUMNS, place, phase, 2 * ROWS, COLUMNS, TOKENS, EXTRA, USED, PLACES
     )
     _records, _numbers, _gates, _told, _heard, weighed, _asked, _written = ring
+    last = _before(place, PLACES)
     mbarrier.wait(weighed.index(slot), turn)
-    _write(sums0, ring, slot, 0, begin0, end0, expert0, to, 2 * ROWS, TOKENS, KEEP)
-    _write(sums1, ring, slot, 1, begin1, end1, expert1, to, 2 * ROWS, TOKENS, KEEP)
+    value0 = _weighted(sums0, ring, slot, 0, expert0, to, 2 * ROWS, TOKENS)
+    value1 = _weighted(sums1, ring, slot, 1, expert1, to, 2 * ROWS, TOKENS)
+    value0, value1 = _turned(places, last, value0, value1, 2 * ROWS, TOKENS)
+    _store(value0, ring, slot, 0, begin0, end0, to, 2 * ROWS, TOKENS, KEEP)
+    _store(value1, ring, slot, 1, begin1, end1, to, 2 * ROWS, TOKENS, KEEP)
     if USED:
-        _write(extra0, ring, slot, 2, begin0 + TOKENS, end0, expert0, to, 2 * ROWS, EXTRA, KEEP)
-        _write(extra1, ring, slot, 3, begin1 + TOKENS, end1, expert1, to, 2 * ROWS, EXTRA, KEEP)
+        value0 = _weighted(extra0, ring, slot, 2, expert0, to, 2 * ROWS, EXTRA)
+        value1 = _weighted(extra1, ring, slot, 3, expert1, to, 2 * ROWS, EXTRA)
+        value0, value1 = _turned(places, last, value0, value1, 2 * ROWS, EXTRA)
+        _store(value0, ring, slot, 2, begin0 + TOKENS, end0, to, 2 * ROWS, EXTRA, KEEP)
+        _store(value1, ring, slot, 3, begin1 + TOKENS, end1, to, 2 * ROWS, EXTRA, KEEP)
+    _free(places, last)
     return place, phase
 
 
 @gluon.jit
-def _write(
-    sums, ring, slot, GROUP: gl.constexpr, begin, end, expert, to, ROWS: gl.constexpr, N: gl.constexpr,
-    KEEP: gl.constexpr,
-):  # fmt: skip
-    """overlapped.write_outer of the entries that the ring has of a group: of a slot, or extra ones of it."""
-    out, first_row, hidden, shift, bias, bias_expert, bias_row = to
-    _records, numbers, gates, _told, _heard, _weighed, _asked, _written = ring
-    entry = numbers[GROUP].index(slot).load(gl.SliceLayout(0, store_layout(ROWS, gl.num_warps())))
-    weights = gates[GROUP].index(slot).load(gl.SliceLayout(0, product_layout(N, gl.num_warps())))
-    write_outer(
-        sums, out, (entry, weights), begin, end, first_row, hidden, shift, expert, bias, bias_expert, bias_row, ROWS, N,
-        KEEP,
-    )  # fmt: skip
+def _weighted(sums, ring, slot, GROUP: gl.constexpr, expert, to, ROWS: gl.constexpr, N: gl.constexpr):
+    """overlapped.weighted, by gate weights that the ring has of a group: of a slot, or extra ones of it."""
+    _out, first_row, hidden, shift, bias, bias_expert, bias_row = to
+    weights = ring[2][GROUP].index(slot).load(gl.SliceLayout(0, product_layout(N, gl.num_warps())))
+    return weighted(sums, weights, first_row, hidden, shift, expert, bias, bias_expert, bias_row, ROWS)
+
+
+@gluon.jit
+def _store(
+    value, ring, slot, GROUP: gl.constexpr, begin, end, to, ROWS: gl.constexpr, N: gl.constexpr, KEEP: gl.constexpr
+):
+    """overlapped.store_outer, to where the ring has a group's entries."""
+    out, first_row, hidden, _shift, _bias, _bias_expert, _bias_row = to
+    entry = ring[1][GROUP].index(slot).load(gl.SliceLayout(0, store_layout(ROWS, gl.num_warps())))
+    store_outer(value, out, entry, begin, end, first_row, hidden, ROWS, N, KEEP)
 
 
 @gluon.jit(

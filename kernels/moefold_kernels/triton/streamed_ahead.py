@@ -34,7 +34,7 @@ def ring_of(TOKENS: gl.constexpr, EXTRA: gl.constexpr):
     """
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     records = gl.allocate_shared_memory(gl.int32, [RING, FIELDS], flat)
-    rest: gl.constexpr = max(EXTRA, 16)
+    rest: gl.constexpr = EXTRA or 16
     of0, of1, more0, more1 = _entries(TOKENS), _entries(TOKENS), _entries(rest), _entries(rest)
     numbers, gates = (of0[0], of1[0], more0[0], more1[0]), (of0[1], of1[1], more0[1], more1[1])
     told, weighed, heard = barriers(RING, 1), barriers(RING, 1), barriers(RING, 2)

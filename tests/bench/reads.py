@@ -4,8 +4,9 @@ The read bandwidth that the benchmark compares with is that of 4 GiB at once. A 
 in launches that wait for one another: a few microseconds in which memory has nothing to do. So here kernels that only
 read take so many MB (10 ** 6 bytes), each time others of 4 GiB, as replays of one CUDA graph: in one launch; in one
 that may begin while the one before ends (programmatic dependent launch), but reads nothing before that has ended; and
-in two such launches, of two thirds and of one, as gate and up and down are. The fastest of the tiles and numbers of
-programs that reading.py has.
+in two such launches, of two thirds and of one, as gate and up and down are; and in two of which the second reads its
+programs' first tiles before it waits, as down does. The fastest of the tiles and numbers of programs that reading.py
+has.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ UNIT = max(block for block, _ in BLOCKS)
 WAYS = tuple((block, warps, programs) for block, warps in BLOCKS for programs in PROGRAMS)
 
 
-def launched(read: Callable[[Tensor], Tensor], launches: int) -> Callable[[Tensor], Any]:
+def launched(reads: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Any]:
     """A function that reads a tensor of whole UNITs in so many launches, one or two; it gives the sums of each."""
 
     def one(source: Tensor) -> list[Tensor]:
-        first = (source.numel() if launches == 1 else 2 * source.numel() // 3) // UNIT * UNIT
-        return [read(part) for part in (source[:first], source[first:]) if part.numel()]
+        first = (source.numel() if len(reads) == 1 else 2 * source.numel() // 3) // UNIT * UNIT
+        parts = (source[:first], source[first:])
+        return [read(part) for read, part in zip(reads, parts, strict=False)]
 
     return one
 
@@ -56,7 +58,12 @@ def main() -> None:
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     large = ceilings.measure(device).read_bandwidth
     source = torch.randint(-(2**31), 2**31 - 1, (1 << 30,), dtype=torch.int32, device=device)
-    kinds = {"one launch": (False, 1), "one chained": (True, 1), "two chained": (True, 2)}
+    kinds: dict[str, Sequence[dict[str, bool]]] = {
+        "one launch": [{}],
+        "one chained": [{"chain": True}],
+        "two chained": [{"chain": True}] * 2,
+        "two chained, one ahead": [{"chain": True}, {"chain": True, "ahead": True}],
+    }
     print(f"4 GiB: {large / 1e12:.3f} TB/s", flush=True)
     found = []
     for megabytes in args.megabytes:
@@ -65,10 +72,10 @@ def main() -> None:
         order = [region * 27 % REGIONS for region in range(REGIONS)]  # what comes next does not lie beside
         inputs = [source[region * step :][:count] for region in order]
         entry: dict[str, Any] = {"megabytes": 4 * count / 1e6, "floor": 4 * count / large * 1e6}
-        for kind, (chain, launches) in kinds.items():
+        for kind, launches in kinds.items():
             times = {}
             for block, warps, programs in WAYS:
-                call = launched(reader(block, warps, processors * programs, chain), launches)
+                call = launched([reader(block, warps, processors * programs, **how) for how in launches])
                 if not right(call, inputs[0]):
                     raise SystemExit(f"{kind}, {block} numbers, {programs} programs: not all was read")
                 once = timing.rounds(device, call, inputs)

@@ -18,12 +18,16 @@ PROGRAMS = (4, 8, 16)  # per multiprocessor
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _read(  # type: ignore[no-untyped-def]  # Triton's language has no types
-    source, sums, count, BLOCK: tl.constexpr, CHAIN: tl.constexpr
+    source, sums, count, BLOCK: tl.constexpr, CHAIN: tl.constexpr, AHEAD: tl.constexpr
 ):
     program = tl.program_id(0)
+    begin, step = program * BLOCK, tl.num_programs(0) * BLOCK
     total = tl.zeros([BLOCK], dtype=tl.int32)
+    if AHEAD:  # nothing that the kernel before writes
+        total += tl.load(source + begin + tl.arange(0, BLOCK), mask=begin < count, other=0)
+        begin += step
     after_the_one_before(CHAIN)
-    for start in range(program * BLOCK, count, tl.num_programs(0) * BLOCK):
+    for start in range(begin, count, step):
         total += tl.load(source + start + tl.arange(0, BLOCK))
     tl.store(sums + program, tl.sum(total, axis=0))
 
@@ -35,12 +39,17 @@ def readers(processors: int) -> Iterator[Callable[[Tensor], Tensor]]:
             yield reader(block, warps, processors * per_processor)
 
 
-def reader(block: int, warps: int, programs: int, chain: bool = False) -> Callable[[Tensor], Tensor]:
-    """One of them; with `chain` a launch may begin while the one before ends, and reads once that has ended."""
+def reader(
+    block: int, warps: int, programs: int, chain: bool = False, ahead: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """One of them; with `chain` a launch may begin while the one before ends, and reads once that has ended.
+
+    `ahead`: it has each program's first tile read before that.
+    """
 
     def read(source: Tensor) -> Tensor:
         sums = torch.empty(programs, dtype=torch.int32, device=source.device)
-        options: dict[str, Any] = {"BLOCK": block, "CHAIN": chain, "num_warps": warps}
+        options: dict[str, Any] = {"BLOCK": block, "CHAIN": chain, "AHEAD": ahead, "num_warps": warps}
         if chain:
             options["launch_pdl"] = True
         _read[(programs,)](source, sums, source.numel(), **options)

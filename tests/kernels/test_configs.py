@@ -425,6 +425,10 @@ def test_one_stream_and_its_projections_apart():
     plan = join(tile)
     assert tile.paired
     assert not tile.overlapped
+    assert str(tile.as_pair(3)) == "pair 64+32 64x64 w8 s3"
+    few = Tile("streamed", 32, 8, 64, 128, 8, 4)
+    assert str(few.as_pair(4)) == "pair 32+16 64x128 w8 s4"  # which plain Triton can
+    assert str(few.unstreamed()) == "overlapped_pair 32+16 32x64 w4 s4"
     separate, narrow = plan.separate(), join(Tile("streamed", 16, 0, 64, 128, 8, 4)).separate()
     assert [str(one) for one in separate.tiles] == [
         "overlapped_pair 64+16 32x64 w4 s4", "overlapped_pair 64+16 64x64 w4 s4",

@@ -31,6 +31,7 @@ PLANS = {
     ),
     "joined": join(Tile("pair", 16, 0, 16, 32, 4, 2)),
     "joined, slot, extra, groups": join(Tile("slot", 16, 16, 32, 16, 4, 2, group=2)),
+    "joined, a stream where none can be": join(Tile("streamed", 16, 8, 64, 64, 4, 2)),
 }
 JOINED = [name for name in PLANS if name.startswith("joined")]
 
@@ -125,7 +126,7 @@ def test_batches(tokens, skew, plan, device):
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_both_projections_in_one_launch(tokens, biased, alone, plan, device, monkeypatch):
     monkeypatch.delattr(kernels, "gate_up")
-    layer = random_layer(6, 64, 96, alone, biased=biased)
+    layer = random_layer(6, 64, 128, alone, biased=biased)
     arguments = batch(tokens, 64, 2, 6, skew=9.0 * (tokens > 1))
     activation = kernels.Activation("clamped", 1.5, 1.702) if biased else kernels.SILU
     found = run(layer, *arguments, device, activation=activation, plan=PLANS[plan])

@@ -142,7 +142,7 @@ def _run(job: Job) -> None:
         layer.forward(weights, x, index.fill_(-1), scales, plan=plan)
         return
     if job.part == "whole":
-        plan = layer.as_run(weights, plan)
+        plan = layer.as_run(weights, plan, x, index.numel())
     tables = layer.route_for(weights, index, plan, x if job.part == "whole" else None)  # as search.py calls it
     for table in (*tables.first, *tables.second):
         table.fill_(-1)

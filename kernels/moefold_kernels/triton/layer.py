@@ -15,7 +15,7 @@ from moefold_kernels import layout, layout_pairs
 from moefold_kernels.triton import by_entry_launch, e4m3_launch, joined, leveled_launch, plans, project, streamed_launch
 from moefold_kernels.triton.configs import Shape, choose
 from moefold_kernels.triton.e4m3_launch import Terms
-from moefold_kernels.triton.plans import STREAMED, Plan, Tile
+from moefold_kernels.triton.plans import STREAMED, Plan, Tile, join
 from moefold_kernels.triton.portability import Target, blocks, launch, power_of_two
 from moefold_kernels.triton.routing import Rows, Tables, Tiles, route
 from moefold_kernels.triton.weights import (
@@ -97,7 +97,7 @@ def forward(
     if plan.by_entry:
         gates, kind = top_k_weights.contiguous(), ACTIVATIONS[activation.name]
         return by_entry_launch.forward(weights, x, top_k_index, gates, plan, activation, kind, dtype or hidden.dtype)
-    plan = as_run(weights, plan, activation)
+    plan = as_run(weights, plan, x, top_k_index.numel(), activation)
     tables = route_for(weights, top_k_index, plan, x if fused else None)
     if plan.joined:
         parts = both(weights, x, top_k_weights, tables, plan.first, activation)
@@ -114,9 +114,14 @@ def sorted_first(weights: Weights, plan: Plan, tokens: int, top_k: int, fused: b
     return plan_for(weights, tokens, top_k, by_entry=False)
 
 
-def as_run(weights: Weights, plan: Plan, activation: Activation = SILU) -> Plan:
-    """A plan that sorts entries as `forward` runs it: in two launches, and by other kernels, where a layer asks so."""
+def as_run(weights: Weights, plan: Plan, x: Tensor, entries: int, activation: Activation = SILU) -> Plan:
+    """A plan that sorts entries as `forward` runs it: in two launches, and by other kernels, where a layer asks so.
+
+    It is settled before entries are sorted, as tiles are cut for the kernels that take them.
+    """
     plan = plan if joins(weights, activation, plan.first) else plan.separate()
+    if plan.first.mode == STREAMED and not streamed_launch.takes(weights.packed, x, entries):
+        plan = join(plan.first.as_pair(min(plan.first.stages, SHALLOW)))
     return able(weights, plan, activation.name in ACTIVATIONS)
 
 
@@ -215,12 +220,10 @@ def both(
             "KEEP": 2 * tile.entries * len(weights.places) * (inner + hidden) <= KEPT,
         }  # fmt: skip
         guess = target.chain and _guess(len(tables.order), len(weights.places), tile)
-        if tile.mode == STREAMED and mode == project.PAIR.value and streamed_launch.takes(kind, x, between):
+        if tile.mode == STREAMED:
             cut = {name: value for name, value in _cut(tile, target).items() if name != "GROUP"}
             streamed_launch.both(operands, tables.items, shared | cut, tile, len(kind.up), guess)
             continue
-        if tile.mode == STREAMED:
-            tile = replace(tile, mode="pair", stages=min(tile.stages, SHALLOW))
         launch(
             joined.project, (programs,), *operands, **shared, first=first, units=len(kind.up), MODE=mode,
             ASM=target.assembly, UPCAST=target.upcast, CHAIN=target.chain, LINES=_lines(tile, min(hidden, inner)),

@@ -142,8 +142,12 @@ class Tile:
         if self.mode != STREAMED:
             return self
         mode, stages, ahead = ("overlapped_pair", 4, 4) if self.tokens >= OVERLAP else ("pair", 5, 1)
-        rows, extra = 4 * self.rows // self.warps, min(self.extra, 16)
+        rows, extra = 4 * self.rows // self.warps, 16 if self.extra else 0
         return replace(self, mode=mode, extra=extra, rows=rows, columns=64, warps=4, stages=stages, ahead=ahead)
+
+    def as_pair(self, stages: int) -> Tile:
+        """For one of streamed.py what joined.py does with as many rows, columns and entries, in so many stages."""
+        return replace(self, mode="pair", extra=max(self.extra, 16) if self.extra else 0, stages=stages)
 
     @property
     def entries(self) -> int:

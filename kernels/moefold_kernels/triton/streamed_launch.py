@@ -13,7 +13,7 @@ from torch import Tensor
 from moefold_kernels.triton import leveled_launch
 from moefold_kernels.triton.plans import Tile
 from moefold_kernels.triton.portability import Target, blocks, launch
-from moefold_kernels.triton.weights import Projections
+from moefold_kernels.triton.weights import Leveled, Projections
 
 MOST_ROUNDS, STRIDE, LEAST = 20, 6, 0.995
 """`early` looks at layers of up to so many items a program, at every so many programs, for half a percent at least,"""
@@ -26,11 +26,14 @@ REGISTERS = {64: 80, 128: 104}
 64 + 16 entries of both slots have too few."""
 
 
-def takes(kind: Projections, x: Tensor, between: Tensor) -> bool:
-    """Whether streamed.py takes this: copies of 16 bytes, and rows that 32 bits find, of a unit and of a batch."""
+def takes(kind: Projections | Leveled | None, x: Tensor, entries: int) -> bool:
+    """Whether streamed.py takes pairs: copies of 16 bytes, and rows that 32 bits find, of a unit and of a batch."""
+    if not isinstance(kind, Projections):
+        return False
     matrices = [matrix for matrix in (kind.gate, kind.up, kind.down) if matrix is not None]
     strides = [stride for matrix in matrices for stride in matrix.stride()[:2]] + [x.stride(0)]
-    lengths = [matrix.shape[1] * matrix.stride(1) for matrix in matrices] + [len(x) * x.stride(0), between.numel()]
+    lengths = [matrix.shape[1] * matrix.stride(1) for matrix in matrices]
+    lengths += [len(x) * x.stride(0), entries * kind.down.shape[2]]
     return (
         Target.of(x).overlap
         and all(stride % 8 == 0 for stride in strides)

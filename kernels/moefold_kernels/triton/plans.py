@@ -46,7 +46,7 @@ class Tile:
     tokens: int
     """Entries of a program, for each slot: a power of two from 16 on (8 in the overlapped modes, 1 by entry), and"""
     extra: int
-    """so many more (0, or another power of two from 16 on, in a stream from 8): 64 + 16 fit experts of about 64 tokens as
+    """so many more (0, or another power of two from 16 on, in a stream from 8): 64 + 16 fit experts of some 64 tokens as
     no power of two does."""
     rows: int
     columns: int

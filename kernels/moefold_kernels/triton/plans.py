@@ -46,8 +46,8 @@ class Tile:
     tokens: int
     """Entries of a program, for each slot: a power of two from 16 on (8 in the overlapped modes, 1 by entry), and"""
     extra: int
-    """so many more (0, or another power of two from 16 on, in a stream from 8): 64 + 16 fit experts of some 64 tokens as
-    no power of two does."""
+    """so many more (0, or another power of two from 16 on, in a stream from 8): 64 + 16 fit experts of about 64 tokens
+    as no power of two does."""
     rows: int
     columns: int
     warps: int
@@ -81,6 +81,11 @@ class Tile:
             )
         if self.mode == STREAMED and (self.columns not in (64, 128) or self.warps not in (4, 8) or self.group != 1):
             raise FormatError(f"mode {STREAMED}: write 64 or 128 for columns, 4 or 8 for warps, and 1 for group")
+        if self.mode == STREAMED and max(self.tokens, self.extra) > self.columns:  # results go by way of words' places
+            raise FormatError(
+                f"mode {STREAMED}: tokens and extra are {self.tokens!r} and {self.extra!r}, and must be no more than "
+                f"columns, {self.columns!r}"
+            )
         if self.mode == BY_ENTRY and ((self.tokens, self.extra, self.group) != (1, 0, 1) or self.splits not in (1, 2)):
             raise FormatError(f"mode {BY_ENTRY}: write 1 for tokens and group, 1 or 2 for splits, and 0 for extra")
         least = 4 if self.terms else 8 if self.overlapped else 1 if self.mode == BY_ENTRY else 16

@@ -301,38 +301,37 @@ def _in(
     PLACES: gl.constexpr, ACTIVATION: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """Multiply and write one item of gate and up."""
-    block, expert0, expert1, begin0, end0, begin1, end1 = about
-    first_row = block * ROWS
-    gate_shift, up_shift, bias, bias_expert, bias_row, bias_up, limit, alpha = given
     sums0, sums1, extra0, extra1, place, phase = _products(
         places, hidden // COLUMNS, place, phase, 2 * ROWS, COLUMNS, TOKENS, EXTRA, USED, PLACES
     )
     last = _before(place, PLACES)
-    value0 = gated(
-        sums0, first_row, inner, gate_shift, up_shift, expert0, bias, bias_expert, bias_row, bias_up, limit, alpha,
-        ROWS, TOKENS, ACTIVATION,
-    )  # fmt: skip
-    value1 = gated(
-        sums1, first_row, inner, gate_shift, up_shift, expert1, bias, bias_expert, bias_row, bias_up, limit, alpha,
-        ROWS, TOKENS, ACTIVATION,
-    )  # fmt: skip
-    value0, value1 = _turned(places, last, value0, value1, ROWS, TOKENS)
-    store_inner(value0, out, begin0, end0, first_row, inner, ROWS, TOKENS, KEEP)
-    store_inner(value1, out, begin1, end1, first_row, inner, ROWS, TOKENS, KEEP)
+    _write_in(places, last, sums0, sums1, out, inner, about, given, 0, ROWS, TOKENS, ACTIVATION, KEEP)
     if USED:
-        value0 = gated(
-            extra0, first_row, inner, gate_shift, up_shift, expert0, bias, bias_expert, bias_row, bias_up, limit, alpha,
-            ROWS, EXTRA, ACTIVATION,
-        )  # fmt: skip
-        value1 = gated(
-            extra1, first_row, inner, gate_shift, up_shift, expert1, bias, bias_expert, bias_row, bias_up, limit, alpha,
-            ROWS, EXTRA, ACTIVATION,
-        )  # fmt: skip
-        value0, value1 = _turned(places, last, value0, value1, ROWS, EXTRA)
-        store_inner(value0, out, begin0 + TOKENS, end0, first_row, inner, ROWS, EXTRA, KEEP)
-        store_inner(value1, out, begin1 + TOKENS, end1, first_row, inner, ROWS, EXTRA, KEEP)
+        _write_in(places, last, extra0, extra1, out, inner, about, given, TOKENS, ROWS, EXTRA, ACTIVATION, KEEP)
     _free(places, last)
     return place, phase
+
+
+@gluon.jit
+def _write_in(
+    places, place, sums0, sums1, out, inner, about, given,
+    FIRST: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, ACTIVATION: gl.constexpr, KEEP: gl.constexpr,
+):  # fmt: skip
+    """overlapped.write_inner of both slots' N entries from their FIRST on, by way of a place."""
+    block, expert0, expert1, begin0, end0, begin1, end1 = about
+    gate_shift, up_shift, bias, bias_expert, bias_row, bias_up, limit, alpha = given
+    row = block * ROWS
+    value0 = gated(
+        sums0, row, inner, gate_shift, up_shift, expert0, bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS, N,
+        ACTIVATION,
+    )  # fmt: skip
+    value1 = gated(
+        sums1, row, inner, gate_shift, up_shift, expert1, bias, bias_expert, bias_row, bias_up, limit, alpha, ROWS, N,
+        ACTIVATION,
+    )  # fmt: skip
+    value0, value1 = _turned(places, place, value0, value1, ROWS, N)
+    store_inner(value0, out, begin0 + FIRST, end0, row, inner, ROWS, N, KEEP)
+    store_inner(value1, out, begin1 + FIRST, end1, row, inner, ROWS, N, KEEP)
 
 
 @gluon.jit
@@ -374,46 +373,39 @@ def _out(
     PLACES: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """Multiply and write one item of down."""
-    block, expert0, expert1, begin0, end0, begin1, end1 = about
-    shift, bias, bias_expert, bias_row = given
-    to = out, block * (2 * ROWS), hidden, shift, bias, bias_expert, bias_row
     sums0, sums1, extra0, extra1, place, phase = _products(
         places, inner // COLUMNS, place, phase, 2 * ROWS, COLUMNS, TOKENS, EXTRA, USED, PLACES
     )
-    _records, _numbers, _gates, _told, _heard, weighed, _asked, _written = ring
     last = _before(place, PLACES)
+    _records, _numbers, _gates, _told, _heard, weighed, _asked, _written = ring
     mbarrier.wait(weighed.index(slot), turn)
-    value0 = _weighted(sums0, ring, slot, 0, expert0, to, 2 * ROWS, TOKENS)
-    value1 = _weighted(sums1, ring, slot, 1, expert1, to, 2 * ROWS, TOKENS)
-    value0, value1 = _turned(places, last, value0, value1, 2 * ROWS, TOKENS)
-    _store(value0, ring, slot, 0, begin0, end0, to, 2 * ROWS, TOKENS, KEEP)
-    _store(value1, ring, slot, 1, begin1, end1, to, 2 * ROWS, TOKENS, KEEP)
+    _write_out(places, last, sums0, sums1, ring, slot, out, hidden, about, given, 0, 2 * ROWS, TOKENS, KEEP)
     if USED:
-        value0 = _weighted(extra0, ring, slot, 2, expert0, to, 2 * ROWS, EXTRA)
-        value1 = _weighted(extra1, ring, slot, 3, expert1, to, 2 * ROWS, EXTRA)
-        value0, value1 = _turned(places, last, value0, value1, 2 * ROWS, EXTRA)
-        _store(value0, ring, slot, 2, begin0 + TOKENS, end0, to, 2 * ROWS, EXTRA, KEEP)
-        _store(value1, ring, slot, 3, begin1 + TOKENS, end1, to, 2 * ROWS, EXTRA, KEEP)
+        _write_out(places, last, extra0, extra1, ring, slot, out, hidden, about, given, TOKENS, 2 * ROWS, EXTRA, KEEP)
     _free(places, last)
     return place, phase
 
 
 @gluon.jit
-def _weighted(sums, ring, slot, GROUP: gl.constexpr, expert, to, ROWS: gl.constexpr, N: gl.constexpr):
-    """overlapped.weighted, by gate weights that the ring has of a group: of a slot, or extra ones of it."""
-    _out, first_row, hidden, shift, bias, bias_expert, bias_row = to
-    weights = ring[2][GROUP].index(slot).load(gl.SliceLayout(0, product_layout(N, gl.num_warps())))
-    return weighted(sums, weights, first_row, hidden, shift, expert, bias, bias_expert, bias_row, ROWS)
-
-
-@gluon.jit
-def _store(
-    value, ring, slot, GROUP: gl.constexpr, begin, end, to, ROWS: gl.constexpr, N: gl.constexpr, KEEP: gl.constexpr
-):
-    """overlapped.store_outer, to where the ring has a group's entries."""
-    out, first_row, hidden, _shift, _bias, _bias_expert, _bias_row = to
-    entry = ring[1][GROUP].index(slot).load(gl.SliceLayout(0, store_layout(ROWS, gl.num_warps())))
-    store_outer(value, out, entry, begin, end, first_row, hidden, ROWS, N, KEEP)
+def _write_out(
+    places, place, sums0, sums1, ring, slot, out, hidden, about, given,
+    FIRST: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, KEEP: gl.constexpr,
+):  # fmt: skip
+    """overlapped.write_outer of both slots' N entries from their FIRST on, by way of a place."""
+    block, expert0, expert1, begin0, end0, begin1, end1 = about
+    shift, bias, bias_expert, bias_row = given
+    _records, numbers, gates, _told, _heard, _weighed, _asked, _written = ring
+    mine: gl.constexpr = gl.SliceLayout(0, product_layout(N, gl.num_warps()))
+    theirs: gl.constexpr = gl.SliceLayout(0, store_layout(ROWS, gl.num_warps()))
+    of: gl.constexpr = 2 if FIRST else 0  # extra entries are groups of their own in the ring
+    row = block * ROWS
+    weights0, weights1 = gates[of].index(slot).load(mine), gates[of + 1].index(slot).load(mine)
+    value0 = weighted(sums0, weights0, row, hidden, shift, expert0, bias, bias_expert, bias_row, ROWS)
+    value1 = weighted(sums1, weights1, row, hidden, shift, expert1, bias, bias_expert, bias_row, ROWS)
+    value0, value1 = _turned(places, place, value0, value1, ROWS, N)
+    entry0, entry1 = numbers[of].index(slot).load(theirs), numbers[of + 1].index(slot).load(theirs)
+    store_outer(value0, out, entry0, begin0 + FIRST, end0, row, hidden, ROWS, N, KEEP)
+    store_outer(value1, out, entry1, begin1 + FIRST, end1, row, hidden, ROWS, N, KEEP)
 
 
 @gluon.jit(

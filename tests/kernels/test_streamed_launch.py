@@ -7,7 +7,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from layers import batch, operands, random_layer  # noqa: E402
+
+from moefold_kernels.triton import layer as kernels  # noqa: E402
 from moefold_kernels.triton import streamed_launch  # noqa: E402
+from moefold_kernels.triton.operands import weights as weights_of  # noqa: E402
+from moefold_kernels.triton.plans import Tile, join  # noqa: E402
 
 DEEPSEEK = 132, 32, (22, 16), (16, 11)
 
@@ -45,3 +50,17 @@ def test_without_draws_items_are_shared_as_reckoned(monkeypatch):
 @pytest.mark.parametrize(("entries", "units", "wanted"), [(384, 32, 32), (96, 32, 30), (1, 32, 1), (32, 4, 4)])
 def test_tiles_that_are_likely(entries, units, wanted):
     assert streamed_launch.tiles(entries, units) == wanted
+
+
+@pytest.mark.parametrize(("row", "file", "extra"), [(128, "streamed", 8), (136, "streamed", 8), (132, "joined", 16)])
+def test_what_is_launched_where_a_layer_can_be_one_stream_and_where_not(row, file, extra, launched):
+    """Tokens' rows are copied by 16 bytes, or not at all; tables are cut for the kernel that takes the layer."""
+    made = weights_of(operands(random_layer(6, 128, 128)))
+    _, index, weights = batch(20, 128, 2, 6)
+    x = torch.zeros(20, row, dtype=torch.bfloat16)[:, :128]
+    kernels.forward(made, x, index, weights, plan=join(Tile("streamed", 32, 8, 64, 64, 8, 4)))
+    route, project, _ = launched
+    assert project[:2] == ("project", f"moefold_kernels.triton.{file}")
+    assert project[-1]["EXTRA"] == extra
+    assert route[-1]["TOKENS1"] == 32 + extra
+    assert route[-1]["ITEMS"] is (file == "streamed")

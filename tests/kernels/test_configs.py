@@ -403,6 +403,7 @@ def test_a_broken_table_is_named(text, folder):
         ({"mode": "streamed", "columns": 64, "stages": 1}, "stages is 1, and must be a whole number, at least 2"),
         ({"mode": "streamed", "columns": 64, "warps": 2}, "mode streamed: write 64 or 128 for columns"),
         ({"mode": "streamed", "columns": 64, "group": 2}, "and 1 for group"),
+        ({"mode": "streamed", "columns": 64, "tokens": "16"}, "tokens is '16', and must be a power of two"),
         ({"mode": "streamed", "columns": 64, "tokens": 128}, "tokens and extra are 128 and 0, and must be no more"),
     ],
 )

@@ -81,11 +81,6 @@ class Tile:
             )
         if self.mode == STREAMED and (self.columns not in (64, 128) or self.warps not in (4, 8) or self.group != 1):
             raise FormatError(f"mode {STREAMED}: write 64 or 128 for columns, 4 or 8 for warps, and 1 for group")
-        if self.mode == STREAMED and max(self.tokens, self.extra) > self.columns:  # results go by way of words' places
-            raise FormatError(
-                f"mode {STREAMED}: tokens and extra are {self.tokens!r} and {self.extra!r}, and must be no more than "
-                f"columns, {self.columns!r}"
-            )
         if self.mode == BY_ENTRY and ((self.tokens, self.extra, self.group) != (1, 0, 1) or self.splits not in (1, 2)):
             raise FormatError(f"mode {BY_ENTRY}: write 1 for tokens and group, 1 or 2 for splits, and 0 for extra")
         least = 4 if self.terms else 8 if self.overlapped else 1 if self.mode == BY_ENTRY else 16
@@ -97,6 +92,11 @@ class Tile:
             if not isinstance(value, int) or value < least or value & (value - 1):
                 wanted = f"a power of two, at least {least}" if least else "0 or a power of two"
                 raise FormatError(f"{name} is {value!r}, and must be {wanted}")
+        if self.mode == STREAMED and max(self.tokens, self.extra) > self.columns:  # results go by way of words' places
+            raise FormatError(
+                f"mode {STREAMED}: tokens and extra are {self.tokens!r} and {self.extra!r}, and must be no more than "
+                f"columns, {self.columns!r}"
+            )
         for name, least in {"stages": 2 if self.hoppers else 1, "group": 1, "splits": 1, "blocks": 1}.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -143,7 +143,7 @@ class Tile:
     def unstreamed(self) -> Tile:
         """The tile itself, or for one of streamed.py what does the same of one projection, of as many programs' size.
 
-        As those were that had been measured before (docs/kernels.md): of four warps, and at most 16 extra entries.
+        As those were that had been measured before (docs/kernels.md): of four warps, and 16 extra entries, if any.
         """
         if self.mode != STREAMED:
             return self
@@ -152,7 +152,7 @@ class Tile:
         return replace(self, mode=mode, extra=extra, rows=rows, columns=64, warps=4, stages=stages, ahead=ahead)
 
     def as_pair(self, stages: int) -> Tile:
-        """For one of streamed.py what joined.py does with as many rows, columns and entries, in so many stages."""
+        """For one of streamed.py what joined.py can do with its sizes, in so many stages: 16 extra entries, or more."""
         return replace(self, mode="pair", extra=max(self.extra, 16) if self.extra else 0, stages=stages)
 
     @property

@@ -4,9 +4,10 @@ The read bandwidth that the benchmark compares with is that of 4 GiB at once. A 
 in launches that wait for one another: a few microseconds in which memory has nothing to do. So here kernels that only
 read take so many MB (10 ** 6 bytes), each time others of 4 GiB, as replays of one CUDA graph: in one launch; in one
 that may begin while the one before ends (programmatic dependent launch), but reads nothing before that has ended; and
-in two such launches, of two thirds and of one, as gate and up and down are; and in two of which the second reads its
-programs' first tiles before it waits, as down does. The fastest of the tiles and numbers of programs that reading.py
-has.
+in two such launches, of two thirds and of one, as gate and up and down are; in two of which the second reads its
+programs' first tiles before it waits, as down does; and in the same two, each of which reads behind its wait where the
+rest lies, as gate and up read an index, and as down reads activations before it has registers for more words. The
+fastest of the tiles and numbers of programs that reading.py has.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def main() -> None:
         "one chained": [{"chain": True}],
         "two chained": [{"chain": True}] * 2,
         "two chained, one ahead": [{"chain": True}, {"chain": True, "ahead": True}],
+        "the same, looked up": [{"chain": True, "lookup": True}, {"chain": True, "ahead": True, "lookup": True}],
     }
     print(f"4 GiB: {large / 1e12:.3f} TB/s", flush=True)
     found = []

@@ -205,7 +205,7 @@ READING = """
 import torch
 from moefold_kernels.bench.reading import reader
 x = torch.randint(1000, (8 * 256,), dtype=torch.int32)  # the interpreter refuses to overflow
-for how in ({}, {"ahead": True}):
+for how in ({}, {"ahead": True}, {"lookup": True}, {"ahead": True, "lookup": True}):
     for programs in (3, 11):  # more than there are tiles
         print(int(reader(256, 4, programs, **how)(x).sum(dtype=torch.int32)) == int(x.sum(dtype=torch.int32)))
 """
@@ -231,7 +231,7 @@ def interpret(code, monkeypatch):
 
 def test_the_reading_kernel_reads_everything(monkeypatch):
     """8 tiles over 3 programs, so that they are uneven."""
-    assert interpret(READING, monkeypatch) == 4 * "True\n"
+    assert interpret(READING, monkeypatch) == 8 * "True\n"
 
 
 def test_our_kernels_are_called_as_they_are(monkeypatch):

@@ -61,7 +61,8 @@ def _float64(experts: PackedExperts, batch: Batch, rows: Tensor) -> Tensor:
         )
         token, position = torch.where(index == expert)
         x = hidden[token]
-        out[token] += ((silu(x @ gate.T) * (x @ up.T)) @ down.T) * scale[token, position, None]
+        made = ((silu(x @ gate.T) * (x @ up.T)) @ down.T) * scale[token, position, None]
+        out.index_add_(0, token, made)  # a token may name an expert twice
     return out
 
 

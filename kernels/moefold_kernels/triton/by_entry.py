@@ -9,8 +9,10 @@ first kernel's, as down has no registers for them and for sums of each choice: p
 with them, in two waves, and with 128 a layer's all run at once (docs/kernels.md).
 
 What is under way has PLACES, by which loops are unrolled, so that registers that were read are loaded anew and nothing
-is moved. Of gate and up a place has the token's values, too. Masks are of each cell: with one for all cells, where rows
-are whole steps, down took 1 to 5 us more, and why was not found (docs/kernels.md).
+is moved. Of gate and up a place has the token's values, too. Words are read to be forgotten (cells.py); what says where
+they are is to be kept, as a program has nothing to do until it has its index, on some processors for 1.3 to 1.9 us.
+Masks are of each cell: with one for all cells, where rows are whole steps, down took 1 to 5 us more, and why was not
+found (docs/kernels.md).
 """
 
 # mypy: disable-error-code="assignment, var-annotated"
@@ -74,12 +76,13 @@ def gate_up(
         block, entry = entry, block
     expert = tl.arange(0, EXPERTS)
     # before the wait: a parameter, which no kernel writes
-    home = tl.load(places + expert, mask=expert < n_experts, other=-1)
+    home = tl.load(places + expert, mask=expert < n_experts, other=-1, eviction_policy="evict_last")
     row = tl.minimum(block * ROWS + tl.arange(0, ROWS), inner - 1)[:, None]  # twice, rather than masked
     cell, cells = tl.arange(0, CELLS)[None, :], cells_of(hidden, LOW)
     offsets = offsets_of(row, cell, hidden, w_row, LOW, BANDS)
     after_the_one_before(CHAIN)
-    own, weight = tl.load(index + entry), tl.load(weights + entry).to(tl.float32)
+    own = tl.load(index + entry, eviction_policy="evict_last")
+    weight = tl.load(weights + entry).to(tl.float32)
     home = tl.max(tl.where(expert == own, home, -1), 0)  # not another load behind that of the index
     if home < first or home >= last:
         return
@@ -132,10 +135,10 @@ def gate_up(
 @triton.jit
 def _choice(index, places, entry, n_experts):
     """An entry's expert (0 if there is none of its number) and the expert's place, or -1."""
-    expert = tl.load(index + entry)
+    expert = tl.load(index + entry, eviction_policy="evict_last")
     known = (expert >= 0) & (expert < n_experts)
     expert = tl.where(known, expert, 0).to(tl.int32)
-    return expert, tl.where(known, tl.load(places + expert), -1)
+    return expert, tl.where(known, tl.load(places + expert, eviction_policy="evict_last"), -1)
 
 
 @triton.jit

@@ -53,7 +53,7 @@ BATCHES = 64
 WAIT = "    after_the_one_before(CHAIN)\n"
 DOWN = (f"{WAIT}    return (planes", "        tl.store(out + token.to(tl.int64) * out_row + at")
 """Where the second kernel waits, and where it does instead: before it writes, so that no kernel overtakes two."""
-GATE_UP = (f"{WAIT}    own, weight", "    tl.store(out + (place_of(row)")
+GATE_UP = (f"{WAIT}    own = tl.load", "    tl.store(out + (place_of(row)")
 WAYS = {"as it is": (), "down does not wait": (DOWN,), "neither waits": (GATE_UP, DOWN)}
 
 

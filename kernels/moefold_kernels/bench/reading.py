@@ -50,7 +50,7 @@ def reader(
     once the one before has ended, as experts' words lie where an index says.
     """
 
-    nowhere: dict[torch.device, Tensor] = {}  # made before anything is captured
+    zero: dict[torch.device, Tensor] = {}  # what is looked up: tiles lie where they would without it
 
     def read(source: Tensor) -> Tensor:
         sums = torch.empty(programs, dtype=torch.int32, device=source.device)
@@ -58,9 +58,9 @@ def reader(
         options["num_warps"] = warps
         if chain:
             options["launch_pdl"] = True
-        if source.device not in nowhere:
-            nowhere[source.device] = torch.zeros(1, dtype=torch.int32, device=source.device)
-        _read[(programs,)](source, sums, nowhere[source.device], source.numel(), **options)
+        if source.device not in zero:  # the first call, before anything is captured
+            zero[source.device] = torch.zeros(1, dtype=torch.int32, device=source.device)
+        _read[(programs,)](source, sums, zero[source.device], source.numel(), **options)
         return sums
 
     return read

@@ -59,12 +59,13 @@ def main() -> None:
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     large = ceilings.measure(device).read_bandwidth
     source = torch.randint(-(2**31), 2**31 - 1, (1 << 30,), dtype=torch.int32, device=device)
-    kinds: dict[str, Sequence[dict[str, bool]]] = {
+    there = torch.zeros(1, dtype=torch.int32, device=device)
+    kinds: dict[str, Sequence[dict[str, Any]]] = {
         "one launch": [{}],
         "one chained": [{"chain": True}],
         "two chained": [{"chain": True}] * 2,
         "two chained, one ahead": [{"chain": True}, {"chain": True, "ahead": True}],
-        "the same, looked up": [{"chain": True, "lookup": True}, {"chain": True, "ahead": True, "lookup": True}],
+        "the same, looked up": [{"chain": True, "where": there}, {"chain": True, "ahead": True, "where": there}],
     }
     print(f"4 GiB: {large / 1e12:.3f} TB/s", flush=True)
     found = []

@@ -22,7 +22,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -50,25 +50,25 @@ from moefold_kernels.reference import PackedExperts
 from moefold_kernels.triton import by_entry, by_entry_launch, configs
 
 BATCHES = 64
-WAIT = "    after_the_one_before(CHAIN)\n"
-DOWN = (f"{WAIT}    return (planes", "        tl.store(out + token.to(tl.int64) * out_row + at")
-"""Where the second kernel waits, and where it does instead: before it writes, so that no kernel overtakes two."""
-GATE_UP = (f"{WAIT}    own = tl.load", "    tl.store(out + (place_of(row)")
-WAYS = {"as it is": (), "down does not wait": (DOWN,), "neither waits": (GATE_UP, DOWN)}
+IMPORT = "import after_the_one_before, ask"
+IMPORTS = (IMPORT, f"{IMPORT}, launch_the_next, wait_for_the_one_before")
+WAIT, THERE = "    after_the_one_before(CHAIN)\n", "    launch_the_next(CHAIN)\n"
+GATE_UP, OUT = "    own = tl.load", "    tl.store(out + (place_of(row)"
+DOWN, OUTPUT = "    return (planes", "        tl.store(out + token.to(tl.int64) * out_row + at"
+"""What each kernel does behind its wait, and where it waits instead: before it writes, so that none overtakes two."""
+DOWN_GOES_ON = (WAIT + DOWN, THERE + DOWN), (OUTPUT, f"        wait_for_the_one_before(CHAIN)\n{OUTPUT}")
+BOTH_GO_ON = (*DOWN_GOES_ON, (WAIT + GATE_UP, THERE + GATE_UP), (OUT, f"    wait_for_the_one_before(CHAIN)\n{OUT}"))
+WAYS = {"as it is": (), "down does not wait": DOWN_GOES_ON, "neither waits": BOTH_GO_ON}
 
 
-def unwaiting(places: tuple[tuple[str, str], ...], folder: Path) -> ModuleType:
+def unwaiting(changes: Sequence[tuple[str, str]], folder: Path) -> ModuleType:
     """by_entry.py with other waits, as a module of its own."""
     text = Path(by_entry.__file__).read_text()
-    text = text.replace("import after_the_one_before,", "import launch_the_next, wait_for_the_one_before,")
-    text = text.replace("_one_before, ask", "_one_before, after_the_one_before, ask")
-    for before, store in places:
-        if text.count(before) != 1 or text.count(store) != 1:
-            raise SystemExit(f"by_entry.py has other waits than same_work.py knows: {before!r}, {store!r}")
-        text = text.replace(before, before.replace("after_the_one_before", "launch_the_next"))
-        indent = " " * (len(store) - len(store.lstrip()))
-        text = text.replace(store, f"{indent}wait_for_the_one_before(CHAIN)\n{store}")
-    path = folder / f"by_entry_{len(places)}.py"
+    for own, other in (IMPORTS, *changes):
+        if text.count(own) != 1:
+            raise SystemExit(f"by_entry.py has other waits than same_work.py knows: no {own!r}, or several")
+        text = text.replace(own, other)
+    path = folder / f"by_entry_{len(changes)}.py"
     path.write_text(text)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
@@ -116,7 +116,7 @@ class Measured:
         self.entries: list[dict[str, Any]] = []
 
     def add(self, units: int, way: str, module: ModuleType) -> None:
-        """Check a way and get it ready."""
+        """Get a way ready, checked if it waits."""
         drawn = self.experts, self.shape, units, self.contender.reads, self.generator
         batches = [within(*drawn) for _ in range(BATCHES)]
         entry: dict[str, Any] = {"shape": self.shape.name, "name": self.contender.name, "units": units, "way": way}
@@ -158,7 +158,7 @@ def main() -> None:
     about = {"machine_info": record.machine(device), "date": time.strftime("%Y-%m-%d"), "rounds": args.rounds}
     entries: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        modules = {way: unwaiting(places, Path(folder)) if places else by_entry for way, places in WAYS.items()}
+        modules = {way: unwaiting(changes, Path(folder)) if changes else by_entry for way, changes in WAYS.items()}
         for text in args.shapes:
             shape = find("shape", text, SHAPES)
             for name in args.contenders.split(","):

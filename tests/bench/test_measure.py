@@ -205,7 +205,8 @@ READING = """
 import torch
 from moefold_kernels.bench.reading import reader
 x = torch.randint(1000, (8 * 256,), dtype=torch.int32)  # the interpreter refuses to overflow
-for how in ({}, {"ahead": True}, {"lookup": True}, {"ahead": True, "lookup": True}):
+zero = torch.zeros(1, dtype=torch.int32)
+for how in ({}, {"ahead": True}, {"where": zero}, {"ahead": True, "where": zero}):
     for programs in (3, 11):  # more than there are tiles
         print(int(reader(256, 4, programs, **how)(x).sum(dtype=torch.int32)) == int(x.sum(dtype=torch.int32)))
 """

@@ -23,15 +23,15 @@ HERE = Path(__file__).parent
 
 @pytest.mark.parametrize(("way", "fewer"), [("down does not wait", 1), ("neither waits", 2)])
 def test_a_way_waits_before_it_writes_instead_of_before_it_reads(way, fewer, tmp_path):
-    own, text = Path(by_entry.__file__).read_text(), same_work.unwaiting(same_work.WAYS[way], tmp_path)
-    other = Path(text.__file__).read_text()
+    module = same_work.unwaiting(same_work.WAYS[way], tmp_path)
+    own, other = Path(by_entry.__file__).read_text(), Path(module.__file__).read_text()
     calls = [(one.count("after_the_one_before(CHAIN)"), one.count("launch_the_next(CHAIN)")) for one in (own, other)]
     assert calls == [(2, 0), (2 - fewer, fewer)]
     lines = other.splitlines()
     waits = [at for at, line in enumerate(lines) if line.strip() == "wait_for_the_one_before(CHAIN)"]
     assert len(waits) == fewer
     assert all(lines[at + 1].lstrip().startswith("tl.store(out") for at in waits)
-    assert text.gate_up is not by_entry.gate_up
+    assert module.gate_up is not by_entry.gate_up
 
 
 def test_other_waits_are_not_left_out_silently(tmp_path):

@@ -18,7 +18,7 @@ PROGRAMS = (4, 8, 16)  # per multiprocessor
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _read(  # type: ignore[no-untyped-def]  # Triton's language has no types
-    source, sums, where, count, BLOCK: tl.constexpr, CHAIN: tl.constexpr, AHEAD: tl.constexpr, LOOKUP: tl.constexpr
+    source, sums, where, count, BLOCK: tl.constexpr, CHAIN: tl.constexpr, AHEAD: tl.constexpr
 ):
     program = tl.program_id(0)
     begin, step = program * BLOCK, tl.num_programs(0) * BLOCK
@@ -27,7 +27,7 @@ def _read(  # type: ignore[no-untyped-def]  # Triton's language has no types
         total += tl.load(source + begin + tl.arange(0, BLOCK), mask=begin < count, other=0)
         begin += step
     after_the_one_before(CHAIN)
-    if LOOKUP:
+    if where is not None:
         source += tl.multiple_of(tl.load(where), BLOCK)
     for start in range(begin, count, step):
         total += tl.load(source + start + tl.arange(0, BLOCK))
@@ -42,25 +42,20 @@ def readers(processors: int) -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 def reader(
-    block: int, warps: int, programs: int, chain: bool = False, ahead: bool = False, lookup: bool = False
+    block: int, warps: int, programs: int, chain: bool = False, ahead: bool = False, where: Tensor | None = None
 ) -> Callable[[Tensor], Tensor]:
     """One of them; with `chain` a launch may begin while the one before ends, and reads once that has ended.
 
-    `ahead`: it has each program's first tile read before that. `lookup`: where the others lie is itself read first,
-    once the one before has ended, as experts' words lie where an index says.
+    `ahead`: it has each program's first tile read before that. `where` ([1] int32, a number of whole tiles): how much
+    further on the others lie, which is itself read first, once the one before has ended, as an index is.
     """
-
-    zero: dict[torch.device, Tensor] = {}  # what is looked up: tiles lie where they would without it
 
     def read(source: Tensor) -> Tensor:
         sums = torch.empty(programs, dtype=torch.int32, device=source.device)
-        options: dict[str, Any] = {"BLOCK": block, "CHAIN": chain, "AHEAD": ahead, "LOOKUP": lookup}
-        options["num_warps"] = warps
+        options: dict[str, Any] = {"BLOCK": block, "CHAIN": chain, "AHEAD": ahead, "num_warps": warps}
         if chain:
             options["launch_pdl"] = True
-        if source.device not in zero:  # the first call, before anything is captured
-            zero[source.device] = torch.zeros(1, dtype=torch.int32, device=source.device)
-        _read[(programs,)](source, sums, zero[source.device], source.numel(), **options)
+        _read[(programs,)](source, sums, where, source.numel(), **options)
         return sums
 
     return read

@@ -10,7 +10,7 @@ with them, in two waves, and with 128 a layer's all run at once (docs/kernels.md
 
 What is under way has PLACES, by which loops are unrolled, so that registers that were read are loaded anew and nothing
 is moved. Of gate and up a place has the token's values, too. Words are read to be forgotten (cells.py); what says where
-they are is to be kept, as a program has nothing to do until it has its index, on some processors for 1.3 to 1.9 us.
+they are is to be kept, as a program has nothing to do until it has its index, one in a hundred for 1.3 to 1.9 us.
 Masks are of each cell: with one for all cells, where rows are whole steps, down took 1 to 5 us more, and why was not
 found (docs/kernels.md).
 """

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import silu
 
 from moefold_kernels import reference
-from moefold_kernels.bench import CONTENDERS, TINY, Bench, Case, Contender, ahead, record, results, timing
+from moefold_kernels.bench import CONTENDERS, TINY, Bench, Case, Contender, ahead, ceilings, record, results, timing
 from moefold_kernels.bench.correctness import poisoned
 from moefold_kernels.errors import BenchmarkError, WrongResultError
 
@@ -74,10 +74,39 @@ def test_a_right_kernel_is_timed_and_described(bench):
     assert info["experts_hit"] >= info["pairs_hit"]
     assert info["bytes"] == info["pairs_hit"] * (3 * 64 * 96 * 2)
     assert info["flops"] == 5 * 2 * 3 * 2 * 64 * 96
+    assert 0 < info["amax_bandwidth"] <= info["read_bandwidth"]
     assert info["floor"] == max(info["bytes"] / info["read_bandwidth"], info["flops"] / info["matmul_rate"])
     assert 0 < info["error"] < 1e-2
     dense = Contender("d", "experts", right, lambda device: (True, ""))
     assert bench.prepare(CASE, dense).info["bytes"] == info["experts_hit"] * (3 * 64 * 96 * 2)
+
+
+def test_what_the_device_reaches_is_measured_before_a_contender_runs(monkeypatch):
+    """Behind a large product a GPU's clock is held down; ceilings.py rests, so nothing may come between that and it."""
+    order = []
+    measure = ceilings.measure
+    monkeypatch.setattr(ceilings, "measure", lambda device: order.append("ceilings") or measure(device))
+    bench = Bench(torch.device("cpu"), batches=1)
+    for _ in range(2):
+        prepared = bench.prepare(CASE, pretended(lambda out, _: order.append("layer") or out))
+        record.measure(prepared, 2)
+    assert order[0] == "ceilings"
+    assert order.count("ceilings") == 1
+    assert order.count("layer") > 4
+
+
+def test_a_gpu_rests_behind_the_product(monkeypatch):
+    order = []
+    monkeypatch.setattr(ceilings, "_seconds", lambda *_: order.append("measured") or 1.0)
+    monkeypatch.setattr(ceilings, "_readers", lambda device: [])
+    monkeypatch.setattr(ceilings.time, "sleep", lambda seconds: order.append(seconds))
+    draw = {name: getattr(torch, name) for name in ("randint", "randn")}
+    monkeypatch.setattr(torch, "randint", lambda *args, **_: draw["randint"](0, 2, (8,), dtype=torch.int32))
+    monkeypatch.setattr(torch, "randn", lambda *args, **_: draw["randn"](2, 2))
+    ceilings.measure(torch.device("cuda"))
+    assert order == ["measured", "measured", ceilings.REST]
+    ceilings.measure(torch.device("cpu"))
+    assert order[3:] == ["measured", "measured"]
 
 
 @pytest.mark.parametrize(("tokens", "batches"), [(1, 64), (5, 13), (8, 8), (100, 8)])

@@ -31,7 +31,7 @@ def pretended(monkeypatch, tmp_path):
     monkeypatch.setattr(search, "candidates", lambda shape, room, before: ([before.first, new], [before.second, new]))
     monkeypatch.setattr(configs, "choose", lambda shape, device: configs.Plan(old, old))
     monkeypatch.setattr(search.Search, "_error", lambda self, plan: 0.001)
-    monkeypatch.setattr(tune.ceilings, "measure", lambda device: tune.ceilings.Ceilings(1e12, 1e15))
+    monkeypatch.setattr(tune.ceilings, "measure", lambda device: tune.ceilings.Ceilings(1e12, 1e15, 1e12))
     monkeypatch.setattr(tune, "Tuner", functools.partial(tune.Tuner, timer=timer))
     return tmp_path
 

@@ -82,6 +82,7 @@ class Bench:
         able, reason = contender.can(self.device)
         if not able:
             raise BenchmarkError(f"{contender.name} cannot run on {self.device}: {reason}")
+        _ = self.ceilings  # before anything is timed, as a GPU has to rest behind them
         work = self._work(case, contender.format)
         call = self._forward(case.shape, contender)
         name = f"{case.name}-{contender.name}"
@@ -138,6 +139,7 @@ class Bench:
             "flops": case.flops,
             "read_bandwidth": self.ceilings.read_bandwidth,
             "matmul_rate": self.ceilings.matmul_rate,
+            "amax_bandwidth": self.ceilings.amax_bandwidth,
             "floor": self.ceilings.floor(read, case.flops),
             "bound": self.ceilings.bound(read, case.flops),
             "error": error,

@@ -12,7 +12,7 @@ What is under way has PLACES, by which loops are unrolled, so that registers tha
 is moved. Of gate and up a place has the token's values, too. Words are read to be forgotten (cells.py); what says where
 they are is to be kept, as a program has nothing to do until it has its index, one in a hundred for 1.3 to 1.9 us.
 Masks are of each cell: with one for all cells, where rows are whole steps, down took 1 to 5 us more, and why was not
-found (docs/kernels.md).
+found (docs/kernel-log.md).
 """
 
 # mypy: disable-error-code="assignment, var-annotated"

@@ -32,7 +32,7 @@ CHOICES = 8
 LARGEST = 2**31
 """Cells of a unit's matrix, whose offsets are 32 bits."""
 COMPILED = "--register-usage-level=6"
-"""For ptxas, of 16 bits: one above what it does unasked. Fewer instructions, up to 2 % less time (docs/kernels.md)."""
+"""For ptxas, of 16 bits: one above what it does unasked. Up to 2 % less time (docs/kernel-log.md)."""
 PER_CELL = layout_pairs.WORD // layout_pairs.NIBBLE
 """Weights of a cell in few bits."""
 

@@ -8,7 +8,7 @@ rounded to bf16 first, as the definition has it: for random ones that is 1.7e-3 
 
 A step is 256 columns, or 128 (e4m3_stage.py). Products of a group run, their sums are waited for and added to the
 totals, and the next products start. The next group's decoding stands before that wait, but ptxas moves it behind, where
-it is faster, too (docs/kernels.md): what runs beside products is other warps' decoding.
+it is faster, too (docs/kernel-log.md): what runs beside products is other warps' decoding.
 
 Activations are written as bfloat16, which another kernel makes terms of, with a factor for each split of down; for few
 tokens (plans.ROUNDED) as terms, with a factor for each group, by which sums are multiplied, too.
@@ -68,7 +68,7 @@ from moefold_kernels.triton.overlapped import (
 
 EARLY = gl.constexpr(32)
 """Tokens from which on what the last lines need of entries is asked for before the products: it takes 2 to 18
-registers, which otherwise are worth more (docs/kernels.md)."""
+registers, which otherwise are worth more (docs/kernel-log.md)."""
 TABLE, CODES, FACTOR = (gl.constexpr(number) for number in (INTEGERS, E4M3, 24))
 """Integers of a matrix in `levels`; where those for this file begin; and the factor among them (levels.e4m3_table)."""
 

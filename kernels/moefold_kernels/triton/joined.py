@@ -4,7 +4,7 @@ A kernel loses about 15 microseconds to its start and its end, when its programs
 programs of the down projection come behind those of the first in one grid, and take the places of those that end. Such
 a program waits until all blocks of rows of its tile have been written (`ready` counts them), and meanwhile asks for its
 words. There is one loop, with its pointers chosen before it, because two would cost registers and shared memory
-(docs/kernels.md, "Traps found"); so blocks of both projections have the same height, twice ROWS.
+(docs/kernels.md, "Rules that kernels keep"); so blocks of both projections have the same height, twice ROWS.
 
 Programs start in the order of their numbers (single-pass scans rely on that, too), and those of the first projection
 wait for no other: so there is always one that gets on.

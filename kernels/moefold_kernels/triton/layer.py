@@ -57,7 +57,7 @@ H200's. They are read again when far more words than L2 holds have been read. Re
 by the batch, some would have kernels compiled anew."""
 SUMMED = 256
 """Columns that a warp sums, 8 a thread: with fewer, warps share a column's sum through shared memory, and the layer
-takes 8 us more (docs/kernels.md)."""
+takes 8 us more (docs/kernel-log.md)."""
 SHORTEST = 1024
 """Columns of a row that routing's kernels rewrite, at least: four or more for each of their threads."""
 LEVELED = 2.0**-32

@@ -19,7 +19,7 @@ share a register: they are neighbours among columns (layout_pairs.ORDER).
 Eight positions take 17 (pair4) and 18 (the others) integer instructions for one slot, 25 (pair4, pair8) and 26 for
 both, and four multiplications a slot (pair8 four more for both). Looked up and masked for each slot, both took pair8
 30. Four positions at a time, of words that all four threads of a row had to read, took 20 to 44, and 4 to 16
-multiplications (docs/kernels.md).
+multiplications (docs/kernel-log.md).
 """
 
 from __future__ import annotations

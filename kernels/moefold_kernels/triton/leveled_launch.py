@@ -106,7 +106,7 @@ def in_turn(tile: Tile, rows: int, columns: int, part: int, step: int = STEP) ->
 def apart(tokens: int, warps: int, paired: bool, x: Tensor) -> bool:
     """Whether warps apart copy tokens, rows of `x` which they find by 32 bits, for a tile.
 
-    They do where a multiprocessor holds but one program, and where it was measured to help (docs/kernels.md).
+    They do where a multiprocessor holds but one program, and where it was measured to help (docs/kernel-log.md).
     """
     return tokens >= MANY and warps == 8 and not paired and x.shape[0] * x.stride(0) <= LARGEST
 

@@ -143,7 +143,7 @@ class Tile:
     def unstreamed(self) -> Tile:
         """The tile itself, or for one of streamed.py what does the same of one projection, of as many programs' size.
 
-        As those were that had been measured before (docs/kernels.md): of four warps, and 16 extra entries, if any.
+        As those were that had been measured before (docs/kernel-log.md): of four warps, and 16 extra entries, if any.
         """
         if self.mode != STREAMED:
             return self
@@ -205,7 +205,7 @@ class Plan:
         """With terms: whether rows between the projections are bfloat16 first, and a factor is for a split of them.
 
         Down's sums of a group then take one multiplication instead of two. For fewer tokens the kernel that makes the
-        terms takes longer than that (docs/kernels.md), so the first projection does, with a factor for each group.
+        terms takes longer than that (docs/kernel-log.md), so the first projection does, with a factor for each group.
         """
         return bool(self.second.terms) and self.second.tokens >= ROUNDED
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import warnings
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -26,7 +27,15 @@ def arm() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("moefold_kernels.transformers")
+    """Tell transformers of the formats; a transformers that lacks what that takes goes on without, and is told so."""
+    try:
+        importlib.import_module("moefold_kernels.transformers")
+    except ImportError as error:
+        warnings.warn(
+            f"packed checkpoints cannot be loaded by this transformers ({error}): it takes transformers 5.17 or later "
+            "and safetensors",
+            stacklevel=2,
+        )
 
 
 class _Waiting(MetaPathFinder):

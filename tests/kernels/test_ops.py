@@ -22,6 +22,27 @@ def made(device):
     return operands(layer.to(device)), [t.to(device) for t in arguments], expected(layer, *arguments)
 
 
+def by_columns(matrices):
+    """The same values, as gpt-oss keeps weights: a column's numbers side by side."""
+    return matrices.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def spread(tensor):
+    """The same values, with as much between any two."""
+    return torch.stack([tensor, tensor * 0], dim=-1)[..., 0]
+
+
+def test_rows_and_units_may_lie_as_they_like(made):
+    given, arguments, right = made
+    wider = {}
+    for name in ("gate_up_packed", "down_packed", "gate_up_dense", "down_dense"):
+        matrices = getattr(given, name)
+        unit, rows, columns = matrices.shape
+        held = matrices.new_ones(unit + 1, rows + 2, columns + 6)
+        wider[name] = held[1:, 1 : rows + 1, :columns].copy_(matrices)
+    assert_near(torch.ops.moefold.experts(*arguments, *given._replace(**wider), *SILU, torch.float32), right)
+
+
 def test_torch_checks_them(made):
     given, (x, index, weights), _ = made
     library.opcheck(ops.experts, (x, index, weights, *given, *SILU, torch.float32))
@@ -88,6 +109,15 @@ def test_no_gradient(made):
         (lambda a: a | {"down_bias": None}, "biases are those of both projections"),
         (lambda a: a | {"gate_up_packed": None, "gate_up_dense": None}, "a layer needs gate_up and down"),
         (lambda a: a | {"activation": "gelu"}, "activation 'gelu': write one of silu, clamped"),
+        *(
+            (
+                lambda a, name=name: a | {name: by_columns(a[name])},
+                rf"{name} has strides .*: give {name}.contiguous\(\)",
+            )
+            for name in ("gate_up_packed", "down_packed", "gate_up_dense", "down_dense")
+        ),
+        (lambda a: a | {"places": spread(a["places"])}, r"places has strides \(2,\): give places.contiguous\(\)"),
+        (lambda a: a | {"placed": spread(a["placed"])}, r"placed has strides \(2,\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(made, change, message):

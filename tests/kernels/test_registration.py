@@ -51,6 +51,33 @@ def test_transformers_is_not_imported_before_it_is_used() -> None:
     assert python(f"{code}; print('transformers' in sys.modules)") == "False"
 
 
+@pytest.mark.parametrize(
+    ("imports", "lacks"),
+    [
+        ("import moefold_kernels; sys.modules['moefold_kernels.finding'] = None", "moefold_kernels.finding"),
+        (
+            "from transformers.integrations import moe; import transformers.modeling_utils; "
+            "del moe.ALL_EXPERTS_FUNCTIONS; import moefold_kernels",
+            "ALL_EXPERTS_FUNCTIONS",
+        ),
+    ],
+)
+def test_a_transformers_that_does_not_fit_works_as_without_us(imports: str, lacks: str) -> None:
+    """Something is missing, as in an older one: a server that takes the kernels alone must not fail to start."""
+    code = (
+        "import sys, warnings\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    warnings.simplefilter('always')\n"
+        f"    {imports}\n"
+        "    import transformers.modeling_utils\n"
+        "print(*(str(w.message) for w in said if 'packed checkpoints' in str(w.message)), sep='; ')"
+    )
+    said = python(code)
+    assert said.startswith("packed checkpoints cannot be loaded by this transformers (")
+    assert lacks in said
+    assert said.endswith("it takes transformers 5.17 or later and safetensors")
+
+
 def test_the_module_is_left_as_others_find_it() -> None:
     code = (
         "import sys, moefold_kernels\n"

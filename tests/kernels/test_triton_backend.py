@@ -9,7 +9,7 @@ import torch
 from layers import assert_near, batch, expected, random_layer
 from torch.nn import functional as F
 
-from moefold_kernels import Need, ask, builtin, choose, reference
+from moefold_kernels import FormatError, Need, ask, builtin, choose, reference
 from moefold_kernels.activation import silu
 from moefold_kernels.triton.backend import Triton
 
@@ -83,3 +83,20 @@ def test_it_does_what_the_reference_does(activate, device):
     assert_near(found, expected(layer, *arguments, activate), fused=activate is silu)
     words = layer.packed.words["up_proj"].to(device)
     assert torch.equal(backend.decode(words, 123, 1), reference.decode(words, 123, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("down_proj", lambda m: m.transpose(1, 2).contiguous().transpose(1, 2), "down_proj has strides .*contiguous"),
+        ("up_proj", lambda m: torch.cat([m, m], dim=2)[:, :, : m.shape[2]], "gate_proj and up_proj have strides"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["words", "dense"])
+def test_matrices_that_it_would_misread_are_refused(kind, name, change, message, device):
+    packed = random_layer(7, 40, 24, 1).to(device).packed
+    matrices = getattr(packed, kind)
+    odd = replace(packed, **{kind: matrices | {name: change(matrices[name])}})
+    arguments = [t.to(device) for t in batch(6, 40, 2, 7)]
+    with pytest.raises(FormatError, match=message):
+        Triton(interpret=device.type == "cpu").experts(odd, *arguments, silu)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moefold_kernels import activation, layout, layout_pairs, reference
 from moefold_kernels.backend import Need
+from moefold_kernels.errors import FormatError
 from moefold_kernels.levels import coded as levels_coded
 from moefold_kernels.levels import layer_tables
 from moefold_kernels.places import tables
@@ -138,10 +139,15 @@ def leveled(packed: LeveledExperts) -> Leveled:
 
 
 def _projections(matrices: Mapping[str, Tensor], packed: PackedExperts) -> Projections | None:
-    from moefold_kernels.triton.weights import Projections
+    from moefold_kernels.triton.weights import Projections, in_rows
 
     if not matrices or not len(matrices["down_proj"]):
         return None
+    for name, matrix in matrices.items():
+        in_rows(name, matrix)
+    strides = [matrices[name].stride() for name in ("gate_proj", "up_proj") if name in matrices]
+    if len(set(strides)) > 1:
+        raise FormatError(f"gate_proj and up_proj have strides {strides}, and the kernels want them alike")
     top = packed.window or dict.fromkeys(("up_proj", "down_proj"), 127)  # experts alone have none
     tops = (top.get("gate_proj", top["up_proj"]), top["up_proj"], top["down_proj"])
     return Projections(matrices.get("gate_proj"), matrices["up_proj"], matrices["down_proj"], tops)

@@ -11,7 +11,7 @@ from torch import Tensor
 from moefold_kernels import layout, layout_pairs
 from moefold_kernels.errors import FormatError
 from moefold_kernels.levels import INTEGERS
-from moefold_kernels.triton.weights import Biases, Leveled, Planes, Projections, Weights, contiguous
+from moefold_kernels.triton.weights import Biases, Leveled, Planes, Projections, Weights, contiguous, in_rows
 
 INDICES = (torch.int32, torch.int64)
 
@@ -62,7 +62,7 @@ def check(
     top_k_weights: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> None:
-    """Raise FormatError unless everything fits; looks at shapes and types only."""
+    """Raise FormatError unless everything fits; looks at shapes, strides and types only."""
     outer, inner = sizes(operands)
     wide = (2 if operands.gated else 1) * inner
     n_experts = len(operands.places)
@@ -92,6 +92,12 @@ def check(
                 f"words are int16 and tables of places int32 (in few-bit formats words are int32, scales int16); one "
                 f"of them is {_is(bad[0])}"
             )
+    for name in ("gate_up_dense", "down_dense", *(() if few else ("gate_up_packed", "down_packed"))):
+        if (matrices := getattr(operands, name)) is not None:
+            in_rows(name, matrices)
+    for name in ("places", "placed", "levels"):
+        if (table := getattr(operands, name)) is not None and not table.is_contiguous():
+            raise FormatError(f"{name} has strides {tuple(table.stride())}: give {name}.contiguous()")
     if (operands.gate_up_bias is None) != (operands.down_bias is None):
         raise FormatError("biases are those of both projections, or none")
     if 2 * _length(operands.gate_up_packed) + _length(operands.gate_up_dense) != n_experts:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from moefold_kernels import layout
+from moefold_kernels.errors import FormatError
 
 
 class Projections(NamedTuple):
@@ -98,6 +99,19 @@ class Weights:
         found = self.packed or self.alone
         assert found is not None
         return found
+
+
+def in_rows(name: str, matrices: Tensor) -> Tensor:
+    """The same matrices [unit, row, column]; FormatError unless a row's numbers lie side by side.
+
+    Units and rows may lie as they like. It is not copied, as every call would do so with all of a layer's weights.
+    """
+    if matrices.shape[2] > 1 and matrices.stride(2) != 1 and matrices.numel():
+        raise FormatError(
+            f"{name} has strides {tuple(matrices.stride())}, and the kernels read rows whose numbers lie side by side "
+            f"(a last stride of 1): give {name}.contiguous(), once"
+        )
+    return matrices
 
 
 def units(matrices: Projections | Leveled) -> Tensor:

@@ -136,7 +136,7 @@ def measure(bench: Bench, cell: Cell, given: Given, rounds: int) -> list[dict[st
         shipped = chosen == configs.choose(ahead.of_shape(cell.shape, cell.tokens, CONTENDERS[name]), bench.device)
         found.append(
             {"shape": cell.shape.name, "tokens": cell.tokens, "name": name, "plan": str(chosen), "chosen": shipped}
-            | {"error": max(error, prepared.info["error"]), "floor": prepared.info["floor"]}
+            | {"error": prepared.info["error"], "skewed": error, "floor": prepared.info["floor"]}
         )
     turns = [[one.rounds() for one in made] for _ in range(rounds)]
     for info, times in zip(found, zip(*turns, strict=True), strict=True):
@@ -152,7 +152,8 @@ def told(info: dict[str, Any], first: dict[str, Any]) -> str:
     return (
         f"{info['shape']} {info['tokens']:5} {info['name']:8} {us:7.1f} us ({info['burst']:.1f}), "
         f"{first['us'] / us:.3f} ({first['burst'] / info['burst']:.3f}), {info['floor'] * 1e6 / us:.0%} of its floor"
-        f"{against}, error {info['error']:.1e}{', chosen' if info['chosen'] else ''}: {info['plan']}"
+        f"{against}, error {info['error']:.1e}, skewed {info['skewed']:.1e}"
+        f"{', chosen' if info['chosen'] else ''}: {info['plan']}"
     )
 
 

@@ -5,12 +5,14 @@
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     compute-sanitizer --tool memcheck --error-exitcode 9 python tests/bench/sanitized.py
 
-and again with `--tool synccheck` or `racecheck`. Of few bits, planes lie in bands in one shape, in another those of
-down in rows (then as in the ragged one plain kernels take them); tokens of the long one are rewritten by routing's.
+and again with `--tool synccheck` or `racecheck`; `--part 2/8` is the second of eight parts, for as many processes.
+Of few bits, planes lie in bands in one shape, in another those of down in rows (then as in the ragged one plain kernels
+take them); tokens of the long one are rewritten by routing's.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import NamedTuple
 
@@ -64,9 +66,14 @@ LOOKS = (
 
 def main() -> int:
     """Run all; how many were wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--part", default="1/1")
+    args = parser.parse_args()
+    part, parts = map(int, args.part.split("/"))
     device, wrong = torch.device("cuda"), 0
-    every = [(look, shape, name) for look in LOOKS for shape in look.shapes for name in look.names]
-    if "--compile" in sys.argv[1:]:
+    every = [(look, shape, name) for look in LOOKS for shape in look.shapes for name in look.names][part - 1 :: parts]
+    if args.compile:
         given = ((shape, one.tokens, CONTENDERS[name], plan(one.plan)) for one, shape, name in every)
         for job, why in ahead.compile_plans(given, device).refused.items():
             print(f"cannot be compiled: {job.shape.name}, {job.format}: {job.plan}: {why}", flush=True)

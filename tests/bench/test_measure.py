@@ -213,9 +213,25 @@ def test_a_written_run_is_read_by_us_and_by_pytest_benchmark(bench, tmp_path):
     assert run.versions["torch"] == torch.__version__
     written = json.loads((tmp_path / "run.json").read_text())
     assert written["machine_info"]["node"] == ""
+    assert written["machine_info"]["kernels"] == record.digest()
     tool = [sys.executable, "-m", "pytest_benchmark", "compare", str(tmp_path / "run.json")]
     done = subprocess.run(tool, capture_output=True, text=True, cwd=tmp_path)
     assert "tiny-5-balanced-grouped_mm" in done.stdout, done.stderr
+
+
+def test_the_digest_is_of_every_file(monkeypatch, tmp_path):
+    (tmp_path / "tables").mkdir()
+    for name in ("a.py", "tables/b.json", "c.txt"):
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(record, "PACKAGE", tmp_path)
+    found = {record.digest()}
+    (tmp_path / "c.txt").write_text("2")  # neither code nor a table
+    assert {record.digest()} == found
+    for name in ("a.py", "tables/b.json"):
+        (tmp_path / name).write_text("2")
+        found.add(record.digest())
+    (tmp_path / "a.py").rename(tmp_path / "d.py")
+    assert len(found | {record.digest()}) == 4
 
 
 def test_statistics_are_those_of_pytest_benchmark():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -79,5 +80,43 @@ def test_importing_the_package_needs_torch_only():
         capture_output=True,
         text=True,
         check=False,
+    )
+    assert result.stdout.strip() == "ok", result.stderr
+
+
+ALONE = """
+import sys
+
+class Refusing:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in BANNED:
+            raise ModuleNotFoundError(f"{name} is not there", name=name)
+
+sys.meta_path.insert(0, Refusing())
+
+import torch
+from layers import assert_near, batch, operands, random_layer
+from moefold_kernels import reference
+from moefold_kernels.activation import silu
+from moefold_kernels.triton import ops
+
+layer, arguments = random_layer(5, 64, 32, 1), batch(4, 64, 2, 5)
+found = torch.ops.moefold.experts(*arguments, *operands(layer), "silu", 0.0, 0.0, torch.float32)
+assert_near(found, reference.experts(layer.packed, *arguments, silu))
+print(*sorted(BANNED & {name.partition(".")[0] for name in sys.modules}), "ok")
+"""
+
+
+def test_a_layer_needs_torch_and_triton_only():
+    pytest.importorskip("triton", reason="needs triton")
+    banned = {"transformers", "safetensors", "pluggy", "pydantic", "accelerate", "typer", "rich"}
+    banned |= {"moefold", "moefold_plugins"}
+    result = subprocess.run(
+        [sys.executable, "-c", f"BANNED = {banned!r}\n{ALONE}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(PACKAGE.parent)},
     )
     assert result.stdout.strip() == "ok", result.stderr

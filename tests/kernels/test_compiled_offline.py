@@ -71,10 +71,51 @@ for arch, mode, low, bands in (
             ASTSource, function, given | planes | dict(MODE=mode.value, LOW=low, BANDS=bands), words, arch, num_warps=4,
             num_stages=2,
         )
-for columns in (32, 1024):
-    sums = dict(SPLITS=1, TOP_K=8, COLUMNS=columns, CHAIN=True)
-    types = dict(parts="*bf16", index="*i64")
-    build(ASTSource, project.combine, sums, types, 90, num_warps=max(1, columns // 256), launch_pdl=True)
+for arch, columns in ((80, 512), (90, 32), (90, 1024)):
+    sums = dict(SPLITS=1, TOP_K=8, COLUMNS=columns, CHAIN=arch == 90)
+    types, more = dict(parts="*bf16", index="*i64"), dict(launch_pdl=True) if arch == 90 else {}
+    build(ASTSource, project.combine, sums, types, arch, num_warps=max(1, columns // 256), **more)
+"""
+
+JOINED = """
+from moefold_kernels.triton import joined, project
+
+WHOLE += ("down_unit", "down_row")
+FLOATS += ("down_shift",)
+POINTERS |= {name: "*bf16" for name in ("between", "parts", "bias", "down_bias")}
+POINTERS |= {"words": "*i16", "down": "*i16", "ready": "*i32"}
+given = dict(COLUMNS=32, TOKENS=16, GROUP=2, ACTIVATION=1, ASM=True, UPCAST=False, LINES=1, KEEP=True)
+for arch, mode, rows, extra in ((80, project.PAIR, 32, 0), (80, project.SLOT, 64, 16), (90, project.PAIR, 32, 16)):
+    cut = given | dict(MODE=mode.value, ROWS=rows, EXTRA=extra, CHAIN=arch == 90, GUESS=arch == 90)
+    cut |= {} if extra else dict(bias=None, down_bias=None)
+    more = dict(launch_pdl=True) if arch == 90 else {}
+    build(ASTSource, joined.project, cut, {}, arch, num_warps=4, num_stages=3, **more)
+"""
+
+MERGING = """
+from dataclasses import asdict
+from moefold_kernels import layout
+from moefold_kernels.triton import columns, pack
+
+WHOLE += ("rows", "columns", "expert_stride", "row_stride", "target_stride", "whole_stride", "scale_stride")
+FLOATS += ("threshold", "smallest", "largest")
+POINTERS |= {name: "*i64" for name in ("top", "counts", "pairs", "experts")}
+POINTERS |= {name: "*fp32" for name in ("target", "whole", "read", "follow", "cost", "weight", "scales", "bounds")}
+POINTERS |= {"words": "*i16", "norms": "*fp32", "levels": "*fp32"}
+for arch, function, block, kind in (
+    (80, pack._pack, pack.PACK_BLOCKS[0], "*i16"), (80, pack._pack, pack.PACK_BLOCKS[1], "*fp32"),
+    (90, pack._pack, pack.PACK_BLOCKS[0], "*i16"), (80, pack._largest, pack.LARGEST_BLOCKS[0], "*i16"),
+    (90, pack._largest, pack.LARGEST_BLOCKS[0], "*fp32"),
+):
+    given = {name.upper(): value for name, value in asdict(block).items()}
+    given |= dict(VECTOR=pack.VECTOR, WINDOW=layout.WINDOW, column_stride=1)
+    build(
+        ASTSource, function, given, dict(weights=kind), arch, num_warps=block.warps, num_stages=block.stages,
+        maxnreg=block.registers, enable_fp_fusion=False,
+    )
+for arch, levels in ((80, 0), (80, 8), (90, 32)):
+    given = dict(LEVELS=levels, STRIP=columns.STRIP, ROWS=columns.ROWS)
+    build(ASTSource, columns._code, given, {}, arch, num_warps=columns.WARPS)
 """
 
 ENTRY = """
@@ -160,8 +201,8 @@ for biases, tokens, extra, columns, places in (
 
 @pytest.mark.parametrize(
     ("code", "count"),
-    [(PLAIN, 14), (ENTRY, 9), (SORTING, 9), (HOPPER, 17)],
-    ids=["plain", "by entry", "sorting", "Hopper's"],
+    [(PLAIN, 15), (JOINED, 3), (ENTRY, 9), (SORTING, 9), (MERGING, 8), (HOPPER, 17)],
+    ids=["plain", "joined", "by entry", "sorting", "merging", "Hopper's"],
 )
 def test_kernels_compile_without_a_gpu(code, count, tmp_path):
     if code is HOPPER:

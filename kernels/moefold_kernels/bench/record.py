@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -13,17 +14,32 @@ from typing import Any
 
 import torch
 
+import moefold_kernels
 from moefold_kernels.bench import kernel
 from moefold_kernels.bench.measure import Prepared
 
+PACKAGE = Path(moefold_kernels.__file__).parent
 _LIBRARIES = ("moefold", "torch", "triton", "transformers")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Our part of `machine_info`: the device's name and the versions; it is published, so no name of the host."""
+    """Our part of `machine_info`: the device's name, the versions, and the kernels' digest.
+
+    It is published, so no name of the host.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU"
     name += ", Triton interpreted" if kernel.interpreted() else ""
-    return {"node": "", "release": "", "device": name, "versions": {"python": platform.python_version()} | _versions()}
+    versions = {"python": platform.python_version()} | _versions()
+    return {"node": "", "release": "", "device": name, "versions": versions, "kernels": digest()}
+
+
+def digest() -> str:
+    """Of the package's files, which says of a run whether it was of the kernels that somebody has before them."""
+    files = sorted(file for file in PACKAGE.rglob("*") if file.suffix in {".py", ".json"})
+    found = hashlib.sha256()
+    for file in files:
+        found.update(f"{file.relative_to(PACKAGE).as_posix()}\n".encode() + file.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _versions() -> dict[str, str]:

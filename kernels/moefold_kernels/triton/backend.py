@@ -139,12 +139,12 @@ def leveled(packed: LeveledExperts) -> Leveled:
 
 
 def _projections(matrices: Mapping[str, Tensor], packed: PackedExperts) -> Projections | None:
-    from moefold_kernels.triton.weights import Projections, in_rows
+    from moefold_kernels.triton.weights import Projections, check_rows
 
     if not matrices or not len(matrices["down_proj"]):
         return None
     for name, matrix in matrices.items():
-        in_rows(name, matrix)
+        check_rows(name, matrix)
     strides = [matrices[name].stride() for name in ("gate_proj", "up_proj") if name in matrices]
     if len(set(strides)) > 1:
         raise FormatError(f"gate_proj and up_proj have strides {strides}, and the kernels want them alike")

@@ -11,7 +11,7 @@ from torch import Tensor
 from moefold_kernels import layout, layout_pairs
 from moefold_kernels.errors import FormatError
 from moefold_kernels.levels import INTEGERS
-from moefold_kernels.triton.weights import Biases, Leveled, Planes, Projections, Weights, contiguous, in_rows
+from moefold_kernels.triton.weights import Biases, Leveled, Planes, Projections, Weights, check_rows, contiguous
 
 INDICES = (torch.int32, torch.int64)
 
@@ -94,7 +94,7 @@ def check(
             )
     for name in ("gate_up_dense", "down_dense", *(() if few else ("gate_up_packed", "down_packed"))):
         if (matrices := getattr(operands, name)) is not None:
-            in_rows(name, matrices)
+            check_rows(name, matrices)
     for name in ("places", "placed", "levels"):
         if (table := getattr(operands, name)) is not None and not table.is_contiguous():
             raise FormatError(f"{name} has strides {tuple(table.stride())}: give {name}.contiguous()")

@@ -101,17 +101,16 @@ class Weights:
         return found
 
 
-def in_rows(name: str, matrices: Tensor) -> Tensor:
-    """The same matrices [unit, row, column]; FormatError unless a row's numbers lie side by side.
+def check_rows(name: str, matrices: Tensor) -> None:
+    """Raise FormatError unless the numbers of a row of matrices [unit, row, column] lie side by side.
 
-    Units and rows may lie as they like. It is not copied, as every call would do so with all of a layer's weights.
+    Units and rows may lie as they like. Nothing is copied, as every call would do so with all of a layer's weights.
     """
     if matrices.shape[2] > 1 and matrices.stride(2) != 1 and matrices.numel():
         raise FormatError(
             f"{name} has strides {tuple(matrices.stride())}, and the kernels read rows whose numbers lie side by side "
             f"(a last stride of 1): give {name}.contiguous(), once"
         )
-    return matrices
 
 
 def units(matrices: Projections | Leveled) -> Tensor:

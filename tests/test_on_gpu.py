@@ -37,7 +37,7 @@ def test_cuda_agrees_with_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert other["loss_after"] == pytest.approx(one["loss_after"], abs=1e-2)
     masks = [found["saved"]["save"]["all"]["masks"] for found in (cpu, gpu)]
     assert masks[1]["shared"] == pytest.approx(masks[0]["shared"], abs=2e-3)
-    # which expert keeps an entry hangs on norms of few calibration tokens: 0.0021 apart on one machine
+    # which expert keeps an entry hangs on calibration's rounding: 0.0021 here once, 0.0008 by AVX2 instead of AVX-512
     assert masks[1] == pytest.approx(masks[0], abs=5e-3)
 
 

@@ -70,9 +70,12 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--part", default="1/1")
     args = parser.parse_args()
-    part, parts = map(int, args.part.split("/"))
+    part, _, parts = args.part.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        parser.error(f"--part {args.part}: write 2/8 for the second of eight parts")
     device, wrong = torch.device("cuda"), 0
-    every = [(look, shape, name) for look in LOOKS for shape in look.shapes for name in look.names][part - 1 :: parts]
+    every = [(look, shape, name) for look in LOOKS for shape in look.shapes for name in look.names]
+    every = every[int(part) - 1 :: int(parts)]
     if args.compile:
         given = ((shape, one.tokens, CONTENDERS[name], plan(one.plan)) for one, shape, name in every)
         for job, why in ahead.compile_plans(given, device).refused.items():

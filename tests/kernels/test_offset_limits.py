@@ -16,8 +16,8 @@ from moefold_kernels.triton.weights import Projections
 HIDDEN, INNER, ROW = 256, 128, 2**31 // 128
 
 
-def strided(rows: int, columns: int, stride: int, dtype: torch.dtype = torch.int16) -> Tensor:
-    return torch.empty_strided((2, rows, columns), (rows * stride, stride, 1), dtype=dtype, device="meta")
+def strided(rows: int, columns: int, stride: int) -> Tensor:
+    return torch.empty_strided((2, rows, columns), (rows * stride, stride, 1), dtype=torch.int16, device="meta")
 
 
 def projections(name: str, stride: int) -> Projections:

@@ -55,7 +55,8 @@ def experts(
     `hidden` [token, hidden] of any float type is computed with as bfloat16; `top_k_index` [token, top_k] is int32 or
     int64, and what is no expert's number contributes nothing; `top_k_weights` [token, top_k] is any float type.
     `activation` is a name of layer.ACTIVATIONS, `limit` and `alpha` are those of "clamped". Sums are float32.
-    Raises FormatError when shapes or types do not fit each other. There is no gradient.
+    Raises FormatError when shapes or types do not fit each other, or rows of weights are not contiguous. There is no
+    gradient.
     """
     operands = _operands(locals())
     check(operands, hidden, top_k_index, top_k_weights)
